@@ -1,0 +1,33 @@
+"""What can go wrong at the seam. Every error is picklable and says name, value, consequence.
+
+SeamError
+├── SchemaVersionError     bytes written by another schema; nothing was decoded
+├── CorruptRecordError     bytes that are no record or manifest; nothing was decoded
+├── StoreUnavailableError  the store cannot be reached now; nothing was stored, try again
+├── VersionConflictError   a publish whose draft_version is not the next one; nothing was published
+└── UnknownVersionError    no adapter with that route and draft_version; nothing changed
+"""
+
+
+class SeamError(Exception):
+    """Root of every error that the buffer raises."""
+
+
+class SchemaVersionError(SeamError):
+    """The bytes carry a schema version that this build does not read."""
+
+
+class CorruptRecordError(SeamError):
+    """The bytes are not a record, manifest or status of this project."""
+
+
+class StoreUnavailableError(SeamError):
+    """The store cannot be reached; nothing was stored or changed."""
+
+
+class VersionConflictError(SeamError):
+    """A published draft_version must be greater than every earlier one of its route."""
+
+
+class UnknownVersionError(SeamError):
+    """No adapter with this route and draft_version is kept."""

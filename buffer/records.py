@@ -1,0 +1,177 @@
+"""The only types that cross a process. Plain data: numpy arrays, numbers, strings; no torch, no I/O.
+
+Legend: G drafted tokens of a round, E = G + 1 verified positions, C tokens the round emitted
+(accepted drafts, then the recovered or bonus token, cut at the end of the generation), K kept entries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOOR_VERSION = 0
+"""The draft as it was loaded, never adapted; always one step away."""
+
+DEFAULT_ROUTE = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrace:
+    """What one round drafted, kept, and what the target said at every verified position.
+
+    `start` is the index, in prompt + output, of the token that verified position 0 decides. Position e
+    is conditioned on everything before `start` and on `drafted_token_ids_G[:e]`; positions past
+    `num_accepted` are therefore conditioned on the draft's own mistakes.
+    """
+
+    start: int
+    draft_version: int
+    num_accepted: int
+    num_attempted: int
+    drafted_token_ids_G: NDArray[np.int32]
+    drafted_target_logprobs_G: NDArray[np.float32]
+    """Final law of the target at the drafted tokens; -inf where it excludes them."""
+    drafted_draft_logprobs_G: NDArray[np.float32]
+    """The law that the drafted tokens were drawn from, at them."""
+    emitted_target_logprobs_C: NDArray[np.float32]
+    """Final law of the target at the tokens the round emitted."""
+    topk_token_ids_EK: NDArray[np.int32]
+    topk_logprobs_EK: NDArray[np.float16]
+    """Raw target, temperature 1, largest first."""
+    retemper_E: NDArray[np.float32]
+    """logsumexp(logits) / T - logsumexp(logits / T): `logprob / T + retemper` is the exact
+    log-probability at temperature T. 0 when greedy."""
+
+    @property
+    def num_drafted(self) -> int:
+        return len(self.drafted_token_ids_G)
+
+
+@dataclass(frozen=True)
+class RecordSampling:
+    """The law under which a generation was sampled. temperature 0 is greedy; top_k 0 is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    mode: str = "standard"
+    """`greedy`, `standard` or `coupled`."""
+    context_dependent: bool = False
+    """Penalties or logit bias were on: the record is kept out of the gate."""
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRecord:
+    """One finished or cancelled generation, or one segment of a long one.
+
+    A later segment carries the whole context before it as its prompt, so each record stands alone.
+    """
+
+    record_id: str
+    request_id: str
+    route: str
+    target_revision: str
+    sampling: RecordSampling
+    prompt_token_ids: NDArray[np.int32]
+    output_token_ids: NDArray[np.int32]
+    rounds: tuple[RoundTrace, ...]
+    created_at_s: float
+    """Unix time."""
+    expires_at_s: float
+    """Unix time after which nobody may read the record."""
+    replica_id: str = ""
+    segment: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        """Verified positions, those after a first rejection included."""
+        return sum(trace.num_drafted + 1 for trace in self.rounds)
+
+
+@dataclass(frozen=True)
+class AdapterManifest:
+    """One promoted adapter: what it fits, what it weighs, why it was let in."""
+
+    route: str
+    draft_version: int
+    parent_version: int
+    """The incumbent it was judged against; a rollback goes there."""
+    draft_id: str
+    """The base draft's name, for people."""
+    draft_revision: str
+    """sha256 over the base draft's weights; a replica refuses another base."""
+    target_revision: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    adapter_config_json: str
+    """PEFT's adapter_config.json, so that any tool can load the adapter."""
+    sha256: str
+    """Of the safetensors bytes."""
+    num_bytes: int
+    created_at_s: float
+    mlflow_run_id: str = ""
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    """The gate's figures, e.g. candidate and incumbent acceptance, lower bound of the gain."""
+    num_records_seen: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterEvent:
+    """One line of a route's history."""
+
+    kind: str
+    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned` or `rejected_by_replica`."""
+    route: str
+    draft_version: int
+    """The version concerned: for a refusal the one it would have become, else what serves afterwards."""
+    reason: str
+    at_s: float
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Measured seconds of one forward pass: rows by batch size, columns by tokens per sequence."""
+
+    batch_sizes: tuple[int, ...]
+    token_counts: tuple[int, ...]
+    target_pass_s: tuple[tuple[float, ...], ...]
+    """[batch][tokens]"""
+    draft_pass_s: tuple[float, ...]
+    """[batch], one token a sequence"""
+
+
+@dataclass(frozen=True)
+class VersionCounts:
+    """Counters of the rounds that one draft version took part in, since the replica started."""
+
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_attempted: int = 0
+    num_accepted: int = 0
+    num_output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ServingStatus:
+    """What a replica tells the learner and the operator, about once a second."""
+
+    replica_id: str
+    at_s: float
+    serving_versions: Mapping[str, int]
+    """route -> draft_version that serves now."""
+    counts: Mapping[str, Mapping[int, VersionCounts]]
+    """route -> draft_version -> counters."""
+    costs: PassCosts | None = None
+    mean_batch_size: float = 1.0
+    num_draft_tokens: int = 0
+    """Draft length in use now, at the mean batch size."""
+    num_dropped_records: int = 0
+    num_swaps: int = 0
+    num_swaps_under_load: int = 0
+    swap_pause_s_max: float = 0.0
+    round_s_median: float = 0.0
+    last_error: str = ""

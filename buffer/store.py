@@ -1,0 +1,152 @@
+"""The two seams of the project as Protocols; `memory_store` and `redis_store` fulfil both.
+
+Every call may raise StoreUnavailableError; then nothing was stored or changed. All calls are
+thread-safe. `now_s` comes from the clock given to the implementation, never from the caller.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+
+
+@dataclass(frozen=True)
+class StreamKey:
+    """One stream of records: those of one target revision and one route."""
+
+    target_revision: str
+    route: str
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a stream may hold; the oldest records leave first. None: unbounded."""
+
+    max_records: int | None = 20_000
+    max_bytes: int | None = 512 * 2**20
+    max_age_s: float | None = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A record handed to a consumer; `entry_id` is what it acknowledges."""
+
+    entry_id: str
+    record: GenerationRecord
+
+
+@dataclass(frozen=True)
+class StreamSize:
+    """What a stream holds and what it lost."""
+
+    num_records: int
+    num_bytes: int
+    num_dropped_records: int
+    """Trimmed by a bound or expired before any consumer acknowledged them."""
+    num_pending: int
+    """Delivered, not yet acknowledged."""
+
+
+class RecordStore(Protocol):
+    """Records by stream, read by one named consumer group, each at least once."""
+
+    def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
+        """Store records, oldest first; idempotent by record_id. Returns how many were new."""
+        ...
+
+    def read_new(
+        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
+    ) -> list[Delivery]:
+        """Records not yet delivered to the group, at most `max_records`, waiting up to `timeout_s`
+        for the first. Expired ones are skipped and counted. They stay pending until `ack`."""
+        ...
+
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+        """Pending records (this consumer's own, and others' idle for `min_idle_s`), for a
+        consumer that restarts: what was read but never acknowledged is read again."""
+        ...
+
+    def ack(self, key: StreamKey, entry_ids: Sequence[str]) -> None:
+        """The step that used these records is checkpointed; they are never delivered again."""
+        ...
+
+    def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
+        """A uniform draw, without replacement, over everything kept and unexpired, whether read or not."""
+        ...
+
+    def size(self, key: StreamKey) -> StreamSize: ...
+
+    def trim(self, key: StreamKey) -> int:
+        """Enforce bounds and expiry now. Returns how many records left."""
+        ...
+
+    def keys(self) -> list[StreamKey]:
+        """Every stream that exists."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class AdapterFeed(Protocol):
+    """Adapters by route, the pointer to the one that serves, their history, and replicas' status."""
+
+    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
+        """Keep the adapter, point the route at it (unless pinned), add a `promoted` event.
+
+        Raises VersionConflictError unless draft_version exceeds every earlier one of the route.
+        Only the last N adapters are kept; the one that serves and its parent always are."""
+        ...
+
+    def latest(self, route: str) -> AdapterManifest | None:
+        """The adapter that replicas should serve now; None is the floor."""
+        ...
+
+    def last_version(self, route: str) -> int:
+        """The greatest draft_version ever published on the route; 0 if none was."""
+        ...
+
+    def manifest(self, route: str, draft_version: int) -> AdapterManifest:
+        """Raises UnknownVersionError."""
+        ...
+
+    def weights(self, route: str, draft_version: int) -> bytes:
+        """Safetensors bytes. Raises UnknownVersionError."""
+        ...
+
+    def versions(self, route: str) -> list[AdapterManifest]:
+        """Every kept adapter, oldest first."""
+        ...
+
+    def rollback(self, route: str, reason: str, to_version: int | None = None) -> int:
+        """Point the route at `to_version` (None: the parent of what serves; the floor if that is
+        gone), add a `rolled_back` event. Returns the version that serves now."""
+        ...
+
+    def pin(self, route: str, draft_version: int, reason: str) -> None:
+        """Serve this version (0: the floor) whatever is published, until `unpin`."""
+        ...
+
+    def unpin(self, route: str, reason: str) -> int:
+        """Back to the version that would serve without the pin. Returns it."""
+        ...
+
+    def pinned(self, route: str) -> int | None: ...
+
+    def add_event(self, event: AdapterEvent) -> None:
+        """Add a line to the history (refusals, replica rejections)."""
+        ...
+
+    def history(self, route: str, max_events: int = 200) -> list[AdapterEvent]:
+        """Oldest first, the last `max_events`."""
+        ...
+
+    def routes(self) -> list[str]: ...
+
+    def report(self, status: ServingStatus) -> None:
+        """Replace this replica's status; it expires by itself when no longer renewed."""
+        ...
+
+    def statuses(self) -> list[ServingStatus]: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Serving: answers requests with speculative decoding; knows nothing of how drafts are learned."""

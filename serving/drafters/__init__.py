@@ -1,0 +1,1 @@
+"""Ways to propose tokens, each behind the engine's Drafter Protocol."""

@@ -1,0 +1,180 @@
+"""A small language model as drafter: catch up, then draw one token a pass.
+
+Its cache may lag behind the sequence: `cached[slot]` tokens are in it, at most n - 1. Whatever is missing
+is fed at the next proposal: one or two tokens in the common case, the whole prompt at first. A row too far
+behind catches up by one chunk, alone, and drafts nothing in that round. After a swap old columns stay
+legal (the law drawn from is the law verified) and are renewed one slot a round.
+"""
+
+import torch
+from torch import Tensor
+
+from serving.engine.proposal import Proposal
+from serving.engine.runner import Runner
+from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
+from serving.engine.sequence import Batch
+
+_MAX_SHARED_LAG = 8
+"""Rows missing no more tokens than this catch up together, in the pass that drafts."""
+
+
+class ModelDrafter:
+    """Drafts with a causal language model that shares the target's vocabulary."""
+
+    def __init__(self, runner: Runner, *, draft_version: int = 0, chunk_tokens: int = 256) -> None:
+        self.runner = runner
+        self.draft_version = draft_version
+        self._chunk_tokens = chunk_tokens
+        self._cached = [0] * runner.num_slots
+        self._lengths: list[int] = []
+        self._stale: set[int] = set()
+
+    def propose(
+        self,
+        batch: Batch,
+        num_draft_tokens_B: list[int],
+        noise_BEV: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        """See `Drafter.propose`. Stops early at the first position where a row's logits are not finite."""
+        self._lengths = batch.lengths()
+        self._refresh_one(len(batch))
+        wanted = [
+            count if count and self._catch_up(batch, row) else 0
+            for row, count in enumerate(num_draft_tokens_B)
+        ]
+        num_drafts = max(wanted)
+        if num_drafts == 0:
+            return Proposal.empty(len(batch), self.draft_version, batch.device)
+        logits_BV = self._first_pass(batch, wanted)
+        tokens, laws, token_logprobs = [], [], []
+        num_broken = 0
+        for position in range(num_drafts):
+            token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, position, noise_BEV, generator)
+            broken = [
+                row
+                for row, is_finite in enumerate(torch.isfinite(logprob_B).tolist())
+                if not is_finite and wanted[row] > position
+            ]
+            for row in broken:
+                wanted[row] = position
+            num_broken += len(broken)
+            tokens.append(token_B)
+            token_logprobs.append(logprob_B)
+            if law_BV is not None:
+                laws.append(law_BV)
+            if position + 1 >= max(wanted):
+                break
+            logits_BV = self._next_pass(token_B, wanted, position)
+        return Proposal(
+            draft_version=self.draft_version,
+            token_ids_BG=torch.stack(tokens, dim=1)[:, : max(wanted)],
+            num_drafted_B=tuple(wanted),
+            logprobs_BGV=torch.stack(laws, dim=1)[:, : max(wanted)] if laws else None,
+            token_logprobs_BG=torch.stack(token_logprobs, dim=1)[:, : max(wanted)],
+            num_nonfinite_rows=num_broken,
+        )
+
+    def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
+        """Of g drafts g - 1 were fed back; those that were accepted are cached for good."""
+        for slot, (drafted, accepted) in enumerate(zip(num_drafted_B, num_accepted_B, strict=True)):
+            if drafted > 0:
+                self._cached[slot] = self._lengths[slot] + min(accepted, drafted - 1)
+
+    def clear(self, slot: int) -> None:
+        self._cached[slot] = 0
+        self._stale.discard(slot)
+
+    def move(self, source: int, destination: int) -> None:
+        self.runner.cache.move(source, destination, self._cached[source])
+        self._cached[destination] = self._cached[source]
+        self._stale.discard(destination)
+        if source in self._stale:
+            self._stale.add(destination)
+
+    def reset(self) -> None:
+        self._cached = [0] * self.runner.num_slots
+        self._stale.clear()
+        self.runner.cache.clear_all()
+
+    def refresh(self, draft_version: int) -> None:
+        self.draft_version = draft_version
+        self._stale = {slot for slot, cached in enumerate(self._cached) if cached}
+
+    def _refresh_one(self, num_rows: int) -> None:
+        """Renew one slot that old weights filled, if a single chunk does it."""
+        self._stale = {slot for slot in self._stale if slot < num_rows}
+        if self._stale:
+            slot = self._stale.pop()
+            if self._cached[slot] <= self._chunk_tokens:
+                self._cached[slot] = 0
+
+    def _catch_up(self, batch: Batch, row: int) -> bool:
+        """Feed a row that lags far behind by at most one chunk. Whether it can draft in this round."""
+        target_len = self._lengths[row] - 1
+        if target_len - self._cached[row] < _MAX_SHARED_LAG:
+            return True
+        start = self._cached[row]
+        end = min(target_len, start + self._chunk_tokens)
+        self.runner.prefill(row, batch.sequences[row].token_ids[start:end], start)
+        self._cached[row] = end
+        return end == target_len
+
+    def _first_pass(self, batch: Batch, wanted: list[int]) -> Tensor:
+        """Feed every drafting row what it still lacks; logits [B, V] after its last token."""
+        trash = self.runner.cache.trash_column
+        starts = [self._cached[row] if count else self._lengths[row] for row, count in enumerate(wanted)]
+        lags = [length - start for length, start in zip(self._lengths, starts, strict=True)]
+        width = max(lags)
+        tokens, positions = [], []
+        for sequence, start, lag in zip(batch.sequences, starts, lags, strict=True):
+            tokens.append(sequence.token_ids[start : start + lag] + [0] * (width - lag))
+            positions.append([*range(start, start + lag), *[trash] * (width - lag)])
+        device = self.runner.device
+        logits_BTV = self.runner.forward(
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            kv_len=max(length for length, lag in zip(self._lengths, lags, strict=True) if lag),
+        )
+        if width == 1:
+            return logits_BTV[:, 0]
+        last_B = torch.tensor([max(lag - 1, 0) for lag in lags], device=device)
+        return logits_BTV[torch.arange(len(lags), device=device), last_B]
+
+    def _next_pass(self, token_B: Tensor, wanted: list[int], position: int) -> Tensor:
+        """Feed the draft token at `position` back; logits [B, V] for the next."""
+        trash = self.runner.cache.trash_column
+        columns = [
+            length + position if count > position + 1 else trash
+            for length, count in zip(self._lengths, wanted, strict=True)
+        ]
+        return self.runner.forward(
+            token_B[:, None],
+            torch.tensor(columns, device=self.runner.device)[:, None],
+            kv_len=max(column for column in columns if column != trash) + 1,
+        )[:, 0]
+
+
+def _draw_one(
+    batch: Batch,
+    logits_BV: Tensor,
+    position: int,
+    noise_BEV: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Tokens [B], their law's log-probabilities [B, V] (None: greedy), and those of the tokens [B]."""
+    logits_BV = batch.forbid_stops(logits_BV[:, None], first_position=position)[:, 0]
+    if batch.law.all_greedy:
+        best_B = logits_BV.max(dim=-1)
+        return best_B.indices, None, torch.where(torch.isfinite(best_B.values), 0.0, torch.nan)
+    law: SamplingLaw = batch.law
+    law_BV = law_logprobs(logits_BV[:, None], law)[:, 0]
+    law_BV = torch.where(torch.isfinite(logits_BV.amax(-1))[:, None], law_BV, torch.nan)
+    if batch.any_standard:
+        token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
+    else:
+        token_B = law_BV.argmax(dim=-1)
+    if noise_BEV is not None:
+        coupled_B = (law_BV + noise_BEV[:, position]).argmax(dim=-1)
+        token_B = torch.where(batch.coupled_B, coupled_B, token_B)
+    return token_B, law_BV, law_BV.gather(-1, token_B[:, None])[:, 0]

@@ -1,0 +1,101 @@
+"""What the target said at every verified position of a round, taken for the recorder.
+
+Raw top-K at temperature 1, one scalar that re-tempers it exactly, and the final law at drafted and emitted
+tokens. Positions after a first rejection are kept too: they are conditioned on the draft's own mistakes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serving.engine.proposal import Proposal
+from serving.engine.request import CapturedRound
+from serving.engine.sequence import Batch
+
+TOP_K = 32
+"""Kept entries a position (fewer in a smaller vocabulary)."""
+
+
+@dataclass(frozen=True)
+class RoundCapture:
+    """One round of a whole batch, on the CPU; `of` cuts out a row."""
+
+    draft_version: int
+    topk_token_ids_BEK: NDArray[np.int32]
+    topk_logprobs_BEK: NDArray[np.float16]
+    retemper_BE: NDArray[np.float32]
+    drafted_token_ids_BG: NDArray[np.int32]
+    drafted_target_logprobs_BG: NDArray[np.float32]
+    drafted_draft_logprobs_BG: NDArray[np.float32]
+    next_target_logprobs_B: NDArray[np.float32]
+
+    def of(
+        self, row: int, *, start: int, num_drafted: int, num_accepted: int, num_attempted: int, emitted: int
+    ) -> CapturedRound:
+        """Row `row`, cut to its own draft length and to the tokens it emitted."""
+        verified = num_drafted + 1
+        drafted_target = self.drafted_target_logprobs_BG[row, :num_drafted]
+        accepted = drafted_target[: min(num_accepted, emitted)]
+        emitted_logprobs = np.append(accepted, self.next_target_logprobs_B[row])[:emitted]
+        return CapturedRound(
+            start=start,
+            draft_version=self.draft_version,
+            num_accepted=num_accepted,
+            num_attempted=num_attempted,
+            drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),
+            drafted_target_logprobs_G=drafted_target.copy(),
+            drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted].copy(),
+            emitted_target_logprobs_C=emitted_logprobs.astype(np.float32),
+            topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified].copy(),
+            topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified].copy(),
+            retemper_E=self.retemper_BE[row, :verified].copy(),
+        )
+
+
+def capture_round(
+    batch: Batch,
+    proposal: Proposal,
+    raw_logits_BEV: Tensor,
+    logsumexp_BE: Tensor,
+    law_BEV: Tensor | None,
+    choice_BE: Tensor | None,
+    num_accepted_B: Tensor,
+    next_token_B: Tensor,
+) -> RoundCapture:
+    """`law_BEV` is the final law's log-probabilities; None when every row is greedy (`choice_BE` is it)."""
+    num_kept = min(TOP_K, raw_logits_BEV.shape[-1])
+    topk_BEK = raw_logits_BEV.topk(num_kept, dim=-1)
+    drafted_BG = proposal.token_ids_BG
+    num_drafts = drafted_BG.shape[1]
+    if law_BEV is None:
+        assert choice_BE is not None
+        drafted_target_BG = torch.zeros(drafted_BG.shape, device=drafted_BG.device).masked_fill_(
+            choice_BE[:, :num_drafts] != drafted_BG, -torch.inf
+        )
+        next_target_B = torch.zeros(len(batch), device=drafted_BG.device)
+    else:
+        drafted_target_BG = law_BEV[:, :num_drafts].gather(-1, drafted_BG[..., None])[..., 0]
+        rows_B = torch.arange(len(batch), device=drafted_BG.device)
+        next_target_B = law_BEV[rows_B, num_accepted_B, next_token_B]
+    return RoundCapture(
+        draft_version=proposal.draft_version,
+        topk_token_ids_BEK=topk_BEK.indices.to(torch.int32).cpu().numpy(),
+        topk_logprobs_BEK=(topk_BEK.values - logsumexp_BE[..., None]).half().cpu().numpy(),
+        retemper_BE=_retemper(batch, raw_logits_BEV, logsumexp_BE).cpu().numpy(),
+        drafted_token_ids_BG=drafted_BG.to(torch.int32).cpu().numpy(),
+        drafted_target_logprobs_BG=drafted_target_BG.float().cpu().numpy(),
+        drafted_draft_logprobs_BG=proposal.token_logprobs_BG.float().cpu().numpy(),
+        next_target_logprobs_B=next_target_B.float().cpu().numpy(),
+    )
+
+
+def _retemper(batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor) -> Tensor:
+    """logsumexp(logits) / T - logsumexp(logits / T); 0 on greedy rows and at temperature 1."""
+    if batch.law.all_greedy:
+        return torch.zeros_like(logsumexp_BE)
+    temperature_B1 = batch.law.temperature_N[:, None]
+    warm_BE = torch.logsumexp(raw_logits_BEV / temperature_B1[..., None], dim=-1)
+    return logsumexp_BE / temperature_B1 - warm_BE

@@ -1,0 +1,105 @@
+"""What a pass costs: measured at start, corrected by live rounds.
+
+Seconds of a target pass by (batch, tokens a sequence) and of a one-token draft pass by batch. Between
+measured points it interpolates; live rounds pull the whole table (a start on an idle machine flatters).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from serving.engine.runner import Runner
+
+_LIVE_WEIGHT = 0.02
+"""Of one live round in the running correction."""
+
+
+@dataclass
+class CostTable:
+    """Rows by batch size, columns by tokens a sequence; the two scales follow live rounds."""
+
+    batch_sizes: tuple[int, ...]
+    token_counts: tuple[int, ...]
+    target_pass_s: tuple[tuple[float, ...], ...]
+    draft_pass_s: tuple[float, ...]
+    target_scale: float = field(default=1.0)
+    draft_scale: float = field(default=1.0)
+
+    def target_s(self, batch_size: int, num_tokens: int) -> float:
+        by_tokens = [_interpolate(self.token_counts, row, num_tokens) for row in self.target_pass_s]
+        return self.target_scale * _interpolate(self.batch_sizes, by_tokens, batch_size)
+
+    def draft_s(self, batch_size: int) -> float:
+        return self.draft_scale * _interpolate(self.batch_sizes, self.draft_pass_s, batch_size)
+
+    def round_s(self, batch_size: int, num_draft_tokens: int) -> float:
+        """Forward time of a round of this draft length."""
+        drafting_s = num_draft_tokens * self.draft_s(batch_size) if num_draft_tokens else 0.0
+        return self.target_s(batch_size, num_draft_tokens + 1) + drafting_s
+
+    def observe(self, batch_size: int, num_drafted: int, target_pass_s: float, propose_s: float) -> None:
+        """Pull the table toward a live round; one slow round (an outlier) moves it little."""
+        ratio = target_pass_s / self.target_s(batch_size, num_drafted + 1)
+        self.target_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
+        if num_drafted:
+            ratio = propose_s / (num_drafted * self.draft_s(batch_size))
+            self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
+
+
+def measure_costs(
+    target: Runner,
+    draft: Runner | None,
+    *,
+    max_draft_tokens: int = 8,
+    context_tokens: int = 128,
+    repeats: int = 3,
+) -> CostTable:
+    """Time passes on the caches in place (they must be idle); medians of `repeats`."""
+    batch_sizes = tuple(sorted({1, (target.num_slots + 1) // 2, target.num_slots}))
+    token_counts = tuple(sorted({1, 2, 4, max_draft_tokens + 1}))
+    token_counts = tuple(count for count in token_counts if count < target.max_seq_len)
+    start = max(0, min(context_tokens, target.max_seq_len - max(token_counts)))
+    target_pass_s = tuple(
+        tuple(_time_pass(target, batch, count, start, repeats) for count in token_counts)
+        for batch in batch_sizes
+    )
+    draft_pass_s = tuple(
+        _time_pass(draft, batch, 1, start, repeats) if draft is not None else 0.0 for batch in batch_sizes
+    )
+    return CostTable(batch_sizes, token_counts, target_pass_s, draft_pass_s)
+
+
+def _time_pass(runner: Runner, batch_size: int, num_tokens: int, start: int, repeats: int) -> float:
+    tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
+    positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
+
+    def run() -> None:
+        runner.forward(tokens_BT, positions_BT, kv_len=start + num_tokens)
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+
+    run()
+    return statistics.median(_seconds(run) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    began_s = time.perf_counter()
+    run()
+    return time.perf_counter() - began_s
+
+
+def _interpolate(xs: tuple[int, ...], ys: "tuple[float, ...] | list[float]", x: int) -> float:
+    """Piecewise linear; beyond the ends the last value scales with x / x_end upward, stays downward."""
+    if x <= xs[0]:
+        return ys[0]
+    for (x0, y0), (x1, y1) in zip(zip(xs, ys, strict=True), zip(xs[1:], ys[1:], strict=True), strict=False):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return ys[-1] * x / xs[-1]
+
+
+def _clip(ratio: float) -> float:
+    return min(2.0, max(0.5, ratio))

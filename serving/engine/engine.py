@@ -1,0 +1,345 @@
+"""The engine: a thread that runs rounds. Submit, cancel, swap; knows no HTTP, Ray or Redis.
+
+Between any two rounds sequences join, leave and are cancelled, and a staged swap is applied; inside a round
+nothing changes. Whatever goes wrong with a draft costs speed only; whatever goes wrong with one sequence
+ends that one. All public methods are thread-safe.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from copy import deepcopy
+from typing import Protocol
+
+import torch
+
+from serving.engine.cost_table import CostTable
+from serving.engine.draft_length import DraftLengthController
+from serving.engine.handle import GenerationHandle
+from serving.engine.proposal import Drafter
+from serving.engine.request import (
+    EventCallback,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+)
+from serving.engine.round import run_round
+from serving.engine.runner import Runner
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import NO_ADVANCE, Batch, Sequence
+from serving.engine.stats import EngineStats, Meter, SwapReport
+
+_log = logging.getLogger(__name__)
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed; the request was not started."""
+
+
+class BrokenDraftError(RuntimeError):
+    """This draft version produced logits that are not finite; it was not swapped in again."""
+
+
+class StagedWeights(Protocol):
+    """Draft weights that were validated and merged aside; `apply` makes them live, in place."""
+
+    @property
+    def draft_version(self) -> int: ...
+
+    def apply(self) -> None: ...
+
+
+class Engine:
+    """Speculative decoding over a fixed number of slots."""
+
+    def __init__(
+        self,
+        target: Runner,
+        drafter: Drafter | None,
+        *,
+        controller: DraftLengthController,
+        costs: CostTable | None = None,
+        eos_token_ids: SequenceOf[int] = (),
+        floor: Callable[[], StagedWeights] | None = None,
+        prefill_chunk_tokens: int = 256,
+    ) -> None:
+        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks."""
+        self.costs = costs
+        self.generator = torch.Generator(target.device)
+        self.generator.seed()
+        self._target, self._drafter, self._controller = target, drafter, controller
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._floor = floor
+        self._chunk_tokens = prefill_chunk_tokens
+        self._scheduler = Scheduler(target.num_slots)
+        self._meter = Meter()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._batch: Batch | None = None
+        self._draft_disabled_reason = ""
+        self._broken_versions: set[int] = set()
+        self._request_numbers = itertools.count()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="everdraft-engine", daemon=True)
+        self._thread.start()
+
+    # -- for callers, any thread ---------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, on_event: EventCallback | None = None) -> GenerationHandle:
+        """Start a generation. Raises ValueError for a prompt that cannot run, EngineClosedError."""
+        self.check(request)
+        if self._closed.is_set():
+            raise EngineClosedError(f"the engine is closed; request {request.request_id!r} was not started")
+        sampling = request.sampling
+        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        sequence = Sequence(request, eos.union(sampling.stop_token_ids), lambda event: handle.deliver(event))
+        handle = GenerationHandle(request.request_id, lambda: self._cancel(sequence), on_event)
+        self._commands.put(lambda: self._scheduler.waiting.append(sequence))
+        if self._closed.is_set():  # closed in between: nobody may be left to take the command
+            raise EngineClosedError(f"the engine was closed; request {request.request_id!r} was not run")
+        return handle
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raises ValueError if the request cannot run here; the message names the field."""
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if not prompt:
+            raise ValueError("prompt has 0 tokens; there is nothing to continue")
+        vocab_size = self._target.vocab_size
+        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if outside is not None:
+            raise ValueError(f"prompt holds token id {outside}, outside the vocabulary 0..{vocab_size - 1}")
+        limit = self._target.max_seq_len
+        if len(prompt) + sampling.max_tokens > limit:
+            raise ValueError(
+                f"prompt of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed the context of "
+                f"{limit} tokens (max_seq_len); shorten one of them"
+            )
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[Generation]:
+        """Run all prompts (token ids) to the end, batched; one SamplingParams for all, or one each."""
+        each = sampling if isinstance(sampling, list) else [sampling or SamplingParams()] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts; nothing was run")
+        requests = [
+            GenerationRequest(f"generate-{next(self._request_numbers)}", tuple(prompt), params)
+            for prompt, params in zip(prompts, each, strict=True)
+        ]
+        for request in requests:
+            self.check(request)
+        return [handle.result() for handle in [self.submit(request) for request in requests]]
+
+    def swap(self, staged: StagedWeights) -> "Future[SwapReport]":
+        """Make staged weights live between two rounds. The future fails with BrokenDraftError for a
+        version that already produced NaN here."""
+        done: Future[SwapReport] = Future()
+        self._commands.put(lambda: self._swap(staged, done))
+        return done
+
+    def seed(self, seed: int) -> None:
+        """Make unseeded sampling repeatable from here on; only for a lone caller."""
+        self._commands.put(lambda: self._seed(seed))
+
+    @property
+    def draft_version(self) -> int:
+        return self._drafter.draft_version if self._drafter is not None else 0
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._target.max_seq_len
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed.is_set()
+
+    def stats(self) -> EngineStats:
+        scheduler, meter = self._scheduler, self._meter
+        running = list(scheduler.running)
+        with meter.lock:
+            return EngineStats(
+                num_running=scheduler.num_active,
+                num_waiting=len(scheduler.waiting),
+                num_slots=scheduler.num_slots,
+                num_cached_tokens=sum(sequence.num_cached for sequence in running),
+                max_cached_tokens=scheduler.num_slots * self._target.max_seq_len,
+                num_prompt_tokens=meter.num_prompt_tokens,
+                num_output_tokens=meter.num_output_tokens,
+                draft_version=self.draft_version,
+                num_draft_tokens=self._controller.current if self._can_draft else 0,
+                counts=deepcopy(meter.counts),
+                round_s_median=meter.round_s_median,
+                mean_batch_size=meter.mean_batch_size,
+                num_swaps=meter.num_swaps,
+                num_swaps_under_load=meter.num_swaps_under_load,
+                swap_pause_s_max=meter.swap_pause_s_max,
+                draft_disabled_reason=self._draft_disabled_reason,
+            )
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Cancel what runs and end the thread; safe to call twice."""
+        self._closed.set()
+        self._commands.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- the engine thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._take_commands(wait=not self._scheduler.has_work)
+            self._retire()
+            try:
+                self._prefill()
+                if self._scheduler.running:
+                    self._round()
+            except Exception as error:
+                _log.exception("a round failed; its sequences were ended, the engine goes on")
+                self._end_all("error", f"the round failed: {type(error).__name__}")
+            self._retire()
+        self._take_commands(wait=False)
+        self._end_all("cancelled")
+        self._retire()
+
+    def _take_commands(self, *, wait: bool) -> None:
+        """Joins, cancellations and swaps that arrived since the last round."""
+        try:
+            while True:
+                self._commands.get(block=wait)()
+                wait = False
+        except queue.Empty:
+            return
+
+    def _prefill(self) -> None:
+        """Cache prompts, all but their last token, at most one chunk's worth between two rounds."""
+        budget = self._chunk_tokens
+        while budget > 0:
+            slot = self._scheduler.admit()
+            if slot is not None and self._drafter is not None:
+                self._drafter.clear(slot)
+            sequence = self._scheduler.prefilling
+            if sequence is None:
+                return
+            start = sequence.num_cached
+            chunk = sequence.token_ids[start : min(start + budget, sequence.prompt_len - 1)]
+            if chunk:
+                self._target.prefill(len(self._scheduler.running), chunk, start)
+                sequence.num_cached += len(chunk)
+                budget -= len(chunk)
+            if sequence.num_cached == sequence.prompt_len - 1:
+                self._meter.count_prompt(sequence.prompt_len)
+                self._scheduler.finish_prefill()
+                self._batch = None
+
+    def _round(self) -> None:
+        if self._batch is None:
+            self._batch = Batch(list(self._scheduler.running), self._target.device)
+        batch = self._batch
+        limit = self._controller.choose(len(batch)) if self._can_draft else 0
+        draft_tokens = [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
+        began_s = time.perf_counter()
+        report = run_round(batch, draft_tokens, self._target, self._drafter, self.generator)
+        self._meter.count_round(report, time.perf_counter() - began_s)
+        if self.costs is not None:
+            self.costs.observe(len(batch), report.num_draft_tokens, report.target_pass_s, report.propose_s)
+        for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
+            self._controller.observe(advance.num_attempted, advance.num_accepted)
+            if sequence.finish_reason == "error":
+                self._target.cache.clear(row)
+            sequence.last_advance = advance
+            if sequence.finish_reason is None:
+                self._deliver(sequence)
+        if report.num_nonfinite_draft_rows:
+            self._give_up_draft(report.draft_version)
+
+    def _retire(self) -> None:
+        """Free the slots of finished sequences, close the gaps, deliver their last events."""
+        left, moves = self._scheduler.retire()
+        if left:
+            self._batch = None
+        for move in moves:
+            self._target.cache.move(move.source, move.destination, move.length)
+            if self._drafter is not None:
+                self._drafter.move(move.source, move.destination)
+        for sequence in left:
+            self._deliver(sequence)
+
+    def _deliver(self, sequence: Sequence) -> None:
+        """Hand over what the last round added, and the generation if it is finished."""
+        advance, sequence.last_advance = sequence.last_advance, NO_ADVANCE
+        finished = sequence.finish_reason is not None
+        event = TokenEvent(
+            request_id=sequence.request.request_id,
+            token_ids=advance.token_ids,
+            logprobs=advance.logprobs,
+            top_logprobs=advance.top_logprobs,
+            generation=sequence.generation() if finished else None,
+        )
+        try:
+            sequence.on_event(event)
+        except Exception:
+            _log.exception("the callback of request %r raised; the engine goes on", event.request_id)
+
+    def _cancel(self, sequence: Sequence) -> None:
+        def cancel() -> None:
+            sequence.finish_reason = sequence.finish_reason or "cancelled"
+
+        self._commands.put(cancel)
+
+    def _end_all(self, reason: FinishReason, error: str = "") -> None:
+        scheduler = self._scheduler
+        waiting = scheduler.waiting if reason == "cancelled" else ()
+        for sequence in [*scheduler.running, *waiting, scheduler.prefilling]:
+            if sequence is not None and sequence.finish_reason is None:
+                sequence.finish_reason, sequence.error = reason, error
+
+    def _seed(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+    # -- drafts that come and go ----------------------------------------------------------------
+
+    @property
+    def _can_draft(self) -> bool:
+        return self._drafter is not None and not self._draft_disabled_reason
+
+    def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
+        if self._drafter is None or staged.draft_version in self._broken_versions:
+            why = "no draft is loaded" if self._drafter is None else "its logits were not finite before"
+            done.set_exception(
+                BrokenDraftError(f"draft_version={staged.draft_version} was not swapped in: {why}")
+            )
+            return
+        began_s = time.perf_counter()
+        staged.apply()
+        self._drafter.refresh(staged.draft_version)
+        self._controller.renew()
+        self._draft_disabled_reason = ""
+        under_load = bool(self._scheduler.running)
+        report = SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
+        self._meter.count_swap(report)
+        done.set_result(report)
+
+    def _give_up_draft(self, draft_version: int) -> None:
+        """NaN from the draft: back to the floor; if it is the floor itself, no drafting until a swap."""
+        assert self._drafter is not None
+        self._broken_versions.add(draft_version)
+        self._drafter.reset()
+        _log.error("draft_version=%d gave logits that are not finite; it was switched off", draft_version)
+        if self._floor is not None and 0 not in self._broken_versions:
+            self._swap(self._floor(), Future())
+        else:
+            self._draft_disabled_reason = f"draft_version={draft_version} gave logits that are not finite"

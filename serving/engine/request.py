@@ -1,0 +1,155 @@
+"""What goes into the engine and what comes out. Plain data, validated at the door; no tensors.
+
+The engine never sees text: prompts and outputs are token ids. Errors are ValueErrors that name the
+field, its value and the consequence.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+SamplingMode = Literal["greedy", "standard", "coupled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw tokens; applies to target and draft alike.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. With a `seed` the text depends on the
+    seed, the prompt and the target alone (coupled sampling). `num_draft_tokens` caps the draft
+    length (0: no speculation; None: no cap of the request's own). `logprobs` asks for that many of the
+    target's most likely tokens beside each output token (raw, temperature 1).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    num_draft_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive")
+        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check(
+            "min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"
+        )
+        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20")
+        drafted = self.num_draft_tokens
+        _check("num_draft_tokens", drafted, drafted is None or drafted >= 0, "0 (off) or positive")
+        if self.seed is not None:
+            _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "an integer of at most 64 bits")
+
+    @property
+    def mode(self) -> SamplingMode:
+        if self.temperature == 0.0:
+            return "greedy"
+        return "standard" if self.seed is None else "coupled"
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} must be {expected}; the request was not started")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One generation to run: `n` choices of an API request are `n` of these."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    choice_index: int = 0
+    route: str = "default"
+    capture: bool = False
+    """Keep what the target says at every verified position, for the recorder."""
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """`draft_version` proposed for output positions start (inclusive) to end (exclusive)."""
+
+    draft_version: int
+    start: int
+    end: int
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, raw log-probability at temperature 1), most likely first."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one round added to a generation. The last event carries the whole `generation`."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """Raw target log-probability at temperature 1 of each token."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """One entry a token if the request asked for logprobs, else empty."""
+    generation: "Generation | None" = None
+    """Set on the last event only."""
+
+
+@dataclass(eq=False)
+class CapturedRound:
+    """Raw material of a buffer RoundTrace; same fields, same legend, see there."""
+
+    start: int
+    draft_version: int
+    num_accepted: int
+    num_attempted: int
+    drafted_token_ids_G: NDArray[np.int32]
+    drafted_target_logprobs_G: NDArray[np.float32]
+    drafted_draft_logprobs_G: NDArray[np.float32]
+    emitted_target_logprobs_C: NDArray[np.float32]
+    topk_token_ids_EK: NDArray[np.int32]
+    topk_logprobs_EK: NDArray[np.float16]
+    retemper_E: NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class Generation:
+    """A finished (or cancelled) generation. `output_token_ids` includes the stop token that ended it."""
+
+    request_id: str
+    choice_index: int
+    route: str
+    sampling: SamplingParams
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float]
+    """Raw target log-probability at temperature 1 of each output token."""
+    top_logprobs: list[TopLogprobs]
+    num_rounds: int
+    num_drafted: int
+    num_attempted: int
+    num_accepted: int
+    draft_versions: list[VersionSpan]
+    accepted_histogram: list[int]
+    """[i]: rounds that accepted exactly i draft tokens."""
+    stop_token_id: int | None = None
+    """The end-of-text or stop id that ended it, if one did."""
+    error: str = ""
+    captured_rounds: list[CapturedRound] = field(default_factory=list)
+    """Empty unless the request asked for capture."""
+
+
+EventCallback = Callable[[TokenEvent], Any]
+"""Called on the engine thread; must not block and must not raise."""

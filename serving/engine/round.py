@@ -1,0 +1,244 @@
+"""One round of draft and verify, in reading order. Read this first.
+
+A round proposes up to G tokens for every sequence of the batch, runs the target once over the last
+committed token and the proposal, keeps what the acceptance rule allows, and commits one more token: the
+recovered or the bonus one. Draft length 0 is a legal round: plain decoding. What a round returns is
+by row; the engine turns it into events. Legend: B rows (row = slot), G drafted, E = G + 1, V vocabulary.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.engine.capture import RoundCapture, capture_round
+from serving.engine.noise import gumbel_noise
+from serving.engine.proposal import Drafter, Proposal
+from serving.engine.request import TopLogprobs
+from serving.engine.runner import Runner
+from serving.engine.sampling import exponential_race, law_logprobs
+from serving.engine.sequence import NO_ADVANCE, Advance, Batch, Sequence
+from serving.engine.verification import Verification, match_choice, merge, ratio_test
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What the round did, and what it cost."""
+
+    draft_version: int
+    num_draft_tokens: int
+    advances: list[Advance]
+    propose_s: float
+    target_pass_s: float
+    num_nonfinite_draft_rows: int
+
+
+@torch.inference_mode()
+def run_round(
+    batch: Batch,
+    num_draft_tokens_B: list[int],
+    target: Runner,
+    drafter: Drafter | None,
+    generator: torch.Generator | None = None,
+) -> RoundReport:
+    """Advance every sequence of the batch by one to G + 1 tokens."""
+    began_s = time.perf_counter()
+    noise_BEV = _coupled_noise(batch, max(num_draft_tokens_B) + 1, target)
+    proposal = _propose(batch, num_draft_tokens_B, drafter, noise_BEV, generator)
+    proposed_s = time.perf_counter()
+    raw_logits_BEV = _target_pass(batch, proposal, target)
+    verified_s = time.perf_counter()
+
+    logits_BEV = batch.forbid_stops(raw_logits_BEV)
+    law_BEV, choice_BE = _target_choice(batch, logits_BEV, noise_BEV)
+    verification = _verify(batch, proposal, law_BEV, choice_BE, generator)
+
+    logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
+    capture = None
+    if batch.any_capture:
+        capture = capture_round(
+            batch,
+            proposal,
+            raw_logits_BEV,
+            logsumexp_BE,
+            law_BEV,
+            choice_BE,
+            verification.num_accepted_B,
+            verification.next_token_B,
+        )
+    advances = _advance(batch, proposal, verification, raw_logits_BEV, logsumexp_BE, capture, drafter)
+    return RoundReport(
+        draft_version=proposal.draft_version,
+        num_draft_tokens=proposal.max_drafted,
+        advances=advances,
+        propose_s=proposed_s - began_s,
+        target_pass_s=verified_s - proposed_s,
+        num_nonfinite_draft_rows=proposal.num_nonfinite_rows,
+    )
+
+
+def _coupled_noise(batch: Batch, num_positions: int, target: Runner) -> Tensor | None:
+    """Shared noise of the coming output positions; zero on rows that are not coupled."""
+    if not batch.any_coupled:
+        return None
+    noise_BEV = gumbel_noise(batch.noise_keys_B, batch.output_positions_BX(num_positions), target.vocab_size)
+    return noise_BEV.masked_fill_(~batch.coupled_B[:, None, None], 0.0)
+
+
+def _propose(
+    batch: Batch,
+    num_draft_tokens_B: list[int],
+    drafter: Drafter | None,
+    noise_BEV: Tensor | None,
+    generator: torch.Generator | None,
+) -> Proposal:
+    if drafter is None or max(num_draft_tokens_B) == 0:
+        version = drafter.draft_version if drafter is not None else 0
+        return Proposal.empty(len(batch), version, batch.device)
+    return drafter.propose(batch, num_draft_tokens_B, noise_BEV, generator)
+
+
+def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> Tensor:
+    """Raw logits [B, E, V]: position e decides the token after the last committed one and e drafts."""
+    lengths = batch.lengths()
+    last_B1 = torch.tensor([[sequence.token_ids[-1]] for sequence in batch.sequences], device=batch.device)
+    token_ids_BE = torch.cat([last_B1, proposal.token_ids_BG], dim=1)
+    trash = target.cache.trash_column
+    positions = [
+        [length - 1 + e if e <= num_drafted else trash for e in range(token_ids_BE.shape[1])]
+        for length, num_drafted in zip(lengths, proposal.num_drafted_B, strict=True)
+    ]
+    kv_len = max(n + g for n, g in zip(lengths, proposal.num_drafted_B, strict=True))
+    return target.forward(token_ids_BE, torch.tensor(positions, device=batch.device), kv_len=kv_len)
+
+
+def _target_choice(
+    batch: Batch, logits_BEV: Tensor, noise_BEV: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The target's final law, and its own choice where one exists (greedy and coupled rows)."""
+    if batch.law.all_greedy:
+        return None, logits_BEV.argmax(dim=-1)
+    law_BEV = law_logprobs(logits_BEV, batch.law)
+    if not batch.any_coupled and not batch.law.any_greedy:
+        return law_BEV, None
+    if noise_BEV is None:
+        return law_BEV, law_BEV.argmax(dim=-1)
+    return law_BEV, (law_BEV + noise_BEV[:, : law_BEV.shape[1]]).argmax(dim=-1)
+
+
+def _verify(
+    batch: Batch,
+    proposal: Proposal,
+    law_BEV: Tensor | None,
+    choice_BE: Tensor | None,
+    generator: torch.Generator | None,
+) -> Verification:
+    """Each row by its own rule: match the target's choice, or the ratio test."""
+    num_drafted_B = torch.tensor(proposal.num_drafted_B, device=batch.device)
+    choice = ratio = None
+    if choice_BE is not None:
+        choice = match_choice(choice_BE, proposal.token_ids_BG, num_drafted_B)
+    if batch.any_standard:
+        assert law_BEV is not None
+        draft_BGV = proposal.logprobs_BGV if proposal.logprobs_BGV is not None else law_BEV[:, :0]
+        uniform_BG = torch.rand(proposal.token_ids_BG.shape, generator=generator, device=batch.device)
+        race_BV = exponential_race(law_BEV[:, 0], generator)
+        ratio = ratio_test(law_BEV, draft_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, race_BV)
+    if choice is not None and ratio is not None:
+        return merge(batch.standard_B, ratio, choice)
+    verification = choice if choice is not None else ratio
+    assert verification is not None
+    return verification
+
+
+def _advance(
+    batch: Batch,
+    proposal: Proposal,
+    verification: Verification,
+    raw_logits_BEV: Tensor,
+    logsumexp_BE: Tensor,
+    capture: RoundCapture | None,
+    drafter: Drafter | None,
+) -> list[Advance]:
+    """Commit tokens, cut at stop tokens and the token limit before any counter moves."""
+    num_accepted_B: list[int] = verification.num_accepted_B.tolist()
+    emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
+    emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
+    raw_BE = raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE
+    finite_B = torch.isfinite(logsumexp_BE).all(dim=-1).tolist()
+    top = _top_logprobs(batch, raw_logits_BEV, logsumexp_BE)
+    if drafter is not None:
+        drafter.observe(list(proposal.num_drafted_B), num_accepted_B)
+
+    advances = []
+    rows = zip(batch.sequences, emitted_BE.tolist(), raw_BE.tolist(), strict=True)
+    for row, (sequence, emitted, raw) in enumerate(rows):
+        if not finite_B[row]:
+            sequence.finish_reason = "error"
+            sequence.error = "the target's logits are not finite; the generation was ended"
+            advances.append(NO_ADVANCE)
+            continue
+        drafted, accepted = proposal.num_drafted_B[row], num_accepted_B[row]
+        start = len(sequence.token_ids)
+        kept = _commit(sequence, emitted[: accepted + 1])
+        attempted = min(kept, accepted + 1, drafted)
+        accepted = min(accepted, kept)
+        sequence.count_round(
+            draft_version=proposal.draft_version, drafted=drafted, attempted=attempted, accepted=accepted
+        )
+        first_output = start - sequence.prompt_len
+        sequence.mark_version(proposal.draft_version, first_output, first_output + kept)
+        if capture is not None and sequence.request.capture:
+            sequence.captured_rounds.append(
+                capture.of(
+                    row,
+                    start=start,
+                    num_drafted=drafted,
+                    num_accepted=accepted,
+                    num_attempted=attempted,
+                    emitted=kept,
+                )
+            )
+        asked = sequence.request.sampling.logprobs
+        row_top = tuple(entry[:asked] for entry in top[row][:kept]) if top and asked is not None else ()
+        sequence.logprobs.extend(raw[:kept])
+        sequence.top_logprobs.extend(row_top)
+        advances.append(
+            Advance(tuple(emitted[:kept]), tuple(raw[:kept]), row_top, drafted, attempted, accepted)
+        )
+    return advances
+
+
+def _commit(sequence: Sequence, emitted: list[int]) -> int:
+    """Append tokens up to and including the first that ends the sequence. Returns how many."""
+    kept = 0
+    for token in emitted:
+        sequence.token_ids.append(token)
+        kept += 1
+        if token in sequence.stop_ids:
+            sequence.finish_reason, sequence.stop_token_id = "stop", token
+            break
+        if sequence.num_remaining == 0:
+            sequence.finish_reason = "length"
+            break
+    sequence.num_cached = len(sequence.token_ids) - 1
+    return kept
+
+
+def _top_logprobs(
+    batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor
+) -> list[list[TopLogprobs]] | None:
+    """The most likely tokens at every position, if any row asked for them."""
+    if all(sequence.request.sampling.logprobs is None for sequence in batch.sequences):
+        return None
+    count = min(batch.max_top_logprobs, raw_logits_BEV.shape[-1])
+    top = raw_logits_BEV.topk(count, dim=-1) if count else None
+    if top is None:
+        return [[() for _ in range(raw_logits_BEV.shape[1])] for _ in batch.sequences]
+    logprobs_BEK = (top.values - logsumexp_BE[..., None]).tolist()
+    ids_BEK = top.indices.tolist()
+    return [
+        [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in zip(*row, strict=True)]
+        for row in zip(ids_BEK, logprobs_BEK, strict=True)
+    ]

@@ -1,0 +1,73 @@
+"""One model and its slot cache: tokens at positions in, logits out. Knows nothing of rounds or drafts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serving.engine.slot_cache import SlotCache
+
+
+class Runner:
+    """Runs passes over contiguous slots of a transformers causal language model."""
+
+    def __init__(self, model: nn.Module, *, num_slots: int, max_seq_len: int) -> None:
+        config: Any = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        parameter = next(model.parameters())
+        self.model = model
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.vocab_size = int(config.vocab_size)
+        self.num_slots, self.max_seq_len = num_slots, max_seq_len
+        num_heads = int(config.num_attention_heads)
+        self.cache = SlotCache(
+            num_layers=int(config.num_hidden_layers),
+            num_slots=num_slots,
+            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+            max_len=max_seq_len,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids_BT: Tensor,
+        positions_BT: Tensor,
+        *,
+        kv_len: int,
+        first_slot: int = 0,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits [B, T, V] in float32 (the last `logits_to_keep` positions; 0: all).
+
+        A token at position p attends to columns 0..p of its slot. Padding tokens sit at the cache's trash
+        column. `kv_len` is one more than the largest real position.
+        """
+        assert token_ids_BT.shape == positions_BT.shape
+        self.cache.window(first_slot, positions_BT, kv_len)
+        mask_B1TK = (self._columns_T[:kv_len] <= positions_BT[..., None])[:, None]
+        output = self.model(
+            input_ids=token_ids_BT,
+            position_ids=positions_BT,
+            attention_mask=mask_B1TK,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        logits: Tensor = output.logits
+        return logits.float()
+
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
+        """Cache one slot's tokens at positions start, start + 1, …; their logits are not needed."""
+        end = start + len(token_ids)
+        self.forward(
+            torch.tensor([list(token_ids)], device=self.device),
+            torch.arange(start, end, device=self.device)[None],
+            kv_len=end,
+            first_slot=slot,
+            logits_to_keep=1,
+        )

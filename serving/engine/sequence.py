@@ -1,0 +1,173 @@
+"""The state of one running generation, and a batch of them as a round sees it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from serving.engine.noise import noise_key
+from serving.engine.request import (
+    CapturedRound,
+    EventCallback,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    TopLogprobs,
+    VersionSpan,
+)
+from serving.engine.sampling import SamplingLaw
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What one round did to one sequence."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    num_drafted: int = 0
+    num_attempted: int = 0
+    num_accepted: int = 0
+
+
+NO_ADVANCE = Advance()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, lengths and counters of one generation.
+
+    Invariant between rounds: the target has cached all tokens but the last (`num_cached = n - 1`).
+    """
+
+    request: GenerationRequest
+    stop_ids: frozenset[int]
+    on_event: EventCallback
+    token_ids: list[int] = field(init=False)
+    """Prompt and output."""
+    num_cached: int = 0
+    """Columns of the target's slot that hold this sequence's tokens."""
+    last_advance: Advance = NO_ADVANCE
+    """Not yet delivered."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    num_rounds: int = 0
+    num_drafted: int = 0
+    num_attempted: int = 0
+    num_accepted: int = 0
+    draft_versions: list[VersionSpan] = field(default_factory=list)
+    accepted_histogram: list[int] = field(default_factory=list)
+    captured_rounds: list[CapturedRound] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        sampling = self.request.sampling
+        self.noise_key = (
+            noise_key(sampling.seed, self.request.choice_index) if sampling.seed is not None else 0
+        )
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens the request may still emit."""
+        return self.request.sampling.max_tokens - self.num_output
+
+    def max_draft_tokens(self, limit: int) -> int:
+        """Draft length of the next round: never past what a round could still emit."""
+        cap = self.request.sampling.num_draft_tokens
+        return max(0, min(limit, self.num_remaining - 1, limit if cap is None else cap))
+
+    @property
+    def num_forbidden_positions(self) -> int:
+        """Coming output positions at which min_tokens forbids to stop."""
+        return max(0, self.request.sampling.min_tokens - self.num_output)
+
+    def count_round(self, *, draft_version: int, drafted: int, attempted: int, accepted: int) -> None:
+        self.num_rounds += 1
+        self.num_drafted += drafted
+        self.num_attempted += attempted
+        self.num_accepted += accepted
+        histogram = self.accepted_histogram
+        histogram.extend([0] * (accepted + 1 - len(histogram)))
+        histogram[accepted] += 1
+
+    def mark_version(self, draft_version: int, start: int, end: int) -> None:
+        """Output positions [start, end) were proposed at this version; equal neighbours join."""
+        if self.draft_versions and self.draft_versions[-1].draft_version == draft_version:
+            start = self.draft_versions.pop().start
+        self.draft_versions.append(VersionSpan(draft_version, start, end))
+
+    def generation(self) -> Generation:
+        """What the caller gets; call once, at the end."""
+        assert self.finish_reason is not None
+        return Generation(
+            request_id=self.request.request_id,
+            choice_index=self.request.choice_index,
+            route=self.request.route,
+            sampling=self.request.sampling,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.token_ids[self.prompt_len :],
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            num_rounds=self.num_rounds,
+            num_drafted=self.num_drafted,
+            num_attempted=self.num_attempted,
+            num_accepted=self.num_accepted,
+            draft_versions=self.draft_versions,
+            accepted_histogram=self.accepted_histogram,
+            stop_token_id=self.stop_token_id,
+            error=self.error,
+            captured_rounds=self.captured_rounds,
+        )
+
+
+class Batch:
+    """The sequences of a round, row = slot, and the tensors that last as long as they do."""
+
+    def __init__(self, sequences: list[Sequence], device: torch.device | str = "cpu") -> None:
+        params = [sequence.request.sampling for sequence in sequences]
+        modes = [param.mode for param in params]
+        self.sequences = sequences
+        self.device = device
+        self.law = SamplingLaw.stack(
+            [(param.temperature, param.top_k, param.top_p, param.min_p) for param in params], device
+        )
+        self.any_standard = "standard" in modes
+        self.any_coupled = "coupled" in modes
+        self.standard_B = torch.tensor([mode == "standard" for mode in modes], device=device)
+        self.coupled_B = torch.tensor([mode == "coupled" for mode in modes], device=device)
+        self.noise_keys_B = torch.tensor(
+            [sequence.noise_key for sequence in sequences], dtype=torch.int64, device=device
+        )
+        self.any_capture = any(sequence.request.capture for sequence in sequences)
+        self.max_top_logprobs = max(param.logprobs or 0 for param in params)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def lengths(self) -> list[int]:
+        return [len(sequence.token_ids) for sequence in self.sequences]
+
+    def output_positions_BX(self, num_positions: int) -> Tensor:
+        """Output index of the next `num_positions` tokens of each row."""
+        starts_B = torch.tensor([sequence.num_output for sequence in self.sequences], device=self.device)
+        return starts_B[:, None] + torch.arange(num_positions, device=self.device)
+
+    def forbid_stops(self, logits_BXV: Tensor, first_position: int = 0) -> Tensor:
+        """Where min_tokens is not reached yet, a stop token cannot be drawn. Copies only if it must."""
+        copied = False
+        for row, sequence in enumerate(self.sequences):
+            num_forbidden = sequence.num_forbidden_positions - first_position
+            if num_forbidden > 0 and sequence.stop_ids:
+                logits_BXV = logits_BXV if copied else logits_BXV.clone()
+                copied = True
+                logits_BXV[row, :num_forbidden, list(sequence.stop_ids)] = -torch.inf
+        return logits_BXV

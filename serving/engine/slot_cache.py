@@ -1,0 +1,112 @@
+"""Keys and values by slot, under unmodified transformers models.
+
+One tensor holds every layer; a row is a slot. A pass over the contiguous slots [first, first + B) writes
+each token's keys at its own position and hands attention the first `kv_len` columns as a view, no copy.
+Rejection is not advancing a length: a column past a sequence's length is garbage that its mask hides
+until it is written again. The last column is the trash column: padding tokens are written there.
+Invariant: no NaN stays in the cache (attention leaks a masked NaN): whoever sees one zeroes the slot.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SlotCache(Cache):
+    """KV [layers, 2, slots, kv heads, max_len + 1, head_dim]; `window` chooses what a pass sees."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_layers, 2, num_slots, num_kv_heads, max_len + 1, head_dim)
+        self.kv_L2SHTD = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_len = max_len
+        self.trash_column = max_len
+        self.num_bytes = self.kv_L2SHTD.numel() * self.kv_L2SHTD.element_size()
+        self._slot_layers = [_SlotLayer(layer_2SHTD) for layer_2SHTD in self.kv_L2SHTD]
+        super().__init__(layers=list(self._slot_layers))
+
+    def window(self, first_slot: int, positions_BT: Tensor, kv_len: int) -> None:
+        """The next pass runs slots [first_slot, first_slot + B) and writes at `positions_BT`."""
+        num_rows, num_tokens = positions_BT.shape
+        if num_rows == 1:
+            start = int(positions_BT[0, 0])
+            is_run = int(positions_BT[0, -1]) == start + num_tokens - 1
+            span = slice(start, start + num_tokens) if is_run else None
+        else:
+            span = None
+        rows_B1 = torch.arange(num_rows, device=positions_BT.device)[:, None]
+        for layer in self._slot_layers:
+            layer.aim(first_slot, num_rows, rows_B1, positions_BT, span, kv_len)
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot, so that nothing of its owner, NaN least of all, is left."""
+        self.kv_L2SHTD[:, :, slot].zero_()
+
+    def clear_all(self) -> None:
+        self.kv_L2SHTD.zero_()
+
+    def move(self, source: int, destination: int, length: int) -> None:
+        """Copy the first `length` columns of a slot over another's; slots stay contiguous that way."""
+        if length > 0:
+            self.kv_L2SHTD[:, :, destination, :, :length] = self.kv_L2SHTD[:, :, source, :, :length]
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's share of the cache; transformers calls `update` in each attention."""
+
+    is_sliding = False
+
+    def __init__(self, kv_2SHTD: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._keys_SHTD, self._values_SHTD = kv_2SHTD[0], kv_2SHTD[1]
+        self.is_initialized = True
+
+    def aim(
+        self,
+        first_slot: int,
+        num_rows: int,
+        rows_B1: Tensor,
+        positions_BT: Tensor,
+        span: slice | None,
+        kv_len: int,
+    ) -> None:
+        slots = slice(first_slot, first_slot + num_rows)
+        self._keys_BHTD, self._values_BHTD = self._keys_SHTD[slots], self._values_SHTD[slots]
+        self._rows_B1, self._positions_BT = rows_B1, positions_BT
+        self._span, self._kv_len = span, kv_len
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, H, T, D] in, the whole visible [B, H, kv_len, D] out."""
+        if self._span is not None:
+            self._keys_BHTD[:, :, self._span] = key_states
+            self._values_BHTD[:, :, self._span] = value_states
+        else:
+            where = (self._rows_B1, self._positions_BT)
+            self._keys_BHTD.transpose(1, 2)[where] = key_states.transpose(1, 2)
+            self._values_BHTD.transpose(1, 2)[where] = value_states.transpose(1, 2)
+        return self._keys_BHTD[:, :, : self._kv_len], self._values_BHTD[:, :, : self._kv_len]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the storage exists from the start."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._kv_len, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return int(self._keys_SHTD.shape[2])

@@ -1,0 +1,97 @@
+"""The library entry: an engine in this process, without Ray, Redis or HTTP."""
+
+import torch
+
+from serving.drafters.model_drafter import ModelDrafter
+from serving.engine.cost_table import measure_costs
+from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
+from serving.engine.engine import Engine
+from serving.engine.runner import Runner
+from serving.models.draft_weights import DraftWeights
+from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
+
+_CHECK_TOKENS = 12
+
+
+class LocalEngine(Engine):
+    """An Engine that knows the pair it serves."""
+
+    pair: ModelPair
+    draft_weights: DraftWeights | None
+
+
+def load_engine(
+    target: str,
+    draft: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    num_slots: int = 8,
+    max_seq_len: int = 1024,
+    num_draft_tokens: int | None = None,
+) -> LocalEngine:
+    """Load a pair (paths or hub ids) and start an engine on it.
+
+    `num_draft_tokens`: None lets the controller choose, an int fixes the draft length. Raises
+    UnsupportedModelError for models that cannot work, with the reason.
+    """
+    pair = load_pair(target, draft, device=device, dtype=dtype)
+    return build_engine(pair, num_slots=num_slots, max_seq_len=max_seq_len, num_draft_tokens=num_draft_tokens)
+
+
+def build_engine(
+    pair: ModelPair, *, num_slots: int = 8, max_seq_len: int = 1024, num_draft_tokens: int | None = None
+) -> LocalEngine:
+    """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold."""
+    max_seq_len = min(max_seq_len, pair.max_positions)
+    target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
+    check_runner(target, pair.target_id)
+    drafter = weights = None
+    draft_runner = None
+    if pair.draft is not None:
+        draft_runner = Runner(pair.draft, num_slots=num_slots, max_seq_len=max_seq_len)
+        check_runner(draft_runner, pair.draft_id)
+        drafter = ModelDrafter(draft_runner)
+        weights = DraftWeights(
+            pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
+        )
+    costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
+    for runner in (target, draft_runner):
+        if runner is not None:
+            runner.cache.clear_all()
+    engine = LocalEngine(
+        target,
+        drafter,
+        controller=DraftLengthController(costs, fixed=num_draft_tokens),
+        costs=costs,
+        eos_token_ids=pair.eos_token_ids,
+        floor=weights.stage_floor if weights is not None else None,
+    )
+    engine.pair, engine.draft_weights = pair, weights
+    return engine
+
+
+@torch.inference_mode()
+def check_runner(runner: Runner, name: str) -> None:
+    """Compare slot-cache logits with the model's own on a short text, in two ragged chunks.
+
+    Catches what no config reveals: attention that ignores the mask, positions or cache.
+    """
+    num_tokens = min(_CHECK_TOKENS, runner.max_seq_len)
+    tokens_1T = torch.arange(num_tokens, device=runner.device)[None] % runner.vocab_size
+    expected_TV = runner.model(input_ids=tokens_1T, use_cache=False).logits[0].float()
+    positions_1T = torch.arange(num_tokens, device=runner.device)[None]
+    split = num_tokens // 2
+    first = runner.forward(tokens_1T[:, :split], positions_1T[:, :split], kv_len=split)
+    second = runner.forward(tokens_1T[:, split:], positions_1T[:, split:], kv_len=num_tokens)
+    got_TV = torch.cat([first, second], dim=1)[0]
+    tolerance = 1e-3 if runner.dtype == torch.float32 else 0.05
+    if not torch.isfinite(expected_TV).all():
+        return
+    scale = expected_TV.abs().max().clamp(min=1.0)
+    error = float((got_TV - expected_TV).abs().max() / scale)
+    if error > tolerance:
+        raise UnsupportedModelError(
+            f"model {name!r} answers differently through the slot cache (relative error {error:.2g}); its "
+            "attention ignores the engine's mask, positions or cache, so its text would be wrong"
+        )

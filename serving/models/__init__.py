@@ -1,0 +1,1 @@
+"""Loading target and draft, and the draft's live weights."""

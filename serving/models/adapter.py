@@ -1,0 +1,171 @@
+"""LoRA adapters as bytes: validate everything, then merge aside. Touches no live weight.
+
+The bytes are PEFT's `adapter_model.safetensors` and `adapter_config.json`, as any PEFT tool writes them;
+linear and embedding modules are supported. An adapter is accepted whole or refused whole.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+_KEY = re.compile(
+    r"^base_model\.model\.(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?$"
+)
+
+
+class AdapterRejectedError(ValueError):
+    """The adapter was refused; nothing changed. The message says why."""
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """delta = scale * B @ A (transposed for embeddings, whose weight is [V, D])."""
+
+    a: Tensor
+    b: Tensor
+    is_embedding: bool
+
+    def delta(self, scale: float) -> Tensor:
+        product = self.b.float() @ self.a.float()
+        return scale * (product.T if self.is_embedding else product)
+
+
+def sha256_of(weights: bytes) -> str:
+    return hashlib.sha256(weights).hexdigest()
+
+
+def merge_adapter(
+    base: nn.Module, weights: bytes, adapter_config_json: str, sha256: str
+) -> dict[str, Tensor]:
+    """Merged weights by parameter name, for the modules the adapter touches, in the base's dtype.
+
+    `base` holds the floor's weights and is not changed. Raises AdapterRejectedError for a wrong hash, an
+    unreadable file, an unknown module, a wrong rank or shape, a value that is not finite, or tied weights.
+    """
+    if sha256_of(weights) != sha256:
+        raise AdapterRejectedError(
+            f"adapter bytes hash to {sha256_of(weights)[:12]}…, the manifest says {sha256[:12]}…; "
+            "they were corrupted on the way"
+        )
+    config = _parse_config(adapter_config_json)
+    scale = _scale(config)
+    merged: dict[str, Tensor] = {}
+    modules = dict(base.named_modules())
+    for name, pair in _pairs(weights).items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            raise AdapterRejectedError(
+                f"adapter touches {name!r}, which is no linear or embedding of the draft"
+            )
+        _check_pair(name, pair, module, int(config["r"]))
+        weight = module.weight.detach()
+        result = (weight.float() + pair.delta(scale).to(weight.device)).to(weight.dtype)
+        if not torch.isfinite(result).all():
+            raise AdapterRejectedError(f"adapter module {name!r} merges to values that are not finite")
+        merged[f"{name}.weight"] = result
+    _check_targets(config, merged)
+    _check_not_tied(base, merged)
+    return merged
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterRejectedError(f"adapter_config.json is unusable: {error!r}") from error
+    if rank < 1 or alpha <= 0:
+        raise AdapterRejectedError(
+            f"adapter_config.json has r={rank}, lora_alpha={alpha}; both must be positive"
+        )
+    unsupported = [
+        key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)
+    ]
+    if unsupported or config.get("bias", "none") != "none":
+        raise AdapterRejectedError(
+            f"adapter_config.json uses {unsupported or ['bias']}, which is not supported"
+        )
+    return dict(config)
+
+
+def _scale(config: dict[str, Any]) -> float:
+    rank = int(config["r"])
+    divisor = rank**0.5 if config.get("use_rslora") else rank
+    return float(config["lora_alpha"]) / float(divisor)
+
+
+def _pairs(weights: bytes) -> dict[str, LoraPair]:
+    try:
+        tensors = load(weights)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterRejectedError(f"adapter bytes are no safetensors file: {error}") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise AdapterRejectedError(f"adapter holds the tensor {key!r}, which is no LoRA weight")
+        if not torch.isfinite(tensor).all():
+            raise AdapterRejectedError(f"adapter tensor {key!r} has values that are not finite")
+        halves.setdefault(match["module"], {})[match["half"]] = tensor
+        if match["embedding"]:
+            embeddings.add(match["module"])
+    if not halves:
+        raise AdapterRejectedError("adapter holds no LoRA weights")
+    missing = sorted(name for name, pair in halves.items() if len(pair) != 2)
+    if missing:
+        raise AdapterRejectedError(f"adapter lacks lora_A or lora_B of {missing}")
+    return {name: LoraPair(pair["A"], pair["B"], name in embeddings) for name, pair in halves.items()}
+
+
+def _check_pair(name: str, pair: LoraPair, module: nn.Linear | nn.Embedding, rank: int) -> None:
+    rows, columns = module.weight.shape
+    if pair.is_embedding != isinstance(module, nn.Embedding):
+        raise AdapterRejectedError(f"adapter module {name!r} is of another kind than the draft's")
+    inputs, outputs = (rows, columns) if pair.is_embedding else (columns, rows)
+    if tuple(pair.a.shape) != (rank, inputs) or tuple(pair.b.shape) != (outputs, rank):
+        raise AdapterRejectedError(
+            f"adapter module {name!r} has lora_A {tuple(pair.a.shape)} and lora_B {tuple(pair.b.shape)}; "
+            f"rank {rank} on this draft needs {(rank, inputs)} and {(outputs, rank)}"
+        )
+
+
+def _check_targets(config: dict[str, Any], merged: dict[str, Tensor]) -> None:
+    """Every target module named in the config is there, and nothing else is."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    found = {name.removesuffix(".weight") for name in merged}
+    stray = sorted(
+        name for name in found if not any(name == target or name.endswith(f".{target}") for target in targets)
+    )
+    absent = sorted(
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in found)
+    )
+    if stray or absent:
+        raise AdapterRejectedError(
+            f"adapter's tensors and its target_modules disagree: without tensors {absent}, unnamed {stray}"
+        )
+
+
+def _check_not_tied(base: nn.Module, merged: dict[str, Tensor]) -> None:
+    """A weight shared by two modules cannot take two different deltas in place."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter.data_ptr(), []).append(name)
+    for names in owners.values():
+        touched = [name for name in names if name in merged]
+        if touched and len(names) > 1:
+            raise AdapterRejectedError(
+                f"adapter touches {touched[0]!r}, which the draft ties to "
+                f"{sorted(set(names) - set(touched))}; merging it would change both"
+            )

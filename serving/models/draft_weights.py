@@ -1,0 +1,81 @@
+"""The live weights of a draft: stage aside, swap in place, roll back, floor.
+
+Staging validates and merges into fresh tensors, on the caller's thread. Applying copies every weight that
+differs between two versions into place: addresses stay (captured graphs stay valid) and no round ever sees
+weights of two versions. The floor, a whole copy of the draft as loaded, stays beside the live weights.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from serving.models.adapter import AdapterRejectedError, merge_adapter
+
+FLOOR_VERSION = 0
+
+
+@dataclass(frozen=True, eq=False)
+class StagedWeights:
+    """One version, ready to be copied in."""
+
+    draft_version: int
+    owner: "DraftWeights"
+    merged: Mapping[str, Tensor]
+    """By parameter name; every other parameter is the floor's."""
+
+    def apply(self) -> None:
+        """Make this version live. Call only between two rounds, on the thread that runs them."""
+        self.owner.copy_in(self.merged)
+
+
+class DraftWeights:
+    """Owns the draft module that serves, and its floor."""
+
+    def __init__(self, module: nn.Module, *, draft_revision: str, target_revision: str) -> None:
+        self.draft_revision = draft_revision
+        self.target_revision = target_revision
+        self._floor_module = copy.deepcopy(module)
+        self._live = dict(module.named_parameters())
+        self._floor = dict(self._floor_module.named_parameters())
+        self._adapted: frozenset[str] = frozenset()
+
+    def stage(
+        self,
+        weights: bytes,
+        *,
+        draft_version: int,
+        adapter_config_json: str,
+        sha256: str,
+        draft_revision: str,
+        target_revision: str,
+    ) -> StagedWeights:
+        """Validate and merge aside. Raises AdapterRejectedError; the live weights are untouched."""
+        for name, theirs, ours in (
+            ("draft_revision", draft_revision, self.draft_revision),
+            ("target_revision", target_revision, self.target_revision),
+        ):
+            if theirs != ours:
+                raise AdapterRejectedError(
+                    f"adapter {draft_version} was made for {name}={theirs[:12]}…, this replica serves "
+                    f"{ours[:12]}…; it is another model's adapter"
+                )
+        if draft_version <= FLOOR_VERSION:
+            raise AdapterRejectedError(f"draft_version={draft_version} is not positive; 0 is the floor")
+        merged = merge_adapter(self._floor_module, weights, adapter_config_json, sha256)
+        return StagedWeights(draft_version, self, merged)
+
+    def stage_floor(self) -> StagedWeights:
+        """The draft as loaded; costs nothing to stage."""
+        return StagedWeights(FLOOR_VERSION, self, {})
+
+    @torch.inference_mode()
+    def copy_in(self, merged: Mapping[str, Tensor]) -> None:
+        """Write `merged`, and the floor wherever only the last version differed from it."""
+        names = sorted(self._adapted.union(merged))
+        if names:
+            live: list[Tensor] = [self._live[name] for name in names]
+            torch._foreach_copy_(live, [merged.get(name, self._floor[name]) for name in names])
+        self._adapted = frozenset(merged)

@@ -1,0 +1,1 @@
+"""Shared test material: models of known distribution, tiny pairs, record factories."""
