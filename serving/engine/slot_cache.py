@@ -62,7 +62,7 @@ class SlotCache(Cache):
             self.kv_L2SHTD[:, :, destination, :, :length] = self.kv_L2SHTD[:, :, source, :, :length]
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class _SlotLayer(CacheLayerMixin):
     """One layer's share of the cache; transformers calls `update` in each attention."""
 
     is_sliding = False

@@ -1,0 +1,20 @@
+"""The HTTP app of one replica: routes over a context, behind the door. Starts and closes nothing."""
+
+from fastapi import FastAPI
+
+from serving.api.chat import chat_routes
+from serving.api.completions import completion_routes
+from serving.api.context import AppContext
+from serving.api.door import Door
+from serving.api.errors import install_error_handlers
+from serving.api.operations import admin_routes, health_routes, model_routes, token_routes
+
+
+def create_app(context: AppContext) -> FastAPI:
+    """An ASGI app that needs no lifespan: the context's owner made its parts and closes them."""
+    app = FastAPI(title="everdraft", version=context.version)
+    for routes in (completion_routes, chat_routes, model_routes, token_routes, health_routes, admin_routes):
+        app.include_router(routes(context))
+    install_error_handlers(app)
+    app.add_middleware(Door, keys=context.keys)
+    return app

@@ -1,0 +1,168 @@
+"""`POST /v1/chat/completions`: messages through the model's own chat template, answered."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api.answering import respond
+from serving.api.choice_extras import ChoiceExtras
+from serving.api.choices import ChoiceDelta
+from serving.api.context import AppContext
+from serving.api.errors import bad_request
+from serving.api.incoming import check_model, route_of
+from serving.api.logprobs import chat_logprobs
+from serving.api.plan import Plan, fit_max_tokens, sampling_of
+from serving.api.request_schema import ChatBody, ChatMessage
+from serving.api.response_schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    Metrics,
+    Usage,
+)
+from serving.api.token_codec import TokenCodec
+
+
+def chat_routes(context: AppContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def create_chat_completion(body: ChatBody, request: Request) -> Response:
+        check_model(context, body.model)
+        prompt = await chat_token_ids(
+            context.codec, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+        )
+        plan = _plan(context, body, request, prompt)
+        return await respond(context, request, plan, ChatRenderer(context.codec, plan))
+
+    return router
+
+
+async def chat_token_ids(
+    codec: TokenCodec,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool,
+    template_arguments: dict[str, Any],
+) -> list[int]:
+    """The prompt that the chat template makes. Raises ApiError: no template, or it refuses the messages."""
+    if not codec.has_chat_template:
+        raise bad_request("This model has no chat template; use /v1/completions.", "messages")
+    plain = [_plain(message) for message in messages]
+
+    def render() -> list[int]:
+        text = codec.chat_text(plain, add_generation_prompt=add_generation_prompt, **template_arguments)
+        return codec.encode(text, add_special_tokens=False)
+
+    try:
+        tokens = await asyncio.to_thread(render)
+    except Exception as error:
+        # Templates are programs: whatever they raise, the messages did not fit. Only what their author
+        # wrote for people is passed on.
+        reason = f": {error}" if type(error).__module__.startswith("jinja2") else ""
+        raise bad_request(f"The chat template refuses the messages{reason}", "messages") from None
+    if not tokens:
+        raise bad_request("The chat template made an empty prompt of the messages.", "messages")
+    return tokens
+
+
+def _plain(message: ChatMessage) -> dict[str, str]:
+    """As templates expect it; `developer` is OpenAI's newer word for `system`."""
+    role = "system" if message.role == "developer" else message.role
+    named = {"name": message.name, "tool_call_id": message.tool_call_id}
+    kept = {key: value for key, value in named.items() if value is not None}
+    return {"role": role, "content": message.text, **kept}
+
+
+def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[int]) -> Plan:
+    max_tokens = fit_max_tokens(
+        body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
+    )
+    api_id = f"chatcmpl-{uuid.uuid4().hex}"
+    return Plan(
+        api_id=api_id,
+        created=int(time.time()),
+        model=context.model_name,
+        body=body,
+        prompts=(tuple(prompt),),
+        sampling=sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
+        route=route_of(request, body.metadata),
+        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
+    )
+
+
+class ChatRenderer:
+    """`chat.completion` and its chunks."""
+
+    def __init__(self, codec: TokenCodec, plan: Plan) -> None:
+        self._codec, self._plan = codec, plan
+        self._extras = ChoiceExtras(plan)
+
+    def opening(self) -> Iterator[ChatChunk]:
+        """The role, before any text, for every choice."""
+        for index in range(self._plan.num_choices):
+            delta = ChatDelta(role="assistant", content="")
+            choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
+            chunk = self._chunk([choice])
+            yield chunk.model_copy(update=self._prompt_token_ids()) if index == 0 else chunk
+
+    def chunk(self, delta: ChoiceDelta) -> ChatChunk:
+        choice = ChatChunkChoice(
+            index=delta.index,
+            delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+        return self._chunk([choice.model_copy(update=self._extras.of(delta))])
+
+    def closing(self, usage: Usage, metrics: Metrics) -> ChatChunk:
+        return self._chunk([]).model_copy(update={"usage": usage, "metrics": metrics})
+
+    def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> ChatCompletion:
+        plan = self._plan
+        completion = ChatCompletion(
+            id=plan.api_id,
+            object="chat.completion",
+            created=plan.created,
+            model=plan.model,
+            choices=[self._choice(delta) for delta in choices],
+            usage=usage,
+            metrics=metrics,
+        )
+        return completion.model_copy(update=self._prompt_token_ids())
+
+    def _choice(self, delta: ChoiceDelta) -> ChatChoice:
+        choice = ChatChoice(
+            index=delta.index,
+            message=AssistantMessage(role="assistant", content=delta.text, refusal=None),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+        return choice.model_copy(update=self._extras.of(delta))
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        plan = self._plan
+        chunk = ChatChunk(
+            id=plan.api_id,
+            object="chat.completion.chunk",
+            created=plan.created,
+            model=plan.model,
+            choices=choices,
+        )
+        return chunk.model_copy(update={"usage": None}) if plan.body.include_usage else chunk
+
+    def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
+        return None if self._plan.sampling.logprobs is None else chat_logprobs(self._codec, delta)
+
+    def _prompt_token_ids(self) -> dict[str, object]:
+        return {"prompt_token_ids": list(self._plan.prompts[0])} if self._plan.body.return_token_ids else {}

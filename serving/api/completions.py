@@ -1,0 +1,137 @@
+"""`POST /v1/completions`: prompts as text or token ids, continued."""
+
+import time
+import uuid
+from collections.abc import Iterator
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serving.api.answering import respond
+from serving.api.choice_extras import ChoiceExtras
+from serving.api.choices import ChoiceDelta
+from serving.api.context import AppContext
+from serving.api.errors import bad_request
+from serving.api.incoming import check_model, encode, route_of
+from serving.api.logprobs import completion_logprobs
+from serving.api.plan import Plan, fit_max_tokens, sampling_of
+from serving.api.request_schema import CompletionBody
+from serving.api.response_schema import Completion, CompletionChoice, Metrics, Usage
+from serving.api.token_codec import TokenCodec
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def completion_routes(context: AppContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions", response_model=Completion)
+    async def create_completion(body: CompletionBody, request: Request) -> Response:
+        check_model(context, body.model)
+        prompts = await _prompts(context.codec, body)
+        plan = _plan(context, body, request, prompts)
+        renderer = CompletionRenderer(context.codec, plan, _echoes(context.codec, body, prompts))
+        return await respond(context, request, plan, renderer)
+
+    return router
+
+
+async def _prompts(codec: TokenCodec, body: CompletionBody) -> list[list[int]]:
+    """Token ids of every prompt. Raises ApiError for one without tokens."""
+    prompts = [
+        await encode(codec, prompt, add_special_tokens=body.add_special_tokens)
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in _each_prompt(body)
+    ]
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            name = "prompt" if len(prompts) == 1 else f"prompt[{number}]"
+            raise bad_request(f"{name} has no tokens; there is nothing to complete", "prompt")
+    return prompts
+
+
+def _each_prompt(body: CompletionBody) -> list[str] | list[list[int]] | list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [[token for token in prompt if isinstance(token, int)]]
+    return [item for item in prompt if not isinstance(item, int)]
+
+
+def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
+    """What `echo` puts before each prompt's choices: the text as it was given, or its decoding."""
+    if not body.echo:
+        return [""] * len(prompts)
+    given = zip(_each_prompt(body), prompts, strict=True)
+    return [prompt if isinstance(prompt, str) else codec.decode(tokens) for prompt, tokens in given]
+
+
+def _plan(context: AppContext, body: CompletionBody, request: Request, prompts: list[list[int]]) -> Plan:
+    longest = max(len(prompt) for prompt in prompts)
+    max_tokens = fit_max_tokens(
+        body.max_tokens, DEFAULT_MAX_TOKENS, longest, context.engine.max_seq_len, prompt_field="prompt"
+    )
+    api_id = f"cmpl-{uuid.uuid4().hex}"
+    return Plan(
+        api_id=api_id,
+        created=int(time.time()),
+        model=context.model_name,
+        body=body,
+        prompts=tuple(tuple(prompt) for prompt in prompts),
+        sampling=sampling_of(body, max_tokens, body.logprobs),
+        route=route_of(request, body.metadata),
+        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
+    )
+
+
+class CompletionRenderer:
+    """`echoes`: what goes before the text of each prompt's choices."""
+
+    def __init__(self, codec: TokenCodec, plan: Plan, echoes: list[str]) -> None:
+        self._codec, self._plan, self._echoes = codec, plan, echoes
+        self._opened: set[int] = set()
+        self._extras = ChoiceExtras(plan)
+
+    def opening(self) -> Iterator[Completion]:
+        for index in range(self._plan.num_choices):
+            if echo := self._echo(index):
+                choice = CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None)
+                yield self._completion([choice])
+
+    def chunk(self, delta: ChoiceDelta) -> Completion:
+        return self._completion([self._choice(delta, delta.text)])
+
+    def closing(self, usage: Usage, metrics: Metrics) -> Completion:
+        return self._completion([]).model_copy(update={"usage": usage, "metrics": metrics})
+
+    def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> Completion:
+        rendered = [self._choice(delta, self._echo(delta.index) + delta.text) for delta in choices]
+        return self._completion(rendered).model_copy(update={"usage": usage, "metrics": metrics})
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        plan = self._plan
+        completion = Completion(
+            id=plan.api_id, object="text_completion", created=plan.created, model=plan.model, choices=choices
+        )
+        return completion.model_copy(update={"usage": None}) if plan.body.include_usage else completion
+
+    def _choice(self, delta: ChoiceDelta, text: str) -> CompletionChoice:
+        choice = CompletionChoice(
+            index=delta.index,
+            text=text,
+            logprobs=None
+            if self._plan.sampling.logprobs is None
+            else completion_logprobs(self._codec, delta),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+        )
+        extras = self._extras.of(delta)
+        if self._plan.body.return_token_ids and delta.index not in self._opened:
+            extras["prompt_token_ids"] = list(self._plan.prompt_of(delta.index))
+        self._opened.add(delta.index)
+        return choice.model_copy(update=extras)
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._plan.body.n]

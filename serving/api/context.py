@@ -1,0 +1,48 @@
+"""Everything that the routes of one app use: parts made elsewhere, and whether they take requests now."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from buffer.records import ServingStatus
+from serving.api.admission import Admission
+from serving.api.keys import KeyRing
+from serving.api.token_codec import TokenCodec
+from serving.engine.engine import Engine
+from serving.metrics import ServingMetrics
+from serving.recorder import Recorder
+
+_DRAIN_CHECK_S = 0.02
+
+
+@dataclass
+class AppContext:
+    """One replica's parts. `recorder` None: nothing is recorded. Owned, and closed, by whoever made it."""
+
+    engine: Engine
+    codec: TokenCodec
+    model_name: str
+    version: str
+    """Of the software."""
+    started_at: int
+    """Unix time."""
+    admission: Admission
+    keys: KeyRing
+    metrics: ServingMetrics
+    recorder: Recorder | None
+    status: Callable[[], ServingStatus]
+    request_timeout_s: float
+    draining: bool = field(default=False)
+
+    @property
+    def is_ready(self) -> bool:
+        """Takes new requests."""
+        return self.engine.is_alive and not self.draining
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new request and wait for those under way. Returns whether all ended in time."""
+        self.draining = True
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while self.admission.num_in_flight and asyncio.get_running_loop().time() < deadline_s:
+            await asyncio.sleep(_DRAIN_CHECK_S)
+        return self.admission.num_in_flight == 0

@@ -1,0 +1,35 @@
+"""What every endpoint asks of a request first: the model it means, its tokens, its route."""
+
+import asyncio
+
+from fastapi import Request
+
+from serving.api.context import AppContext
+from serving.api.errors import ApiError, bad_request
+from serving.api.token_codec import TokenCodec
+from serving.router import ROUTE_HEADER, choose_route
+
+_INLINE_CHARS = 2048
+"""A longer text is tokenised in a thread: it would hold up every other stream."""
+
+
+def check_model(context: AppContext, name: str | None) -> None:
+    """No name means the one model there is. Raises ApiError for another's."""
+    if name is not None and name != context.model_name:
+        message = f"The model {name!r} does not exist; this server has {context.model_name!r}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def encode(codec: TokenCodec, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text; long ones off the event loop."""
+    if len(text) <= _INLINE_CHARS:
+        return codec.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(codec.encode, text, add_special_tokens=add_special_tokens)
+
+
+def route_of(request: Request, metadata: dict[str, str] | None) -> str:
+    """Raises ApiError for a name that is none."""
+    try:
+        return choose_route(metadata, request.headers.get(ROUTE_HEADER))
+    except ValueError as error:
+        raise bad_request(str(error), "metadata.route") from None

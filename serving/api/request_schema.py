@@ -1,0 +1,198 @@
+"""The bodies that clients send, validated strictly. Knows no tokenizer and no engine.
+
+Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported,
+is refused by name unless its value is the neutral one; null means unset everywhere.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+
+_TEMPLATE_CONTROLS = frozenset(
+    "add_generation_prompt chat_template continue_final_message conversation documents max_length messages "
+    "padding return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools "
+    "truncation".split()
+)
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def fault(param: str, message: str) -> PydanticCustomError:
+    """A validation error that names the field at fault."""
+    return PydanticCustomError("everdraft", message.replace("{", "{{").replace("}", "}}"), {"param": param})
+
+
+class StrictBody(BaseModel):
+    """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_would_be_ignored(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        return {name: value for name, value in given.items() if not cls._may_drop(name, value)}
+
+    @classmethod
+    def _may_drop(cls, name: Any, value: Any) -> bool:
+        """Whether the field may be left out. Raises for one that may not and cannot be kept."""
+        if name in cls.model_fields:
+            return False
+        if name in NEUTRAL_VALUES:
+            if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES[name]):
+                return True
+            raise fault(name, "is not supported yet; the request was not started")
+        if name in HARMLESS:
+            return True
+        close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise fault(str(name), f"is no field that is known here{hint}; the request was not started")
+
+
+class StreamOptions(StrictBody):
+    include_usage: bool = False
+
+
+class GenerationBody(StrictBody):
+    """What both generation endpoints share."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] = Field(
+        default_factory=list
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+
+    top_k: int = Field(default=0, ge=-1)
+    """0 and -1 are off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    min_tokens: int = Field(default=0, ge=0)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    return_weight_versions: bool = False
+    num_draft_tokens: int | None = Field(default=None, ge=0)
+    """Caps the draft length; 0 turns speculation off for this request."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise fault("stream_options", "is only allowed when stream is true")
+        return self
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise fault("best_of", f"={self.best_of} other than n={self.n} is not supported yet")
+        if self.echo and self.logprobs is not None:
+            raise fault("echo", "together with logprobs is not supported yet (prompt logprobs)")
+        if isinstance(self.prompt, list) and not self.prompt:
+            raise fault("prompt", "is empty; there is nothing to complete")
+        return self
+
+
+class ContentPart(StrictBody):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(StrictBody):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] = ""
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        parts = self.content
+        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise fault("top_logprobs", "needs logprobs to be true")
+        return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        reserved = _TEMPLATE_CONTROLS.intersection(arguments)
+        if reserved:
+            raise ValueError(f"{sorted(reserved)} are not variables of a template; the request was not started")
+        return arguments
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeBody(StrictBody):
+    """`POST /tokenize`: a text, or messages as chat would see them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise fault("prompt", "or messages must be given, and not both")
+        return self
+
+
+class DetokenizeBody(StrictBody):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]

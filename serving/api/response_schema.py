@@ -1,0 +1,173 @@
+"""The bodies that clients get, in OpenAI's shapes. Plain data; knows no tokenizer and no engine.
+
+Fields that a body must always carry, null ones too, are set by whoever builds it: bodies are sent without
+their unset fields.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_unset=True)
+
+
+class Usage(Body):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class SpeculativeDecoding(Body):
+    """Field names as vLLM has them, then ours. Sums over all choices of the answer."""
+
+    mean_acceptance_length: float
+    """Output tokens of a round that drafted: 1 + accepted / rounds that drafted."""
+    draft_acceptance_rate: float
+    """Accepted / drafted, which we call draft utilization."""
+    acceptance_histogram: list[int]
+    """[i]: rounds that accepted exactly i draft tokens."""
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int
+    """Draft length: the cap of the request, or the most a round accepted."""
+    num_attempted_draft_tokens: int
+    """Accepted, plus one for every rejection."""
+    acceptance_rate: float
+    """Accepted / attempted."""
+
+
+class Metrics(Body):
+    speculative_decoding: SpeculativeDecoding
+
+
+class WeightVersion(Body):
+    """Draft `version` proposed for output tokens start (inclusive) to end (exclusive)."""
+
+    version: int
+    start: int
+    end: int
+
+
+class CompletionLogprobs(Body):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TokenLogprob(Body):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Body):
+    content: list[ChatTokenLogprob]
+
+
+class Choice(Body):
+    """What every kind of choice may carry beside its text."""
+
+    index: int
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it; null for end of text."""
+    token_ids: list[int] | None = None
+    weight_versions: list[WeightVersion] | None = None
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(Body):
+    """The whole answer, or a chunk of a stream: OpenAI gives both the same object name."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    metrics: Metrics | None = None
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Choice):
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Body):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    metrics: Metrics
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatDelta(Body):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatChunk(Body):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    metrics: Metrics | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class ModelCard(Body):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Body):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(Body):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(Body):
+    prompt: str

@@ -1,0 +1,28 @@
+"""Server-sent events, and a response that always closes what it streams from."""
+
+from collections.abc import AsyncIterator, Callable
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(json_text: str) -> str:
+    """One event. JSON has no raw line ends, so one line is enough."""
+    return f"data: {json_text}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """`on_close` runs when the client has gone, the events ended, or sending failed; exactly once."""
+
+    def __init__(self, events: AsyncIterator[str], on_close: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_close = on_close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_close()

@@ -1,0 +1,100 @@
+"""Text to token ids, and each token id to the very bytes it stands for. Wraps a transformers tokenizer.
+
+Knows no requests. Invariant: a token's bytes do not depend on its neighbours, so text decoded in pieces
+equals text decoded at once; a special token has none. Thread-safe.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class TokenCodec:
+    """`tokenizer`: a transformers tokenizer; the fast kind runs without a lock."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._lock = threading.Lock()
+        added = tokenizer.added_tokens_decoder
+        self._added = {int(i): str(token) for i, token in added.items()}
+        special = (int(i) for i, token in added.items() if getattr(token, "special", False))
+        self._special_ids = frozenset(tokenizer.all_special_ids) | frozenset(special)
+        self._byte_of = _byte_alphabet() if self._is_byte_level() else None
+        self._bytes: dict[int, bytes] = {}
+        self.has_chat_template = getattr(tokenizer, "chat_template", None) is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **template_arguments: Any
+    ) -> str:
+        """The prompt that the model's chat template makes. Whatever the template raises passes through."""
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+        return text
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The tokenizer's own decoding, special tokens as they are spelled: the inverse of `encode`."""
+        with self._lock:
+            text: str = self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        return text
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """What the token adds to an answer: nothing if it is special."""
+        return b"" if token_id in self._special_ids else self.raw_bytes(token_id)
+
+    def raw_bytes(self, token_id: int) -> bytes:
+        """What the token stands for, special ones as they are spelled; empty for an id without a token."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone, for people; an incomplete character shows as U+FFFD."""
+        return self.raw_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _spell(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return b""
+        if self._byte_of is not None and all(char in self._byte_of for char in token):
+            return bytes(self._byte_of[char] for char in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes([int(token[3:5], 16)])
+        return self._spell_by_difference(token_id)
+
+    def _spell_by_difference(self, token_id: int) -> bytes:
+        """The second of two equal tokens: a decoder may treat the first token of a text its own way."""
+        once, twice = self.decode([token_id]), self.decode([token_id, token_id])
+        return twice[len(once) :].encode()
+
+    def _is_byte_level(self) -> bool:
+        if self._backend is None:
+            return False
+        return '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable stand-ins for the 256 bytes that byte-level BPE has used since GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}

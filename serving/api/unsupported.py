@@ -1,0 +1,57 @@
+"""Fields of OpenAI's and vLLM's requests that we do not act on: refused, or harmless.
+
+Invariant: a field stands in HARMLESS only if no value of it could change the tokens of an answer.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+HARMLESS = frozenset(
+    "cache_salt include_obfuscation parallel_tool_calls prediction priority prompt_cache_key "
+    "prompt_cache_retention request_id safety_identifier service_tier spaces_between_special_tokens".split()
+)
+"""Scheduling, billing, bookkeeping; `prediction` is a hint for speed, `parallel_tool_calls` needs tools."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "tool_calls": ([],),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "refusal": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "skip_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+    "logits_processors": ([],),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "continuous_usage_stats": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "typical_p": (1, 1.0),
+    "extra_args": ({},),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+}
+"""Refused, except for these values, which ask for nothing."""

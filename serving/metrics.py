@@ -1,0 +1,177 @@
+"""What Prometheus scrapes: the engine's counters as they stand, and latencies of requests.
+
+Tails of names are vLLM's, so that its dashboards need a new prefix only; every help text states its
+definition. Owns its registry: no globals. Every sample carries the replica's label.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serving.engine.stats import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_TOKEN_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("Generations that hold a slot.", lambda s: s.num_running),
+    "num_requests_waiting": ("Generations that wait for a slot.", lambda s: s.num_waiting),
+    "kv_cache_usage_perc": (
+        "Cached tokens over the tokens that all slots hold together; 1 is full.",
+        lambda s: s.num_cached_tokens / s.max_cached_tokens if s.max_cached_tokens else 0.0,
+    ),
+    "draft_version": ("Version of the draft that serves now; 0 is the floor.", lambda s: s.draft_version),
+    "num_draft_tokens": ("Draft length in use now.", lambda s: s.num_draft_tokens),
+    "mean_batch_size": ("Sequences in a round, mean of the last rounds.", lambda s: s.mean_batch_size),
+    "round_seconds_median": ("Median seconds of the last rounds.", lambda s: s.round_s_median),
+    "swap_pause_seconds_max": (
+        "The most that a swap under load and the round after it took beyond a median round.",
+        lambda s: s.swap_pause_s_max,
+    ),
+    "draft_disabled": ("1 while the draft is switched off.", lambda s: float(bool(s.draft_disabled_reason))),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "prompt_tokens": ("Prompt tokens prefilled.", lambda s: s.num_prompt_tokens),
+    "generation_tokens": ("Output tokens emitted.", lambda s: s.num_output_tokens),
+    "draft_swaps": ("Drafts swapped in.", lambda s: s.num_swaps),
+    "draft_swaps_under_load": ("Drafts swapped in while sequences ran.", lambda s: s.num_swaps_under_load),
+}
+_BY_VERSION = {
+    "spec_decode_num_drafts": ("num_rounds", "Rounds, each one target pass, those of draft length 0 too."),
+    "spec_decode_num_draft_tokens": ("num_drafted", "Draft tokens proposed."),
+    "spec_decode_num_attempted_tokens": (
+        "num_attempted",
+        "Draft tokens decided: accepted, plus one for each rejection. Accepted over this is acceptance_rate.",
+    ),
+    "spec_decode_num_accepted_tokens": (
+        "num_accepted",
+        "Draft tokens accepted. Over spec_decode_num_draft_tokens it is draft utilization.",
+    ),
+}
+
+
+class RequestClock:
+    """The latencies of one generation. Times are those of `time.monotonic`."""
+
+    def __init__(self, metrics: "ServingMetrics", began_s: float) -> None:
+        self._metrics = metrics
+        self._began_s = began_s
+        self._last_s: float | None = None
+        self._ended = False
+
+    def tokens(self, num_tokens: int, at_s: float) -> None:
+        """So many tokens came at once; the time since the last ones is shared among them."""
+        if num_tokens == 0:
+            return
+        if self._last_s is None:
+            self._metrics.first_token_s.observe(at_s - self._began_s)
+        else:
+            for _ in range(num_tokens):
+                self._metrics.inter_token_s.observe((at_s - self._last_s) / num_tokens)
+        self._last_s = at_s
+
+    def finished(self, reason: str, at_s: float | None = None) -> None:
+        """`stop`, `length`, `abort` or `error`; the first call counts."""
+        if not self._ended:
+            self._ended = True
+            ended_s = time.monotonic() if at_s is None else at_s
+            self._metrics.count_request(reason, ended_s - self._began_s)
+
+
+class ServingMetrics(Collector):
+    """`num_rejected` and `num_dropped_records` are read at every scrape."""
+
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        *,
+        replica_id: str,
+        num_rejected: Callable[[], int],
+        num_dropped_records: Callable[[], int],
+    ) -> None:
+        self._stats, self._replica_id = stats, replica_id
+        self._num_rejected, self._num_dropped_records = num_rejected, num_dropped_records
+        self._registry = CollectorRegistry()
+        self.first_token_s = self._histogram(
+            "time_to_first_token_seconds",
+            "From arrival to the first token, the wait for a slot included.",
+            _REQUEST_BUCKETS_S,
+        )
+        self.inter_token_s = self._histogram(
+            "inter_token_latency_seconds",
+            "Between two rounds' tokens, divided by the tokens of the later round; once for each of them.",
+            _TOKEN_BUCKETS_S,
+        )
+        self._end_to_end_s = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the end of a generation.", _REQUEST_BUCKETS_S
+        )
+        self._finished = Counter(
+            "everdraft_request_success",
+            "Generations ended, by reason: stop, length, abort (the client left, a deadline), error.",
+            ["replica", "finished_reason"],
+            registry=self._registry,
+        )
+        self._registry.register(self)
+
+    def clock(self, began_s: float) -> RequestClock:
+        return RequestClock(self, began_s)
+
+    def count_request(self, reason: str, seconds: float) -> None:
+        self._finished.labels(self._replica_id, reason).inc()
+        self._end_to_end_s.observe(seconds)
+
+    def render(self) -> bytes:
+        """Prometheus text."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: the registry must not collect while it is being built."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, (text, read) in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"everdraft_{name}", text, labels=["replica"])
+            gauge.add_metric([self._replica_id], read(stats))
+            yield gauge
+        for name, (text, read) in _COUNTERS.items():
+            yield self._counter(name, text, read(stats))
+        yield self._counter(
+            "requests_rejected",
+            "Generations refused with 429: a queue bound was reached.",
+            self._num_rejected(),
+        )
+        yield self._counter(
+            "records_dropped", "Records lost on the way to the buffer.", self._num_dropped_records()
+        )
+        yield from self._by_version(stats)
+
+    def _by_version(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, (field, text) in _BY_VERSION.items():
+            family = CounterMetricFamily(f"everdraft_{name}", text, labels=["replica", "draft_version"])
+            for version, counters in sorted(stats.counts.items()):
+                family.add_metric([self._replica_id, str(version)], getattr(counters, field))
+            yield family
+        per_position = CounterMetricFamily(
+            "everdraft_spec_decode_num_accepted_tokens_per_pos",
+            "Rounds that accepted the draft token at this position (0 is the first).",
+            labels=["replica", "draft_version", "position"],
+        )
+        for version, counters in sorted(stats.counts.items()):
+            for position, count in enumerate(counters.accepted_by_position):
+                per_position.add_metric([self._replica_id, str(version), str(position)], count)
+        yield per_position
+
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"everdraft_{name}", text, labels=["replica"])
+        family.add_metric([self._replica_id], value)
+        return family
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(f"everdraft_{name}", text, ["replica"], registry=self._registry, buckets=buckets)
+        return family.labels(self._replica_id)

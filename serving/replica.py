@@ -1,0 +1,63 @@
+"""The Ray Serve deployment: HTTP ingress and engine in one process, so that a token crosses none.
+
+Knows no learner. Invariant: a draft never changes through Serve (that would start a new process); it comes
+through the adapter feed.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from serving.api.app import create_app
+from serving.replica_parts import open_parts
+from serving.settings import ServingSettings
+
+DEPLOYMENT_NAME = "replica"
+
+_SWITCH_INTERVAL_S = 0.0005
+"""The engine thread and the event loop take turns ten times as often as by default: chunks go out sooner."""
+_SPARE_REQUESTS = 64
+"""Above our own bounds: Serve's refusal is plain text and only the last resort, and /health must pass."""
+
+
+@serve.ingress()
+class Replica:
+    """One engine behind one app. A restarted replica runs only this constructor."""
+
+    def __init__(self, settings: ServingSettings, redis_url: str | None) -> None:
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        self._parts = open_parts(settings, redis_url, serve.get_replica_context().replica_id.unique_id)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
+        return create_app(self._parts.context)
+
+    def check_health(self) -> None:
+        """Ray restarts a replica for which this raises."""
+        if not self._parts.engine.is_alive:
+            raise RuntimeError("the engine thread has ended; no request can be answered here")
+
+    def __del__(self) -> None:
+        """Ray waits for requests under way before it calls this, up to the drain timeout."""
+        if hasattr(self, "_parts"):
+            self._parts.close()
+
+
+def build_deployment(settings: ServingSettings, redis_url: str | None) -> serve.Application:
+    """The application for `serve.run(..., route_prefix="/")`. Without `redis_url` nothing is recorded and
+    the draft that was loaded serves."""
+    deployment: Any = serve.deployment(
+        name=DEPLOYMENT_NAME,
+        num_replicas=settings.num_replicas,
+        max_ongoing_requests=settings.num_slots + settings.max_queued_requests + _SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        health_check_period_s=5.0,
+    )(Replica)
+    application: serve.Application = deployment.bind(settings, redis_url)
+    return application

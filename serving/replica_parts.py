@@ -1,0 +1,164 @@
+"""One replica's parts, made in order and closed in reverse; with or without Ray around them.
+
+Invariant: a store or feed that is away at start costs a bounded wait, never the start.
+"""
+
+import importlib.metadata
+import time
+
+from buffer.exporter import RecordExporter
+from buffer.records import ServingStatus
+from buffer.store import AdapterFeed, RecordStore
+from serving.adapter_watcher import AdapterWatcher
+from serving.api.admission import Admission
+from serving.api.context import AppContext
+from serving.api.keys import KeyRing
+from serving.api.token_codec import TokenCodec
+from serving.local import LocalEngine, load_engine
+from serving.metrics import ServingMetrics
+from serving.models.loading import UnsupportedModelError
+from serving.recorder import Recorder
+from serving.settings import ServingSettings
+from serving.status import serving_status
+
+_FEED_TIMEOUT_S = 2.0
+
+
+class ReplicaParts:
+    """A running engine and everything around it. `store` None: nothing is recorded; `feed` None: the draft
+    that was loaded serves, and nobody is told how it does. Both are closed with the parts."""
+
+    def __init__(
+        self,
+        settings: ServingSettings,
+        *,
+        store: RecordStore | None,
+        feed: AdapterFeed | None,
+        replica_id: str,
+    ) -> None:
+        """Loads the models. Raises UnsupportedModelError, or OSError for a path that is none."""
+        self._settings, self._replica_id = settings, replica_id
+        self._store, self._feed = store, feed
+        self.engine = _load(settings)
+        self._exporter = None if store is None else RecordExporter(store)
+        self._watcher = None if feed is None else self._new_watcher(feed)
+        if self._watcher is not None:
+            self._watcher.serve_latest_before_ready(settings.boot_timeout_s)
+            self._watcher.start()
+        self.context = self._new_context()
+
+    def status(self) -> ServingStatus:
+        return serving_status(
+            self.engine,
+            replica_id=self._replica_id,
+            at_s=time.time(),
+            num_dropped_records=self._num_dropped_records(),
+            last_error="" if self._watcher is None else self._watcher.last_error,
+        )
+
+    def close(self) -> None:
+        """Cancel what runs, flush records, end all threads. Safe to call twice."""
+        self.context.draining = True
+        if self._watcher is not None:
+            self._watcher.close()
+        self.engine.close()
+        if self._exporter is not None:
+            self._exporter.close()
+        for seam in (self._store, self._feed):
+            if seam is not None:
+                seam.close()
+
+    def _num_dropped_records(self) -> int:
+        return 0 if self._exporter is None else self._exporter.num_dropped_records
+
+    def _new_watcher(self, feed: AdapterFeed) -> AdapterWatcher:
+        return AdapterWatcher(
+            self.engine,
+            self.engine.draft_weights,
+            feed,
+            replica_id=self._replica_id,
+            status=self.status,
+            watch_interval_s=self._settings.watch_interval_s,
+            status_interval_s=self._settings.status_interval_s,
+        )
+
+    def _new_context(self) -> AppContext:
+        settings, engine = self._settings, self.engine
+        admission = Admission(
+            num_slots=settings.num_slots,
+            max_queued_requests=settings.max_queued_requests,
+            max_queued_prompt_tokens=settings.max_queued_prompt_tokens,
+            clock=time.monotonic,
+        )
+        return AppContext(
+            engine=engine,
+            codec=TokenCodec(engine.pair.tokenizer),
+            model_name=settings.served_name,
+            version=software_version(),
+            started_at=int(time.time()),
+            admission=admission,
+            keys=KeyRing(settings.revealed_api_keys(), settings.revealed_admin_key()),
+            metrics=ServingMetrics(
+                engine.stats,
+                replica_id=self._replica_id,
+                num_rejected=lambda: admission.num_rejected,
+                num_dropped_records=self._num_dropped_records,
+            ),
+            recorder=self._new_recorder(engine),
+            status=self.status,
+            request_timeout_s=settings.request_timeout_s,
+        )
+
+    def _new_recorder(self, engine: LocalEngine) -> Recorder | None:
+        """None where records would be useless: no store, no draft to teach, or a rate of 0."""
+        settings = self._settings
+        if self._exporter is None or engine.pair.draft is None or settings.capture_rate == 0.0:
+            return None
+        return Recorder(
+            self._exporter,
+            target_revision=engine.pair.target_revision,
+            replica_id=self._replica_id,
+            capture_rate=settings.capture_rate,
+            record_ttl_s=settings.record_ttl_s,
+        )
+
+
+def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str) -> ReplicaParts:
+    """Parts on Redis; None: no records, no adapters. Raises ValueError for a URL that is none."""
+    if redis_url is None:
+        return ReplicaParts(settings, store=None, feed=None, replica_id=replica_id)
+    from buffer.redis_feed import RedisAdapterFeed
+    from buffer.redis_store import RedisRecordStore
+
+    return ReplicaParts(
+        settings,
+        store=RedisRecordStore(redis_url),
+        feed=RedisAdapterFeed(redis_url, timeout_s=_FEED_TIMEOUT_S),
+        replica_id=replica_id,
+    )
+
+
+def software_version() -> str:
+    """Of the installed distribution; `0` in a tree that was never installed."""
+    try:
+        return importlib.metadata.version("everdraft")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+def _load(settings: ServingSettings) -> LocalEngine:
+    engine = load_engine(
+        settings.target,
+        settings.draft,
+        device=settings.device,
+        dtype=settings.dtype,
+        num_slots=settings.num_slots,
+        max_seq_len=settings.max_seq_len,
+        num_draft_tokens=settings.num_draft_tokens,
+    )
+    if engine.pair.tokenizer is None:
+        engine.close()
+        raise UnsupportedModelError(
+            f"target {settings.target!r} has no tokenizer, and the endpoint answers in text; add its files"
+        )
+    return engine

@@ -1,0 +1,71 @@
+"""What an operator may choose about serving: one frozen, validated model, read once at the door.
+
+Starts nothing and reads no file. Invariant: a secret is a SecretStr and is never printed.
+"""
+
+from pathlib import PurePath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+
+class ServingSettings(BaseModel):
+    """Settings of every replica. Only `target` has no default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    target: str = Field(min_length=1)
+    """Path or hub id of the model that is served."""
+    draft: str | None = None
+    """Path or hub id of the draft; None serves without speculation."""
+    model_name: str | None = None
+    """What clients call the model; None: the last part of `target`."""
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    num_threads: int | None = Field(default=None, ge=1)
+    """Threads of one forward pass; None leaves torch's own choice."""
+
+    num_slots: int = Field(default=8, ge=1)
+    """Sequences that run at once in a replica."""
+    max_seq_len: int = Field(default=1024, ge=16)
+    """Prompt and output together, tokens."""
+    num_draft_tokens: int | None = Field(default=None, ge=0)
+    """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    num_replicas: int = Field(default=1, ge=1)
+
+    api_keys: tuple[SecretStr, ...] = ()
+    """Bearer keys of clients; none leaves the endpoint open."""
+    admin_key: SecretStr | None = None
+    """Bearer key of `/admin`, which no client key opens; None keeps `/admin` shut."""
+
+    max_queued_requests: int = Field(default=256, ge=0)
+    """Requests that may wait for a slot in a replica; over it 429. `n` counts n."""
+    max_queued_prompt_tokens: int = Field(default=262_144, ge=1)
+    """Prompt tokens that may wait for a slot in a replica; over it 429."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """A request that takes longer is cancelled with 408."""
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+    """How long requests under way may go on at shutdown before they are aborted."""
+
+    capture_rate: float = Field(default=1.0, ge=0, le=1)
+    """Share of requests that are recorded for learning; 0 records nothing."""
+    record_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
+    """Time after which nobody may read a record."""
+
+    watch_interval_s: float = Field(default=0.2, gt=0)
+    """Between two looks at the adapter feed."""
+    status_interval_s: float = Field(default=1.0, gt=0)
+    """Between two reports to the learner and the operator."""
+    boot_timeout_s: float = Field(default=5.0, ge=0)
+    """How long a starting replica tries to fetch the latest draft before it serves on the floor."""
+
+    @property
+    def served_name(self) -> str:
+        """The model's name as clients write it."""
+        return self.model_name or PurePath(self.target).name or self.target
+
+    def revealed_api_keys(self) -> tuple[str, ...]:
+        return tuple(key.get_secret_value() for key in self.api_keys)
+
+    def revealed_admin_key(self) -> str | None:
+        return None if self.admin_key is None else self.admin_key.get_secret_value()

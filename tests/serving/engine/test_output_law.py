@@ -1,0 +1,97 @@
+"""What the engine emits follows the target's law exactly: across batches, draft lengths and swaps.
+
+Chi-square against full enumeration on a vocabulary of 4; false-alarm rate in chi_square.py. The generator
+is seeded, but which requests share a batch depends on timing, so the rate holds per run.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from serving.drafters.model_drafter import ModelDrafter
+from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.engine import Engine
+from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
+from tests.support.table_engine import (
+    MisreportingDrafter,
+    StagedTable,
+    UndrawingDrafter,
+    table_engine,
+)
+from tests.support.table_model import TableModel
+
+VOCAB, PROMPT, NUM_TOKENS, SAMPLES = 4, [2, 0, 3, 1, 1, 2, 0], 3, 6000
+
+
+def _outputs(engine: Engine, sampling: list[SamplingParams]) -> list[tuple[int, ...]]:
+    generations = engine.generate([PROMPT] * len(sampling), sampling)
+    return [tuple(generation.output_token_ids) for generation in generations]
+
+
+def _pair() -> tuple[TableModel, TableModel]:
+    return TableModel(VOCAB, seed=1, sharpness=1.3), TableModel(VOCAB, seed=2, sharpness=1.3)
+
+
+def _p_value(drafter_class: type[ModelDrafter], temperature: float, num_draft_tokens: int) -> float:
+    target, draft = _pair()
+    with table_engine(
+        target, draft, num_draft_tokens=num_draft_tokens, num_slots=32, drafter_class=drafter_class
+    ) as engine:
+        engine.seed(5)
+        sampling = SamplingParams(temperature=temperature, max_tokens=NUM_TOKENS)
+        outputs = _outputs(engine, [sampling] * SAMPLES)
+    return fit_p_value(outputs, target.output_law(PROMPT, NUM_TOKENS, temperature))
+
+
+@pytest.mark.parametrize(("temperature", "num_draft_tokens"), [(1.0, 2), (0.6, 4), (1.0, 0)])
+def test_sampled_output_follows_the_targets_law(temperature: float, num_draft_tokens: int) -> None:
+    assert _p_value(ModelDrafter, temperature, num_draft_tokens) > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("broken", [MisreportingDrafter, UndrawingDrafter])
+def test_a_drafter_that_misstates_its_law_is_caught(broken: type[ModelDrafter]) -> None:
+    assert _p_value(broken, 1.0, 2) < FALSE_ALARM_RATE
+
+
+def test_coupled_output_follows_the_targets_law_over_seeds() -> None:
+    target, draft = _pair()
+    with table_engine(target, draft, num_draft_tokens=2, num_slots=32) as engine:
+        params = [SamplingParams(max_tokens=NUM_TOKENS, seed=seed) for seed in range(SAMPLES)]
+        outputs = _outputs(engine, params)
+    assert fit_p_value(outputs, target.output_law(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
+
+
+def _mixed_params(seed_of: Callable[[int], int | None]) -> list[SamplingParams]:
+    """Draft lengths 0 to 3 side by side, greedy and seeded batch mates between the sampled ones."""
+    return [
+        SamplingParams(max_tokens=NUM_TOKENS, num_draft_tokens=index % 4, seed=seed_of(index))
+        if index % 5
+        else SamplingParams(max_tokens=NUM_TOKENS + 2, temperature=0.0)
+        for index in range(SAMPLES)
+    ]
+
+
+@pytest.mark.parametrize("seed_of", [lambda index: None, lambda index: index], ids=["standard", "coupled"])
+def test_the_law_holds_while_drafts_are_swapped_and_draft_lengths_change(
+    seed_of: Callable[[int], int | None],
+) -> None:
+    target, draft = _pair()
+    tables = [TableModel(VOCAB, seed=seed, sharpness=2.0).table for seed in (3, 4)]
+    with table_engine(target, draft, num_draft_tokens=3, num_slots=16) as engine:
+        engine.seed(6)
+        params = _mixed_params(seed_of)
+        handles = [
+            engine.submit(GenerationRequest(str(index), tuple(PROMPT), sampling))
+            for index, sampling in enumerate(params)
+        ]
+        for version in range(1, 120):
+            report = engine.swap(StagedTable(version, draft, tables[version % 2])).result(30)
+            assert report.draft_version == version
+        generations = [handle.result(60) for handle in handles]
+        stats = engine.stats()
+    assert stats.num_swaps == 119 and stats.num_swaps_under_load > 20
+    assert len({span.draft_version for g in generations for span in g.draft_versions}) > 20
+    sampled = [tuple(g.output_token_ids) for index, g in enumerate(generations) if index % 5]
+    assert fit_p_value(sampled, target.output_law(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
+    greedy = {tuple(g.output_token_ids) for index, g in enumerate(generations) if index % 5 == 0}
+    assert len(greedy) == 1
