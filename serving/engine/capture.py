@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serving.engine.proposal import Proposal
 from serving.engine.request import CapturedRound
-from serving.engine.sequence import Batch
+from serving.engine.sequence import Advance, Batch
 
 TOP_K = 32
 """Kept entries a position (fewer in a smaller vocabulary)."""
@@ -32,23 +32,20 @@ class RoundCapture:
     drafted_draft_logprobs_BG: NDArray[np.float32]
     next_target_logprobs_B: NDArray[np.float32]
 
-    def of(
-        self, row: int, *, start: int, num_drafted: int, num_accepted: int, num_attempted: int, emitted: int
-    ) -> CapturedRound:
+    def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
         """Row `row`, cut to its own draft length and to the tokens it emitted."""
-        verified = num_drafted + 1
+        num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
         drafted_target = self.drafted_target_logprobs_BG[row, :num_drafted]
-        accepted = drafted_target[: min(num_accepted, emitted)]
-        emitted_logprobs = np.append(accepted, self.next_target_logprobs_B[row])[:emitted]
+        emitted = np.append(drafted_target[: advance.num_accepted], self.next_target_logprobs_B[row])
         return CapturedRound(
             start=start,
             draft_version=self.draft_version,
-            num_accepted=num_accepted,
-            num_attempted=num_attempted,
+            num_accepted=advance.num_accepted,
+            num_attempted=advance.num_attempted,
             drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),
             drafted_target_logprobs_G=drafted_target.copy(),
             drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted].copy(),
-            emitted_target_logprobs_C=emitted_logprobs.astype(np.float32),
+            emitted_target_logprobs_C=emitted[: len(advance.token_ids)].astype(np.float32),
             topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified].copy(),
             topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified].copy(),
             retemper_E=self.retemper_BE[row, :verified].copy(),

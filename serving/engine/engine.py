@@ -14,13 +14,13 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from copy import deepcopy
-from typing import Protocol
 
 import torch
 
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
+from serving.engine.live_draft import BrokenDraftError, LiveDraft, StagedWeights
 from serving.engine.proposal import Drafter
 from serving.engine.request import (
     EventCallback,
@@ -43,19 +43,6 @@ class EngineClosedError(RuntimeError):
     """The engine was closed; the request was not started."""
 
 
-class BrokenDraftError(RuntimeError):
-    """This draft version produced logits that are not finite; it was not swapped in again."""
-
-
-class StagedWeights(Protocol):
-    """Draft weights that were validated and merged aside; `apply` makes them live, in place."""
-
-    @property
-    def draft_version(self) -> int: ...
-
-    def apply(self) -> None: ...
-
-
 class Engine:
     """Speculative decoding over a fixed number of slots."""
 
@@ -74,16 +61,14 @@ class Engine:
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
-        self._target, self._drafter, self._controller = target, drafter, controller
+        self._target = target
+        self._draft = LiveDraft(drafter, controller, floor)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._floor = floor
         self._chunk_tokens = prefill_chunk_tokens
         self._scheduler = Scheduler(target.num_slots)
         self._meter = Meter()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batch: Batch | None = None
-        self._draft_disabled_reason = ""
-        self._broken_versions: set[int] = set()
         self._request_numbers = itertools.count()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="everdraft-engine", daemon=True)
@@ -151,7 +136,7 @@ class Engine:
 
     @property
     def draft_version(self) -> int:
-        return self._drafter.draft_version if self._drafter is not None else 0
+        return self._draft.draft_version
 
     @property
     def max_seq_len(self) -> int:
@@ -174,14 +159,14 @@ class Engine:
                 num_prompt_tokens=meter.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
                 draft_version=self.draft_version,
-                num_draft_tokens=self._controller.current if self._can_draft else 0,
+                num_draft_tokens=self._draft.num_draft_tokens,
                 counts=deepcopy(meter.counts),
                 round_s_median=meter.round_s_median,
                 mean_batch_size=meter.mean_batch_size,
                 num_swaps=meter.num_swaps,
                 num_swaps_under_load=meter.num_swaps_under_load,
                 swap_pause_s_max=meter.swap_pause_s_max,
-                draft_disabled_reason=self._draft_disabled_reason,
+                draft_disabled_reason=self._draft.disabled_reason,
             )
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -229,8 +214,8 @@ class Engine:
         budget = self._chunk_tokens
         while budget > 0:
             slot = self._scheduler.admit()
-            if slot is not None and self._drafter is not None:
-                self._drafter.clear(slot)
+            if slot is not None and self._draft.drafter is not None:
+                self._draft.drafter.clear(slot)
             sequence = self._scheduler.prefilling
             if sequence is None:
                 return
@@ -249,22 +234,23 @@ class Engine:
         if self._batch is None:
             self._batch = Batch(list(self._scheduler.running), self._target.device)
         batch = self._batch
-        limit = self._controller.choose(len(batch)) if self._can_draft else 0
-        draft_tokens = [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
+        lengths = self._draft.lengths(batch)
         began_s = time.perf_counter()
-        report = run_round(batch, draft_tokens, self._target, self._drafter, self.generator)
+        report = run_round(batch, lengths, self._target, self._draft.drafter, self.generator)
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
             self.costs.observe(len(batch), report.num_draft_tokens, report.target_pass_s, report.propose_s)
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
-            self._controller.observe(advance.num_attempted, advance.num_accepted)
+            self._draft.controller.observe(advance.num_attempted, advance.num_accepted)
             if sequence.finish_reason == "error":
                 self._target.cache.clear(row)
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
         if report.num_nonfinite_draft_rows:
-            self._give_up_draft(report.draft_version)
+            to_floor = self._draft.give_up(report.draft_version)
+            if to_floor is not None:
+                self._meter.count_swap(to_floor)
 
     def _retire(self) -> None:
         """Free the slots of finished sequences, close the gaps, deliver their last events."""
@@ -273,8 +259,8 @@ class Engine:
             self._batch = None
         for move in moves:
             self._target.cache.move(move.source, move.destination, move.length)
-            if self._drafter is not None:
-                self._drafter.move(move.source, move.destination)
+            if self._draft.drafter is not None:
+                self._draft.drafter.move(move.source, move.destination)
         for sequence in left:
             self._deliver(sequence)
 
@@ -310,36 +296,11 @@ class Engine:
     def _seed(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
-    # -- drafts that come and go ----------------------------------------------------------------
-
-    @property
-    def _can_draft(self) -> bool:
-        return self._drafter is not None and not self._draft_disabled_reason
-
     def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
-        if self._drafter is None or staged.draft_version in self._broken_versions:
-            why = "no draft is loaded" if self._drafter is None else "its logits were not finite before"
-            done.set_exception(
-                BrokenDraftError(f"draft_version={staged.draft_version} was not swapped in: {why}")
-            )
+        try:
+            report = self._draft.swap(staged, under_load=bool(self._scheduler.running))
+        except BrokenDraftError as error:
+            done.set_exception(error)
             return
-        began_s = time.perf_counter()
-        staged.apply()
-        self._drafter.refresh(staged.draft_version)
-        self._controller.renew()
-        self._draft_disabled_reason = ""
-        under_load = bool(self._scheduler.running)
-        report = SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
         self._meter.count_swap(report)
         done.set_result(report)
-
-    def _give_up_draft(self, draft_version: int) -> None:
-        """NaN from the draft: back to the floor; if it is the floor itself, no drafting until a swap."""
-        assert self._drafter is not None
-        self._broken_versions.add(draft_version)
-        self._drafter.reset()
-        _log.error("draft_version=%d gave logits that are not finite; it was switched off", draft_version)
-        if self._floor is not None and 0 not in self._broken_versions:
-            self._swap(self._floor(), Future())
-        else:
-            self._draft_disabled_reason = f"draft_version={draft_version} gave logits that are not finite"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.capture import RoundCapture, capture_round
+from serving.engine.capture import capture_round
+from serving.engine.commit import commit
 from serving.engine.noise import gumbel_noise
 from serving.engine.proposal import Drafter, Proposal
-from serving.engine.request import TopLogprobs
 from serving.engine.runner import Runner
 from serving.engine.sampling import exponential_race, law_logprobs
-from serving.engine.sequence import NO_ADVANCE, Advance, Batch, Sequence
+from serving.engine.sequence import Advance, Batch
 from serving.engine.verification import Verification, match_choice, merge, ratio_test
 
 
@@ -67,7 +67,9 @@ def run_round(
             verification.num_accepted_B,
             verification.next_token_B,
         )
-    advances = _advance(batch, proposal, verification, raw_logits_BEV, logsumexp_BE, capture, drafter)
+    if drafter is not None:
+        drafter.observe(list(proposal.num_drafted_B), verification.num_accepted_B.tolist())
+    advances = commit(batch, proposal, verification, raw_logits_BEV, logsumexp_BE, capture)
     return RoundReport(
         draft_version=proposal.draft_version,
         num_draft_tokens=proposal.max_drafted,
@@ -150,95 +152,3 @@ def _verify(
     verification = choice if choice is not None else ratio
     assert verification is not None
     return verification
-
-
-def _advance(
-    batch: Batch,
-    proposal: Proposal,
-    verification: Verification,
-    raw_logits_BEV: Tensor,
-    logsumexp_BE: Tensor,
-    capture: RoundCapture | None,
-    drafter: Drafter | None,
-) -> list[Advance]:
-    """Commit tokens, cut at stop tokens and the token limit before any counter moves."""
-    num_accepted_B: list[int] = verification.num_accepted_B.tolist()
-    emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
-    emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
-    raw_BE = raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE
-    finite_B = torch.isfinite(logsumexp_BE).all(dim=-1).tolist()
-    top = _top_logprobs(batch, raw_logits_BEV, logsumexp_BE)
-    if drafter is not None:
-        drafter.observe(list(proposal.num_drafted_B), num_accepted_B)
-
-    advances = []
-    rows = zip(batch.sequences, emitted_BE.tolist(), raw_BE.tolist(), strict=True)
-    for row, (sequence, emitted, raw) in enumerate(rows):
-        if not finite_B[row]:
-            sequence.finish_reason = "error"
-            sequence.error = "the target's logits are not finite; the generation was ended"
-            advances.append(NO_ADVANCE)
-            continue
-        drafted, accepted = proposal.num_drafted_B[row], num_accepted_B[row]
-        start = len(sequence.token_ids)
-        kept = _commit(sequence, emitted[: accepted + 1])
-        attempted = min(kept, accepted + 1, drafted)
-        accepted = min(accepted, kept)
-        sequence.count_round(
-            draft_version=proposal.draft_version, drafted=drafted, attempted=attempted, accepted=accepted
-        )
-        first_output = start - sequence.prompt_len
-        sequence.mark_version(proposal.draft_version, first_output, first_output + kept)
-        if capture is not None and sequence.request.capture:
-            sequence.captured_rounds.append(
-                capture.of(
-                    row,
-                    start=start,
-                    num_drafted=drafted,
-                    num_accepted=accepted,
-                    num_attempted=attempted,
-                    emitted=kept,
-                )
-            )
-        asked = sequence.request.sampling.logprobs
-        row_top = tuple(entry[:asked] for entry in top[row][:kept]) if top and asked is not None else ()
-        sequence.logprobs.extend(raw[:kept])
-        sequence.top_logprobs.extend(row_top)
-        advances.append(
-            Advance(tuple(emitted[:kept]), tuple(raw[:kept]), row_top, drafted, attempted, accepted)
-        )
-    return advances
-
-
-def _commit(sequence: Sequence, emitted: list[int]) -> int:
-    """Append tokens up to and including the first that ends the sequence. Returns how many."""
-    kept = 0
-    for token in emitted:
-        sequence.token_ids.append(token)
-        kept += 1
-        if token in sequence.stop_ids:
-            sequence.finish_reason, sequence.stop_token_id = "stop", token
-            break
-        if sequence.num_remaining == 0:
-            sequence.finish_reason = "length"
-            break
-    sequence.num_cached = len(sequence.token_ids) - 1
-    return kept
-
-
-def _top_logprobs(
-    batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor
-) -> list[list[TopLogprobs]] | None:
-    """The most likely tokens at every position, if any row asked for them."""
-    if all(sequence.request.sampling.logprobs is None for sequence in batch.sequences):
-        return None
-    count = min(batch.max_top_logprobs, raw_logits_BEV.shape[-1])
-    top = raw_logits_BEV.topk(count, dim=-1) if count else None
-    if top is None:
-        return [[() for _ in range(raw_logits_BEV.shape[1])] for _ in batch.sequences]
-    logprobs_BEK = (top.values - logsumexp_BE[..., None]).tolist()
-    ids_BEK = top.indices.tolist()
-    return [
-        [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in zip(*row, strict=True)]
-        for row in zip(ids_BEK, logprobs_BEK, strict=True)
-    ]

@@ -89,20 +89,20 @@ class Sequence:
         """Coming output positions at which min_tokens forbids to stop."""
         return max(0, self.request.sampling.min_tokens - self.num_output)
 
-    def count_round(self, *, draft_version: int, drafted: int, attempted: int, accepted: int) -> None:
+    def count(self, advance: Advance, draft_version: int) -> None:
+        """Add a round's counters and log-probabilities, after its tokens were appended."""
         self.num_rounds += 1
-        self.num_drafted += drafted
-        self.num_attempted += attempted
-        self.num_accepted += accepted
-        histogram = self.accepted_histogram
-        histogram.extend([0] * (accepted + 1 - len(histogram)))
-        histogram[accepted] += 1
-
-    def mark_version(self, draft_version: int, start: int, end: int) -> None:
-        """Output positions [start, end) were proposed at this version; equal neighbours join."""
+        self.num_drafted += advance.num_drafted
+        self.num_attempted += advance.num_attempted
+        self.num_accepted += advance.num_accepted
+        self.accepted_histogram.extend([0] * (advance.num_accepted + 1 - len(self.accepted_histogram)))
+        self.accepted_histogram[advance.num_accepted] += 1
+        self.logprobs.extend(advance.logprobs)
+        self.top_logprobs.extend(advance.top_logprobs)
+        start = self.num_output - len(advance.token_ids)
         if self.draft_versions and self.draft_versions[-1].draft_version == draft_version:
             start = self.draft_versions.pop().start
-        self.draft_versions.append(VersionSpan(draft_version, start, end))
+        self.draft_versions.append(VersionSpan(draft_version, start, self.num_output))
 
     def generation(self) -> Generation:
         """What the caller gets; call once, at the end."""
@@ -148,6 +148,7 @@ class Batch:
             [sequence.noise_key for sequence in sequences], dtype=torch.int64, device=device
         )
         self.any_capture = any(sequence.request.capture for sequence in sequences)
+        self.any_logprobs = any(param.logprobs is not None for param in params)
         self.max_top_logprobs = max(param.logprobs or 0 for param in params)
 
     def __len__(self) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from serving.engine import Generation, GenerationRequest, SamplingParams
-from serving.engine.engine import BrokenDraftError, EngineClosedError
+from serving.engine.engine import EngineClosedError
+from serving.engine.live_draft import BrokenDraftError
 from serving.local import LocalEngine, load_engine
 from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
@@ -247,7 +248,7 @@ def test_what_a_slot_held_before_never_shows_in_the_next_owners_text(paths: tupl
     with load_engine(*paths, num_draft_tokens=3, num_slots=2, max_seq_len=128) as engine:
         expected = _greedy(engine.generate(PROMPTS, params))
         engine._target.cache.kv_L2SHTD.fill_(1e4)
-        engine._drafter.runner.cache.kv_L2SHTD.fill_(-1e4)  # type: ignore[union-attr, attr-defined]
+        engine._draft.drafter.runner.cache.kv_L2SHTD.fill_(-1e4)  # type: ignore[union-attr, attr-defined]
         assert _greedy(engine.generate(PROMPTS, params)) == expected
 
 
