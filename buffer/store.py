@@ -1,4 +1,4 @@
-"""The two seams of the project as Protocols; `memory_store` and `redis_store` fulfil both.
+"""The two seams of the project as Protocols; `memory_store`, `redis_store` and `redis_feed` fulfil them.
 
 Every call may raise StoreUnavailableError; then nothing was stored or changed. All calls are
 thread-safe. `now_s` comes from the clock given to the implementation, never from the caller.

@@ -1,0 +1,53 @@
+# Every target makes the environment by itself when it is missing, and is quick when it is there.
+# PYTHON: the interpreter to build it with.  VENV: where it lives.
+# TORCH_INDEX, TORCH_CUDA: which torch to install on a machine without a GPU (see README.md).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard buffer serving learner deploy benchmarks tests)
+
+export TORCH_INDEX TORCH_CUDA
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check bench format clean
+
+help:
+	@echo "make setup | demo | serve | test | check | bench | format | clean"
+	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"PYTHON=$(PYTHON) is {v.major}.{v.minor}; everdraft needs 3.11 or newer; nothing was installed")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -I deploy/install_torch.py constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	@touch $@
+
+demo: setup
+	$(BIN)/everdraft demo $(ARGS)
+
+serve: setup
+	$(BIN)/everdraft serve $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,103 @@
+"""Records, manifests, events, statuses and route states to bytes and back. No pickle.
+
+Layout: magic, schema version, kind, checksum of the body; then the body, msgpack with raw
+little-endian arrays. It knows nothing of where the bytes live. Invariant: `decode` returns what was
+encoded or raises a SeamError, whatever bytes it is given.
+"""
+
+import struct
+import zlib
+from typing import Any, TypeVar, get_type_hints
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+from buffer.columns import decode_rounds, encode_rounds
+from buffer.errors import CorruptRecordError, SchemaVersionError
+from buffer.plain import from_plain, to_plain
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+from buffer.route_state import RouteState
+
+SCHEMA_VERSION = 1
+
+_MAGIC = b"ed"
+_PREFIX = struct.Struct("<2sH")
+"""Magic and schema version: the part that no version may ever move."""
+_HEADER = struct.Struct("<2sHBI")
+_KINDS: dict[type, int] = {
+    GenerationRecord: 1,
+    AdapterManifest: 2,
+    AdapterEvent: 3,
+    ServingStatus: 4,
+    RouteState: 5,
+}
+_RECORD_HINTS = get_type_hints(GenerationRecord)
+_TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
+_RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds"})
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> bytes:
+    """Bytes of one of the five kinds. Raises ValueError or TypeError for a malformed value."""
+    plain = _record_to_plain(value) if isinstance(value, GenerationRecord) else to_plain(value)
+    body: bytes = msgpack.packb(plain)
+    return _HEADER.pack(_MAGIC, SCHEMA_VERSION, _KINDS[type(value)], zlib.crc32(body)) + body
+
+
+def decode(cls: type[T], data: bytes) -> T:
+    """The `cls` that was encoded; its arrays are read-only views.
+
+    Raises SchemaVersionError for another schema version, CorruptRecordError for anything else."""
+    body = _checked_body(cls, data)
+    try:
+        plain = msgpack.unpackb(body, strict_map_key=False)
+        value = _record_from_plain(plain) if cls is GenerationRecord else from_plain(cls, plain)
+    except Exception as error:  # foreign bytes may fail in any way; callers handle exactly one
+        raise _corrupt(cls, data, str(error)) from error
+    assert isinstance(value, cls)
+    return value
+
+
+def _checked_body(cls: type, data: bytes) -> bytes:
+    if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
+        raise _corrupt(cls, data, "no header")
+    version = _PREFIX.unpack_from(data)[1]
+    if version != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{cls.__name__} has schema version {version}, this build reads {SCHEMA_VERSION}: "
+            "nothing was decoded; run the build that wrote it, or discard it"
+        )
+    if len(data) < _HEADER.size:
+        raise _corrupt(cls, data, "truncated header")
+    _, _, kind, checksum = _HEADER.unpack_from(data)
+    body = data[_HEADER.size :]
+    if kind != _KINDS[cls]:
+        raise _corrupt(cls, data, f"kind is {kind}, not {_KINDS[cls]}")
+    if zlib.crc32(body) != checksum:
+        raise _corrupt(cls, data, "checksum does not match")
+    return body
+
+
+def _corrupt(cls: type, data: bytes, why: str) -> CorruptRecordError:
+    text = f"{len(data)} bytes are no {cls.__name__}: {why}; nothing was decoded"
+    return CorruptRecordError(text)
+
+
+def _record_to_plain(record: GenerationRecord) -> dict[str, Any]:
+    plain = {name: to_plain(getattr(record, name)) for name in _RECORD_SCALARS}
+    for name in _TOKEN_FIELDS:
+        plain[name] = np.ascontiguousarray(getattr(record, name), dtype="<i4").tobytes()
+    try:
+        return {**plain, "rounds": encode_rounds(record.rounds)}
+    except ValueError as error:
+        raise ValueError(f"record {record.record_id!r}: {error}") from error
+
+
+def _record_from_plain(plain: dict[str, Any]) -> GenerationRecord:
+    if plain.keys() != _RECORD_HINTS.keys():
+        raise ValueError(f"fields are {sorted(plain)}")
+    values = {name: from_plain(_RECORD_HINTS[name], plain[name]) for name in _RECORD_SCALARS}
+    for name in _TOKEN_FIELDS:
+        values[name] = np.frombuffer(plain[name], dtype="<i4")
+    return GenerationRecord(**values, rounds=decode_rounds(plain["rounds"]))

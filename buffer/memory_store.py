@@ -1,0 +1,208 @@
+"""Both seams in process memory: for tests, benchmarks and single-process use. Nothing survives it.
+
+Records are held encoded, so a bound counts the same bytes as on Redis and nobody can change what was
+appended. It knows no other process. Invariant: one lock guards each store; no call sleeps under it
+except `read_new`, which releases it while it waits.
+"""
+
+import random
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+
+from buffer.codec import decode, encode
+from buffer.memory_stream import Entry, Stream
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+from buffer.route_state import RouteState, promotion, turn
+from buffer.store import Bounds, Delivery, StreamKey, StreamSize
+
+
+class MemoryRecordStore:
+    """A RecordStore that lives and dies with the process."""
+
+    def __init__(self, bounds: Bounds | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        self._bounds = bounds or Bounds()
+        self._clock = clock
+        self._streams: defaultdict[StreamKey, Stream] = defaultdict(Stream)
+        self._changed = threading.Condition()
+
+    def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
+        payloads = [encode(record) for record in records]
+        with self._changed:
+            stream, now_s = self._streams[key], self._clock()
+            num_new = sum(
+                stream.append(Entry(record.record_id, payload, record.expires_at_s, now_s))
+                for record, payload in zip(records, payloads, strict=True)
+            )
+            stream.trim(self._bounds, now_s)
+            self._changed.notify_all()
+            return num_new
+
+    def read_new(
+        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
+    ) -> list[Delivery]:
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                deliveries = self._stream(key).deliver(consumer, max_records, self._clock())
+                remaining_s = deadline_s - time.monotonic()
+                if deliveries or remaining_s <= 0.0:
+                    return deliveries
+                self._changed.wait(remaining_s)
+
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+        with self._changed:
+            stream, now_s = self._stream(key), self._clock()
+            deliveries: list[Delivery] = []
+            for entry_id, entry in stream.pending().items():
+                if entry.consumer == consumer or now_s - entry.delivered_at_s >= min_idle_s:
+                    deliveries += stream.hand_over(entry_id, consumer, now_s)
+            return deliveries
+
+    def ack(self, key: StreamKey, entry_ids: Sequence[str]) -> None:
+        with self._changed:
+            pending = self._stream(key).pending()
+            for entry_id in entry_ids:
+                if entry := pending.get(int(entry_id)):
+                    entry.consumer, entry.acknowledged = None, True
+
+    def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
+        with self._changed:
+            now_s, entries = self._clock(), self._stream(key).entries.values()
+            payloads = [entry.payload for entry in entries if entry.expires_at_s > now_s]
+        drawn = random.Random(seed).sample(payloads, min(num_records, len(payloads)))
+        return [decode(GenerationRecord, payload) for payload in drawn]
+
+    def size(self, key: StreamKey) -> StreamSize:
+        with self._changed:
+            stream = self._stream(key)
+            return StreamSize(
+                num_records=len(stream.entries),
+                num_bytes=stream.num_bytes,
+                num_dropped_records=stream.num_dropped,
+                num_pending=len(stream.pending()),
+            )
+
+    def trim(self, key: StreamKey) -> int:
+        with self._changed:
+            return self._stream(key).trim(self._bounds, self._clock())
+
+    def keys(self) -> list[StreamKey]:
+        with self._changed:
+            return list(self._streams)
+
+    def close(self) -> None:
+        """Nothing to release; the records stay readable."""
+
+    def _stream(self, key: StreamKey) -> Stream:
+        """The stream, or an empty one that is not kept."""
+        return self._streams[key] if key in self._streams else Stream()
+
+
+class MemoryAdapterFeed:
+    """An AdapterFeed that lives and dies with the process."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        max_versions: int = 8,
+        max_events: int = 1_000,
+        status_ttl_s: float = 10.0,
+    ) -> None:
+        self._clock = clock
+        self._max_versions = max_versions
+        self._status_ttl_s = status_ttl_s
+        self._states: dict[str, RouteState] = {}
+        self._adapters: dict[tuple[str, int], tuple[AdapterManifest, bytes]] = {}
+        self._events: defaultdict[str, deque[AdapterEvent]] = defaultdict(lambda: deque(maxlen=max_events))
+        self._statuses: dict[str, tuple[float, ServingStatus]] = {}
+        self._lock = threading.RLock()
+
+    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
+        version, parent = manifest.draft_version, manifest.parent_version
+        with self._lock:
+            state = self._state(manifest.route).published(version, parent, self._max_versions)
+            self._adapters[manifest.route, version] = (manifest, bytes(weights))
+            self._store(state, promotion(manifest, self._clock()))
+
+    def latest(self, route: str) -> AdapterManifest | None:
+        with self._lock:
+            entry = self._adapters.get((route, self._state(route).serving))
+            return entry[0] if entry else None
+
+    def last_version(self, route: str) -> int:
+        with self._lock:
+            return self._state(route).last_version
+
+    def manifest(self, route: str, draft_version: int) -> AdapterManifest:
+        return self._adapter(route, draft_version)[0]
+
+    def weights(self, route: str, draft_version: int) -> bytes:
+        return self._adapter(route, draft_version)[1]
+
+    def versions(self, route: str) -> list[AdapterManifest]:
+        with self._lock:
+            return [self._adapters[route, v][0] for v in sorted(self._state(route).parents)]
+
+    def rollback(self, route: str, reason: str, to_version: int | None = None) -> int:
+        with self._lock:
+            return self._turn("rolled_back", self._state(route).rolled_back(to_version), reason)
+
+    def pin(self, route: str, draft_version: int, reason: str) -> None:
+        with self._lock:
+            self._turn("pinned", self._state(route).with_pin(draft_version), reason)
+
+    def unpin(self, route: str, reason: str) -> int:
+        with self._lock:
+            return self._turn("unpinned", self._state(route).without_pin(), reason)
+
+    def pinned(self, route: str) -> int | None:
+        with self._lock:
+            return self._state(route).pinned
+
+    def add_event(self, event: AdapterEvent) -> None:
+        with self._lock:
+            self._events[event.route].append(event)
+
+    def history(self, route: str, max_events: int = 200) -> list[AdapterEvent]:
+        with self._lock:
+            events = list(self._events[route]) if route in self._events else []
+            return events[-max_events:] if max_events > 0 else []
+
+    def routes(self) -> list[str]:
+        with self._lock:
+            return sorted(self._events)
+
+    def report(self, status: ServingStatus) -> None:
+        with self._lock:
+            self._statuses[status.replica_id] = (self._clock() + self._status_ttl_s, status)
+
+    def statuses(self) -> list[ServingStatus]:
+        with self._lock:
+            now_s = self._clock()
+            live = {name: kept for name, kept in self._statuses.items() if kept[0] > now_s}
+            self._statuses = live
+            return [live[name][1] for name in sorted(live)]
+
+    def close(self) -> None:
+        """Nothing to release; the adapters stay readable."""
+
+    def _state(self, route: str) -> RouteState:
+        return self._states.get(route, RouteState(route))
+
+    def _adapter(self, route: str, draft_version: int) -> tuple[AdapterManifest, bytes]:
+        with self._lock:
+            self._state(route).require_adapter(draft_version)
+            return self._adapters[route, draft_version]
+
+    def _turn(self, kind: str, state: RouteState, reason: str) -> int:
+        self._store(state, turn(kind, state, reason, self._clock()))
+        return state.serving
+
+    def _store(self, state: RouteState, event: AdapterEvent) -> None:
+        for version in self._state(state.route).parents.keys() - state.parents.keys():
+            del self._adapters[state.route, version]
+        self._states[state.route] = state
+        self._events[state.route].append(event)

@@ -1,0 +1,86 @@
+"""One stream of encoded records in memory: order, deduplication, delivery, bounds.
+
+It knows no lock, no clock and no waiting: `memory_store` holds the first two and does the third.
+Invariant: `entries`, `entry_ids` and `num_bytes` always describe the same records.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from buffer.codec import decode
+from buffer.records import GenerationRecord
+from buffer.store import Bounds, Delivery
+
+
+@dataclass
+class Entry:
+    record_id: str
+    payload: bytes
+    expires_at_s: float
+    appended_at_s: float
+    consumer: str | None = None
+    """Who holds it, unacknowledged."""
+    delivered_at_s: float = 0.0
+    acknowledged: bool = False
+
+
+@dataclass
+class Stream:
+    """Entries in order of arrival; `unread` holds the entry ids not yet delivered."""
+
+    entries: dict[int, Entry] = field(default_factory=dict)
+    entry_ids: dict[str, int] = field(default_factory=dict)
+    unread: deque[int] = field(default_factory=deque)
+    num_appended: int = 0
+    num_bytes: int = 0
+    num_dropped: int = 0
+
+    def append(self, entry: Entry) -> bool:
+        if entry.record_id in self.entry_ids:
+            return False
+        self.num_appended += 1
+        self.entries[self.num_appended] = entry
+        self.entry_ids[entry.record_id] = self.num_appended
+        self.unread.append(self.num_appended)
+        self.num_bytes += len(entry.payload)
+        return True
+
+    def remove(self, entry_id: int) -> None:
+        entry = self.entries.pop(entry_id)
+        del self.entry_ids[entry.record_id]
+        self.num_bytes -= len(entry.payload)
+        self.num_dropped += not entry.acknowledged
+
+    def trim(self, bounds: Bounds, now_s: float) -> int:
+        num_before = len(self.entries)
+        for entry_id in [i for i, entry in self.entries.items() if entry.expires_at_s <= now_s]:
+            self.remove(entry_id)
+        while self.entries and self._exceeds(bounds, now_s):
+            self.remove(next(iter(self.entries)))
+        return num_before - len(self.entries)
+
+    def deliver(self, consumer: str, max_records: int, now_s: float) -> list[Delivery]:
+        deliveries: list[Delivery] = []
+        while self.unread and len(deliveries) < max_records:
+            deliveries += self.hand_over(self.unread.popleft(), consumer, now_s)
+        return deliveries
+
+    def hand_over(self, entry_id: int, consumer: str, now_s: float) -> list[Delivery]:
+        """One delivery, or none when the entry is gone or expired (then it leaves)."""
+        entry = self.entries.get(entry_id)
+        if entry is None:
+            return []
+        if entry.expires_at_s <= now_s:
+            self.remove(entry_id)
+            return []
+        entry.consumer, entry.delivered_at_s = consumer, now_s
+        return [Delivery(str(entry_id), decode(GenerationRecord, entry.payload))]
+
+    def pending(self) -> dict[int, Entry]:
+        return {i: entry for i, entry in self.entries.items() if entry.consumer is not None}
+
+    def _exceeds(self, bounds: Bounds, now_s: float) -> bool:
+        too_many = bounds.max_records is not None and len(self.entries) > bounds.max_records
+        too_large = bounds.max_bytes is not None and self.num_bytes > bounds.max_bytes
+        age_s = now_s - next(iter(self.entries.values())).appended_at_s
+        return too_many or too_large or (bounds.max_age_s is not None and age_s > bounds.max_age_s)

@@ -1,0 +1,127 @@
+"""What a record stream does atomically inside Redis, as Lua scripts.
+
+Keys of a stream, all with one hash tag: KEYS[1] the Stream of entries (fields i: record id, t: time of
+append, r: encoded record), KEYS[2] a hash from record id to "entry id, bytes", KEYS[3] a sorted set of
+record ids by expiry, KEYS[4] a set of the entry ids that nobody acknowledged, KEYS[5] a hash of
+counters. ARGV[1] is the consumer group.
+
+Invariant: an entry leaves all five at once, and its pending delivery with them. Streams' own trimming
+(MAXLEN) is not used: it would leave trimmed entries pending, uncounted, and in the other keys.
+Every script runs on Redis 6.2 and later, on a cluster too.
+"""
+
+_PRELUDE = """
+local stream, index, expiry, open, counters = unpack(KEYS)
+local group = ARGV[1]
+
+local function remove(record_id)
+  local found = redis.call('HGET', index, record_id)
+  if not found then return 0 end
+  local entry_id, num_bytes = string.match(found, '^(%S+) (%d+)$')
+  redis.call('HDEL', index, record_id)
+  redis.call('ZREM', expiry, record_id)
+  redis.call('XDEL', stream, entry_id)
+  redis.call('XACK', stream, group, entry_id)
+  redis.call('HINCRBY', counters, 'num_bytes', -tonumber(num_bytes))
+  if redis.call('SREM', open, entry_id) == 1 then
+    redis.call('HINCRBY', counters, 'num_dropped', 1)
+  end
+  return 1
+end
+"""
+
+_TRIM = """
+local function remove_oldest(head)
+  if remove(head[2][2]) == 0 then redis.call('XDEL', stream, head[1]) end
+end
+
+local function exceeds(head, oldest_s, max_records, max_bytes)
+  if oldest_s ~= '' and tonumber(head[2][4]) < tonumber(oldest_s) then return true end
+  if max_records ~= '' and redis.call('XLEN', stream) > tonumber(max_records) then return true end
+  if max_bytes == '' then return false end
+  return tonumber(redis.call('HGET', counters, 'num_bytes') or '0') > tonumber(max_bytes)
+end
+
+local function trim(now_s, oldest_s, max_records, max_bytes)
+  local num_removed = 0
+  for _, record_id in ipairs(redis.call('ZRANGEBYSCORE', expiry, '-inf', now_s)) do
+    num_removed = num_removed + remove(record_id)
+  end
+  while true do
+    local head = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+    if not head or not exceeds(head, oldest_s, max_records, max_bytes) then return num_removed end
+    remove_oldest(head)
+    num_removed = num_removed + 1
+  end
+end
+"""
+
+TRIM = f"""{_PRELUDE}{_TRIM}
+return trim(ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+"""
+"""group, now, oldest time of append that may stay, max records, max bytes ('': unbounded) -> removed."""
+
+APPEND = f"""{_PRELUDE}{_TRIM}
+local num_new = 0
+for i = 6, #ARGV, 3 do
+  local record_id, expires_at_s, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if redis.call('HEXISTS', index, record_id) == 0 then
+    local entry_id = redis.call('XADD', stream, '*', 'i', record_id, 't', ARGV[2], 'r', payload)
+    redis.call('HSET', index, record_id, entry_id .. ' ' .. #payload)
+    redis.call('ZADD', expiry, expires_at_s, record_id)
+    redis.call('SADD', open, entry_id)
+    redis.call('HINCRBY', counters, 'num_bytes', #payload)
+    num_new = num_new + 1
+  end
+end
+trim(ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+return num_new
+"""
+"""As TRIM, then record id, expiry and payload of each record -> how many were new."""
+
+REMOVE = f"""{_PRELUDE}
+for i = 2, #ARGV do remove(ARGV[i]) end
+"""
+"""group, record ids: they leave, counted as dropped where nobody acknowledged them."""
+
+ACK = f"""{_PRELUDE}
+for i = 2, #ARGV do
+  redis.call('XACK', stream, group, ARGV[i])
+  redis.call('SREM', open, ARGV[i])
+end
+"""
+"""group, entry ids."""
+
+CLAIM = f"""{_PRELUDE}
+local consumer, min_idle_ms = ARGV[2], tonumber(ARGV[3])
+local claimed = {{}}
+local pending = redis.pcall('XPENDING', stream, group, '-', '+', 1000000)
+if pending.err then return claimed end
+for _, delivery in ipairs(pending) do
+  local entry_id, owner, idle_ms = delivery[1], delivery[2], delivery[3]
+  if owner == consumer or idle_ms >= min_idle_ms then
+    if #redis.call('XRANGE', stream, entry_id, entry_id) == 0 then
+      redis.call('XACK', stream, group, entry_id)
+    else
+      redis.call('XCLAIM', stream, group, consumer, 0, entry_id)
+      claimed[#claimed + 1] = entry_id
+    end
+  end
+end
+return claimed
+"""
+"""group, consumer, min idle ms -> entry ids now held by the consumer.
+
+XAUTOCLAIM and the reading of one's own pending entries in one step, without what 6.2 does to trimmed
+entries there (nil, or an empty entry that stays pending)."""
+
+DRAW = f"""{_PRELUDE}
+local entry_ids = {{}}
+for i = 2, #ARGV do
+  local record_id = redis.call('ZREVRANGE', expiry, ARGV[i], ARGV[i])[1]
+  local found = record_id and redis.call('HGET', index, record_id)
+  if found then entry_ids[#entry_ids + 1] = string.match(found, '^%S+') end
+end
+return entry_ids
+"""
+"""group, ranks from the latest expiry down (so the unexpired come first) -> entry ids."""

@@ -1,0 +1,271 @@
+"""Records on Redis Streams, and the one door to the redis library.
+
+`RedisLink` opens any server by URL and turns each of the library's exceptions into a
+StoreUnavailableError. What must happen at once happens in `redis_scripts`. It knows nothing of
+adapters: `redis_feed` uses the link for those. Invariants: no call retries or waits longer than its
+timeouts, and nothing is connected before the first call.
+"""
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from hashlib import sha256
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from buffer import redis_scripts
+from buffer.codec import decode, encode
+from buffer.errors import CorruptRecordError, SchemaVersionError, StoreUnavailableError
+from buffer.records import GenerationRecord
+from buffer.store import Bounds, Delivery, StreamKey, StreamSize
+
+_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel")
+_FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException)
+_FETCH_AT_ONCE = 128
+"""Entries fetched in one round trip: a few megabytes."""
+
+Entry = tuple[bytes, dict[bytes, bytes]]
+
+log = logging.getLogger(__name__)
+
+
+class RedisLink:
+    """A thread-safe client for `redis://`, `rediss://`, `unix://`, `redis+cluster://host:port` or
+    `redis+sentinel://:password@host:port,host:port/service`. Raises ValueError for another form."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self._url = url
+        self._timeout_s = timeout_s
+        self._scripts: dict[str, Any] = {}
+        if urlsplit(url).scheme not in _SCHEMES:
+            raise ValueError(f"Redis URL {self.shown_url!r} has none of the schemes {_SCHEMES}; not used")
+        if url.startswith("redis+sentinel:"):
+            _sentinel_address(url)
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its password, for messages."""
+        scheme, _, rest = self._url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+
+    @cached_property
+    def client(self) -> Any:
+        """redis-py's client. To be used inside `translated`: a cluster is looked up as it is made."""
+        return _open(self._url, self._timeout_s)
+
+    def run(self, script: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a Lua script, loading it where the server does not have it."""
+        if script not in self._scripts:
+            self._scripts[script] = self.client.register_script(script)
+        return self._scripts[script](keys=keys, args=args)
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raises StoreUnavailableError for whatever the library raises inside."""
+        try:
+            yield
+        except _FAILURES as error:
+            text = f"Redis at {self.shown_url}: {error}; nothing was stored or changed, try again"
+            raise StoreUnavailableError(text) from error
+
+    def close(self) -> None:
+        if "client" in self.__dict__:
+            with self.translated():
+                self.client.close()
+
+
+def _open(url: str, timeout_s: float) -> Any:
+    options: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    scheme, _, rest = url.partition("://")
+    base, _, kind = scheme.partition("+")
+    if kind == "cluster":
+        return RedisCluster.from_url(f"{base}://{rest}", **options)
+    if kind == "sentinel":
+        sentinels, service, password = _sentinel_address(url)
+        untyped: Any = Sentinel
+        found = untyped(sentinels, sentinel_kwargs=options, password=password, **options)
+        return found.master_for(service)
+    return redis.Redis.from_url(url, **options)
+
+
+def _sentinel_address(url: str) -> tuple[list[tuple[str, int]], str, str | None]:
+    """Sentinels, the service's name, the password of the servers behind them."""
+    parts = urlsplit(url)
+    hosts, service = parts.netloc.rpartition("@")[2], parts.path.strip("/")
+    pairs = [host.rpartition(":") for host in hosts.split(",")]
+    if not service or not all(host and port.isdigit() for host, _, port in pairs):
+        raise ValueError(f"{hosts}/{service} is not host:port,host:port/service; no sentinel can be asked")
+    return [(host, int(port)) for host, _, port in pairs], service, parts.password
+
+
+class RedisRecordStore:
+    """A RecordStore shared by any number of replicas and the learner; `group` names its readers."""
+
+    def __init__(
+        self,
+        url: str,
+        bounds: Bounds | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        prefix: str = "everdraft",
+        group: str = "learner",
+        timeout_s: float = 1.0,
+    ) -> None:
+        self._link = RedisLink(url, timeout_s)
+        self._bounds = bounds or Bounds()
+        self._clock = clock
+        self._prefix = prefix
+        self._group = group
+        self._max_block_s = timeout_s / 2
+
+    def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
+        args = self._trim_args()
+        for record in records:
+            args += [record.record_id, repr(record.expires_at_s), encode(record)]
+        with self._link.translated():
+            self._link.client.sadd(self._registry, json.dumps([key.target_revision, key.route]))
+            return int(self._run(redis_scripts.APPEND, key, args))
+
+    def read_new(
+        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
+    ) -> list[Delivery]:
+        deadline_s = time.monotonic() + timeout_s
+        while max_records > 0:
+            remaining_s = deadline_s - time.monotonic()
+            block_ms = int(1000 * min(remaining_s, self._max_block_s))
+            with self._link.translated():
+                entries = self._read(key, consumer, max_records, block_ms if block_ms > 0 else None)
+            deliveries = self._readable(key, entries)
+            if deliveries or not (entries or remaining_s > 0.0):
+                return deliveries
+        return []
+
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+        with self._link.translated():
+            entry_ids = self._run(redis_scripts.CLAIM, key, [consumer, int(1000 * min_idle_s)])
+            entries = self._fetch(key, entry_ids)
+        return self._readable(key, entries)
+
+    def ack(self, key: StreamKey, entry_ids: Sequence[str]) -> None:
+        with self._link.translated():
+            self._run(redis_scripts.ACK, key, entry_ids)
+
+    def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
+        with self._link.translated():
+            expiry = self._keys(key)[2]
+            num_unexpired = self._link.client.zcount(expiry, f"({self._clock()!r}", "+inf")
+            ranks = random.Random(seed).sample(range(num_unexpired), min(num_records, num_unexpired))
+            entries = self._fetch(key, self._run(redis_scripts.DRAW, key, ranks))
+        return [delivery.record for delivery in self._readable(key, entries)]
+
+    def size(self, key: StreamKey) -> StreamSize:
+        with self._link.translated():
+            stream, _, _, _, counters = self._keys(key)
+            pipe = self._link.client.pipeline(transaction=False)
+            pipe.xlen(stream).hmget(counters, "num_bytes", "num_dropped").xpending(stream, self._group)
+            num_records, (num_bytes, num_dropped), pending = pipe.execute(raise_on_error=False)
+        known = isinstance(pending, dict)
+        return StreamSize(
+            num_records=num_records,
+            num_bytes=int(num_bytes or 0),
+            num_dropped_records=int(num_dropped or 0),
+            num_pending=pending["pending"] if known else 0,
+        )
+
+    def trim(self, key: StreamKey) -> int:
+        with self._link.translated():
+            return int(self._run(redis_scripts.TRIM, key, self._trim_args()))
+
+    def keys(self) -> list[StreamKey]:
+        with self._link.translated():
+            names = self._link.client.smembers(self._registry)
+        return [StreamKey(*json.loads(name)) for name in sorted(names)]
+
+    def close(self) -> None:
+        self._link.close()
+
+    @property
+    def _registry(self) -> str:
+        return f"{self._prefix}:streams"
+
+    def _keys(self, key: StreamKey) -> list[str]:
+        """The five keys of a stream. One hash tag keeps them together on a cluster; it is a digest,
+        since a route may hold braces."""
+        tag = sha256(json.dumps([key.target_revision, key.route]).encode()).hexdigest()[:24]
+        parts = ("records", "index", "expiry", "open", "counters")
+        return [f"{self._prefix}:{{{tag}}}:{part}" for part in parts]
+
+    def _run(self, script: str, key: StreamKey, args: Iterable[Any]) -> Any:
+        return self._link.run(script, self._keys(key), [self._group, *args])
+
+    def _trim_args(self) -> list[Any]:
+        bounds, now_s = self._bounds, self._clock()
+        oldest_s = None if bounds.max_age_s is None else now_s - bounds.max_age_s
+        limits = (oldest_s, bounds.max_records, bounds.max_bytes)
+        return [repr(now_s), *("" if limit is None else repr(limit) for limit in limits)]
+
+    def _read(self, key: StreamKey, consumer: str, max_records: int, block_ms: int | None) -> list[Entry]:
+        stream, client = self._keys(key)[0], self._link.client
+        try:
+            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records, block_ms)
+        except redis.ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            self._create_group(stream)  # a new stream, or a server that came back empty
+            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records, block_ms)
+        return reply[0][1] if reply else []
+
+    def _create_group(self, stream: str) -> None:
+        """At 0, not at the end: what was appended before anyone read is new to the group."""
+        try:
+            self._link.client.xgroup_create(stream, self._group, id="0", mkstream=True)
+        except redis.ResponseError as error:
+            if not str(error).startswith("BUSYGROUP"):
+                raise
+
+    def _fetch(self, key: StreamKey, entry_ids: Sequence[bytes]) -> list[Entry]:
+        """The entries that still exist, in the order asked for."""
+        stream, entries = self._keys(key)[0], []
+        for begin in range(0, len(entry_ids), _FETCH_AT_ONCE):
+            pipe = self._link.client.pipeline(transaction=False)
+            for entry_id in entry_ids[begin : begin + _FETCH_AT_ONCE]:
+                pipe.xrange(stream, entry_id, entry_id)
+            entries += [entry for found in pipe.execute() for entry in found]
+        return entries
+
+    def _readable(self, key: StreamKey, entries: Iterable[Entry]) -> list[Delivery]:
+        """Deliveries of entries that are neither expired nor of another schema; the others leave."""
+        deliveries, unreadable = [], []
+        for entry_id, fields in entries:
+            record = self._record(fields)
+            if record is None:
+                unreadable.append(fields[b"i"])
+            else:
+                deliveries.append(Delivery(entry_id.decode(), record))
+        if unreadable:
+            with self._link.translated():
+                self._run(redis_scripts.REMOVE, key, unreadable)
+        return deliveries
+
+    def _record(self, fields: dict[bytes, bytes]) -> GenerationRecord | None:
+        try:
+            record = decode(GenerationRecord, fields[b"r"])
+        except (CorruptRecordError, SchemaVersionError) as error:
+            log.warning("a stored record cannot be read and is dropped: %s", error)
+            return None
+        return record if record.expires_at_s > self._clock() else None

@@ -1,0 +1,78 @@
+"""Runs a Redis server for one parent process and ends it with that parent, however the parent dies.
+
+A script of the standard library alone, started by `redis_server` as a process of its own. It has one
+thread, so the kernel can be told to kill the server with it (Linux ties that signal to the *thread*
+that forked, which in the parent may be a short-lived one); and it sees by its own parent's id that the
+parent is gone. It knows nothing of what the server holds. Invariant: the server never outlives it.
+
+Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the
+folder, at the end). Standard input: the server's configuration. Standard output: the server's process
+id; then, if the server ends unasked, the end of its log.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_LOG_NAME = "redis.log"
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.1
+_GRACE_S = 3.0
+"""How long a server may take to flush and end before it is killed."""
+
+
+def main(parent_pid: int, binary: str, folder: Path, keep: bool) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    server = None
+    try:
+        server = _start(binary, sys.stdin.buffer.read(), folder / _LOG_NAME)
+        print(server.pid, flush=True)
+        while os.getppid() == parent_pid:
+            if server.poll() is not None:
+                print((folder / _LOG_NAME).read_text(errors="replace")[-2000:], flush=True)
+                return
+            time.sleep(_POLL_S)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if server is not None:
+            _end(server)
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(binary: str, configuration: bytes, log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("wb") as log:
+        server = subprocess.Popen(
+            [binary, "-"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_die_with_this_process,
+        )
+    assert server.stdin is not None
+    server.stdin.write(configuration)
+    server.stdin.close()
+    return server
+
+
+def _die_with_this_process() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "keep")

@@ -1,0 +1,97 @@
+"""Which adapter of a route serves, and which are kept: the rules of an AdapterFeed, as pure functions.
+
+It knows nothing of weights, clocks or storage; both feeds apply it, one under a lock, one under WATCH.
+Invariants: versions only grow; what serves, what would serve without the pin, and the parents of both
+are always kept (as far as they were kept before).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from buffer.errors import UnknownVersionError, VersionConflictError
+from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
+
+
+@dataclass(frozen=True)
+class RouteState:
+    """One route. `parents` maps every kept draft_version to the one it was judged against."""
+
+    route: str
+    last_version: int = 0
+    """The greatest version ever published, kept or not."""
+    pointer: int = FLOOR_VERSION
+    """What serves when nothing is pinned."""
+    pinned: int | None = None
+    parents: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def serving(self) -> int:
+        return self.pointer if self.pinned is None else self.pinned
+
+    def require(self, draft_version: int) -> None:
+        """Raises UnknownVersionError unless the version is kept or the floor."""
+        if draft_version != FLOOR_VERSION:
+            self.require_adapter(draft_version)
+
+    def require_adapter(self, draft_version: int) -> None:
+        """Raises UnknownVersionError unless the version is kept; the floor is no adapter."""
+        if draft_version not in self.parents:
+            kept = sorted(self.parents)
+            raise UnknownVersionError(
+                f"route {self.route!r} keeps versions {kept}, not {draft_version}; nothing changed"
+            )
+
+    def published(self, draft_version: int, parent_version: int, max_versions: int) -> "RouteState":
+        """Point at a new version; keep the newest `max_versions` and whatever may be needed again."""
+        if draft_version <= self.last_version:
+            raise VersionConflictError(
+                f"route {self.route!r}: draft_version {draft_version} does not exceed "
+                f"{self.last_version}; nothing was published"
+            )
+        grown = replace(
+            self,
+            last_version=draft_version,
+            pointer=draft_version,
+            parents={**self.parents, draft_version: parent_version},
+        )
+        return replace(grown, parents=grown._kept(max_versions))
+
+    def rolled_back(self, to_version: int | None) -> "RouteState":
+        """Point at `to_version`, or (None) at the parent of the pointer, or at the floor without one.
+
+        A pin outlasts a rollback: the pinned version goes on serving."""
+        if to_version is None:
+            parent = self.parents.get(self.pointer, FLOOR_VERSION)
+            to_version = parent if parent in self.parents else FLOOR_VERSION
+        self.require(to_version)
+        return replace(self, pointer=to_version)
+
+    def with_pin(self, draft_version: int) -> "RouteState":
+        self.require(draft_version)
+        return replace(self, pinned=draft_version)
+
+    def without_pin(self) -> "RouteState":
+        return replace(self, pinned=None)
+
+    def _kept(self, max_versions: int) -> dict[int, int]:
+        newest = sorted(self.parents)[-max_versions:]
+        needed = {self.pointer, self.serving}
+        needed |= {self.parents.get(version, FLOOR_VERSION) for version in needed}
+        return {v: parent for v, parent in self.parents.items() if v in needed or v in newest}
+
+
+def promotion(manifest: AdapterManifest, at_s: float) -> AdapterEvent:
+    """The history's line for a publish."""
+    return AdapterEvent(
+        kind="promoted",
+        route=manifest.route,
+        draft_version=manifest.draft_version,
+        reason=f"judged against version {manifest.parent_version}",
+        at_s=at_s,
+        evidence=dict(manifest.evidence),
+    )
+
+
+def turn(kind: str, state: RouteState, reason: str, at_s: float) -> AdapterEvent:
+    """The history's line for a rollback, a pin or an unpin: it names what serves afterwards."""
+    return AdapterEvent(kind, state.route, state.serving, reason, at_s)

@@ -1,0 +1,263 @@
+"""Bytes and back: bit-identical, compact, and never another exception than the seam's."""
+
+import pickle
+import struct
+import zlib
+from dataclasses import fields, replace
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from buffer.codec import SCHEMA_VERSION, decode, encode
+from buffer.errors import CorruptRecordError, SchemaVersionError, SeamError
+from buffer.records import (
+    AdapterEvent,
+    AdapterManifest,
+    GenerationRecord,
+    PassCosts,
+    RecordSampling,
+    RoundTrace,
+    ServingStatus,
+    VersionCounts,
+)
+from buffer.route_state import RouteState
+from tests.buffer.samples import make_manifest, make_record, make_round
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+numbers = st.floats(allow_nan=False)
+evidence = st.dictionaries(texts, numbers, max_size=3)
+counts = st.integers(0, 2**53)
+
+
+def floats(width: Any, shape: int | tuple[int, ...]) -> st.SearchStrategy[Any]:
+    """NaN, both infinities, subnormals and the extremes included."""
+    return arrays(np.dtype(f"<f{width // 8}"), shape, elements=st.floats(width=width))
+
+
+def token_ids(shape: int | tuple[int, ...]) -> st.SearchStrategy[Any]:
+    return arrays(np.dtype("<i4"), shape, elements=int32)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> RoundTrace:
+    num_drafted, num_emitted, num_kept = (draw(st.integers(0, most)) for most in (4, 5, 6))
+    return RoundTrace(
+        start=draw(st.integers(0, 2**31 - 1)),
+        draft_version=draw(st.integers(0, 2**31 - 1)),
+        num_accepted=draw(st.integers(0, 4)),
+        num_attempted=draw(st.integers(0, 4)),
+        drafted_token_ids_G=draw(token_ids(num_drafted)),
+        drafted_target_logprobs_G=draw(floats(32, num_drafted)),
+        drafted_draft_logprobs_G=draw(floats(32, num_drafted)),
+        emitted_target_logprobs_C=draw(floats(32, num_emitted)),
+        topk_token_ids_EK=draw(token_ids((num_drafted + 1, num_kept))),
+        topk_logprobs_EK=draw(floats(16, (num_drafted + 1, num_kept))),
+        retemper_E=draw(floats(32, num_drafted + 1)),
+    )
+
+
+records = st.builds(
+    GenerationRecord,
+    record_id=texts,
+    request_id=texts,
+    route=texts,
+    target_revision=texts,
+    sampling=st.builds(
+        RecordSampling, temperature=numbers, top_k=counts, top_p=numbers, min_p=numbers, mode=texts
+    ),
+    prompt_token_ids=token_ids(3),
+    output_token_ids=token_ids(2),
+    rounds=st.lists(rounds(), max_size=4).map(tuple),
+    created_at_s=numbers,
+    expires_at_s=numbers,
+    replica_id=texts,
+    segment=counts,
+)
+costs = st.builds(
+    PassCosts,
+    batch_sizes=st.just((1, 8)),
+    token_counts=st.just((1, 5)),
+    target_pass_s=st.tuples(st.tuples(numbers, numbers), st.tuples(numbers, numbers)),
+    draft_pass_s=st.tuples(numbers, numbers),
+)
+version_counts = st.builds(VersionCounts, *[counts] * 5)
+others = st.one_of(
+    st.builds(
+        AdapterManifest,
+        **dict.fromkeys(("route", "draft_id", "draft_revision", "target_revision", "mlflow_run_id"), texts),
+        **dict.fromkeys(("draft_version", "parent_version", "rank", "num_bytes", "num_records_seen"), counts),
+        alpha=numbers,
+        target_modules=st.lists(texts, max_size=3).map(tuple),
+        adapter_config_json=texts,
+        sha256=texts,
+        created_at_s=numbers,
+        evidence=evidence,
+    ),
+    st.builds(AdapterEvent, texts, texts, counts, texts, numbers, evidence),
+    st.builds(
+        ServingStatus,
+        replica_id=texts,
+        at_s=numbers,
+        serving_versions=st.dictionaries(texts, counts, max_size=2),
+        counts=st.dictionaries(texts, st.dictionaries(counts, version_counts, max_size=2), max_size=2),
+        costs=st.none() | costs,
+        round_s_median=numbers,
+        last_error=texts,
+    ),
+    st.builds(
+        RouteState, texts, counts, counts, st.none() | counts, st.dictionaries(counts, counts, max_size=3)
+    ),
+)
+
+
+def assert_same_record(found: Any, expected: Any) -> None:
+    """Arrays by dtype, shape and bits, so that NaN equals itself; the rest by value."""
+    for name in (field.name for field in fields(expected)):
+        one, other = getattr(found, name), getattr(expected, name)
+        if isinstance(other, np.ndarray):
+            assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes()), name
+        elif name != "rounds":
+            assert one == other, name
+
+
+@given(records)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_record_comes_back_bit_for_bit(record: GenerationRecord) -> None:
+    found = decode(GenerationRecord, encode(record))
+    assert_same_record(found, record)
+    assert len(found.rounds) == len(record.rounds)
+    for found_round, expected_round in zip(found.rounds, record.rounds, strict=True):
+        assert_same_record(found_round, expected_round)
+
+
+@given(others)
+@settings(max_examples=100, deadline=None)
+def test_manifests_events_statuses_and_states_come_back_equal(value: Any) -> None:
+    found = decode(type(value), encode(value))
+    assert found == value
+    assert repr(found) == repr(value)  # tuples stay tuples, floats floats
+
+
+def test_what_numpy_computed_is_stored_as_a_plain_number() -> None:
+    manifest = replace(make_manifest(1), evidence={"gain": np.float32(0.5), "records": 3})
+    assert decode(AdapterManifest, encode(manifest)).evidence == {"gain": 0.5, "records": 3.0}
+
+
+def test_other_float_widths_and_strides_are_brought_into_form() -> None:
+    trace = make_round(num_drafted=4, num_kept=8)
+    changed = replace(
+        trace,
+        drafted_target_logprobs_G=trace.drafted_target_logprobs_G.astype(np.float64),
+        topk_token_ids_EK=np.asfortranarray(trace.topk_token_ids_EK.astype(np.int64)),
+    )
+    [found] = decode(GenerationRecord, encode(make_record(rounds=(changed,)))).rounds
+    assert_same_record(found, trace)
+
+
+def test_decoded_arrays_cannot_be_written_to() -> None:
+    [trace] = decode(GenerationRecord, encode(make_record())).rounds
+    with pytest.raises(ValueError, match="read-only"):
+        trace.retemper_E[0] = 0.0
+
+
+def test_a_position_costs_about_210_bytes_with_32_kept_entries() -> None:
+    record = make_record(num_rounds=100, num_kept=32)
+    grown = make_record(num_rounds=200, num_kept=32)
+    num_positions = grown.num_positions - record.num_positions
+    num_token_bytes = 4 * (len(grown.output_token_ids) - len(record.output_token_ids))
+    num_bytes = len(encode(grown)) - len(encode(record)) - num_token_bytes
+    assert num_bytes / num_positions < 216
+
+
+@pytest.mark.parametrize(
+    "name",
+    [field.name for field in fields(RoundTrace) if field.name.endswith(("_G", "_EK", "_E"))],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused_before_they_are_stored(name: str) -> None:
+    trace = make_round()
+    torn = replace(trace, **{name: getattr(trace, name)[1:]})
+    with pytest.raises(ValueError, match=r"record 'a': round 1: .* not encoded"):
+        encode(make_record(rounds=(trace, torn)))
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, 65535])
+def test_another_schema_version_is_named_and_refused(version: int) -> None:
+    data = encode(make_record())
+    foreign = data[:2] + struct.pack("<H", version) + b"whatever that version means"
+    expected = f"schema version {version}, this build reads {SCHEMA_VERSION}: nothing was decoded"
+    with pytest.raises(SchemaVersionError, match=expected):
+        decode(GenerationRecord, foreign)
+
+
+def test_one_kind_is_not_read_as_another() -> None:
+    with pytest.raises(CorruptRecordError, match="kind is 2, not 1"):
+        decode(GenerationRecord, encode(make_manifest(1)))
+
+
+def test_every_truncation_is_corrupt() -> None:
+    data = encode(make_record())
+    for length in range(len(data)):
+        with pytest.raises(CorruptRecordError, match="nothing was decoded"):
+            decode(GenerationRecord, data[:length])
+
+
+def test_errors_cross_processes() -> None:
+    with pytest.raises(CorruptRecordError) as caught:
+        decode(GenerationRecord, b"")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+KINDS = (GenerationRecord, AdapterManifest, AdapterEvent, ServingStatus, RouteState)
+
+
+@given(st.sampled_from(KINDS), st.binary(max_size=64))
+@settings(max_examples=300, deadline=None)
+def test_garbage_is_corrupt(cls: type, data: bytes) -> None:
+    with pytest.raises(SeamError):
+        decode(cls, data)
+
+
+def sealed(kind: int, body: bytes) -> bytes:
+    """Any body behind a valid header, so that the checksum does not hide what lies behind it."""
+    return struct.pack("<2sHBI", b"ed", SCHEMA_VERSION, kind, zlib.crc32(body)) + body
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | int32 | numbers | texts | st.binary(max_size=16),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(KINDS), st.binary(max_size=64) | plain.map(msgpack.packb))
+@settings(max_examples=300, deadline=None)
+def test_a_foreign_body_behind_a_valid_header_is_corrupt(cls: type, body: bytes) -> None:
+    with pytest.raises(CorruptRecordError):
+        decode(cls, sealed(KINDS.index(cls) + 1, body))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_record_with_one_foreign_field_is_corrupt_or_still_a_record(data: st.DataObject) -> None:
+    body = msgpack.unpackb(encode(make_record())[9:])
+    place = data.draw(st.sampled_from([body, body["rounds"], body["sampling"]]))
+    place[data.draw(st.sampled_from(sorted(place)))] = data.draw(plain)
+    try:
+        decode(GenerationRecord, sealed(1, msgpack.packb(body)))
+    except CorruptRecordError:
+        return
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+@settings(max_examples=200, deadline=None)
+def test_a_flipped_bit_never_goes_unnoticed(place: int, flip: int) -> None:
+    data = bytearray(encode(make_record()))
+    data[place % len(data)] ^= flip
+    with pytest.raises(SeamError):
+        decode(GenerationRecord, bytes(data))

@@ -1,0 +1,282 @@
+"""The contract of RecordStore, sentence by sentence, on every implementation."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import pytest
+from scipy import stats
+
+from buffer.codec import encode
+from buffer.store import Bounds, Delivery, RecordStore, StreamKey
+from tests.buffer.samples import START_S, FakeClock, OpenStore, make_record
+
+KEY = StreamKey("revision", "default")
+
+
+def append(store: RecordStore, ids: Iterable[str], **changes: object) -> int:
+    return store.append(KEY, [make_record(record_id, **changes) for record_id in ids])
+
+
+def record_ids(deliveries: Sequence[Delivery]) -> list[str]:
+    return [delivery.record.record_id for delivery in deliveries]
+
+
+def entry_ids(deliveries: Sequence[Delivery]) -> list[str]:
+    return [delivery.entry_id for delivery in deliveries]
+
+
+def test_records_are_read_once_in_the_order_of_their_arrival(store: RecordStore) -> None:
+    assert append(store, "abc") == 3
+    assert record_ids(store.read_new(KEY, "learner", 2)) == ["a", "b"]
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c"]
+    assert store.read_new(KEY, "learner", 9) == []
+
+
+def test_a_record_comes_back_bit_for_bit(store: RecordStore) -> None:
+    record = make_record(num_rounds=3, num_kept=32)
+    store.append(KEY, [record])
+    [delivery] = store.read_new(KEY, "learner", 1)
+    assert encode(delivery.record) == encode(record)
+
+
+def test_a_record_appended_twice_is_stored_once(store: RecordStore) -> None:
+    assert append(store, "ab") == 2
+    assert append(store, "bcc") == 1
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a", "b", "c"]
+    assert store.size(KEY).num_records == 3
+
+
+def test_a_malformed_record_stores_nothing_of_its_batch(store: RecordStore) -> None:
+    good = make_record("a")
+    bad = make_record("b", rounds=(good.rounds[0].__class__(**{**vars(good.rounds[0]), "retemper_E": []}),))
+    with pytest.raises(ValueError, match="retemper_E"):
+        store.append(KEY, [good, bad])
+    assert store.size(KEY).num_records == 0
+
+
+def test_two_consumers_share_the_records(store: RecordStore) -> None:
+    append(store, "abcd")
+    first, second = store.read_new(KEY, "one", 2), store.read_new(KEY, "two", 9)
+    assert record_ids(first) + record_ids(second) == ["a", "b", "c", "d"]
+
+
+def test_asking_for_no_records_gives_none(store: RecordStore) -> None:
+    append(store, "a")
+    assert store.read_new(KEY, "learner", 0) == []
+    assert store.draw_replay(KEY, 0, seed=0) == []
+
+
+def test_reading_waits_for_the_first_record_and_no_longer(store: RecordStore) -> None:
+    writer = threading.Timer(0.2, append, (store, "a"))
+    writer.start()
+    began_s = time.monotonic()
+    assert record_ids(store.read_new(KEY, "learner", 9, timeout_s=10.0)) == ["a"]
+    assert 0.1 < time.monotonic() - began_s < 5.0
+    writer.join()
+
+
+def test_reading_gives_up_after_its_timeout(store: RecordStore) -> None:
+    began_s = time.monotonic()
+    assert store.read_new(KEY, "learner", 9, timeout_s=0.7) == []
+    assert 0.65 < time.monotonic() - began_s < 3.0
+
+
+def test_expired_records_are_skipped_and_counted(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "abc", expires_at_s=START_S + 10.0)
+    append(store, "d")
+    clock.advance(10.0)
+    assert record_ids(store.read_new(KEY, "learner", 2)) == ["d"]
+    assert store.size(KEY).num_dropped_records == 3
+    assert store.size(KEY).num_pending == 1
+
+
+def test_unacknowledged_records_are_read_again_by_a_consumer_that_restarts(store: RecordStore) -> None:
+    append(store, "abc")
+    store.ack(KEY, entry_ids(store.read_new(KEY, "learner", 1)))
+    store.read_new(KEY, "learner", 1)
+    claimed = store.claim(KEY, "learner", min_idle_s=3600.0)
+    assert record_ids(claimed) == ["b"]
+    assert record_ids(store.claim(KEY, "learner", min_idle_s=3600.0)) == ["b"]
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c"]
+
+
+def test_what_another_consumer_holds_is_claimed_only_when_idle(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "ab")
+    store.read_new(KEY, "dead", 9)
+    assert store.claim(KEY, "heir", min_idle_s=3600.0) == []
+    time.sleep(0.1)
+    clock.advance(0.1)
+    assert record_ids(store.claim(KEY, "heir", min_idle_s=0.05)) == ["a", "b"]
+    assert store.claim(KEY, "dead", min_idle_s=3600.0) == []
+    assert record_ids(store.claim(KEY, "heir", min_idle_s=3600.0)) == ["a", "b"]
+
+
+def test_nothing_is_claimed_from_a_stream_that_nobody_read(store: RecordStore) -> None:
+    assert store.claim(KEY, "learner") == []
+    append(store, "a")
+    assert store.claim(KEY, "learner") == []
+
+
+def test_pending_records_that_expire_are_not_claimed(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "a", expires_at_s=START_S + 10.0)
+    append(store, "b")
+    store.read_new(KEY, "learner", 9)
+    clock.advance(11.0)
+    assert record_ids(store.claim(KEY, "learner")) == ["b"]
+    assert store.size(KEY).num_dropped_records == 1
+
+
+def test_acknowledged_records_are_never_delivered_again_but_stay_for_replay(store: RecordStore) -> None:
+    append(store, "ab")
+    deliveries = store.read_new(KEY, "learner", 9)
+    assert store.size(KEY).num_pending == 2
+    store.ack(KEY, entry_ids(deliveries))
+    store.ack(KEY, entry_ids(deliveries))
+    assert store.size(KEY).num_pending == 0
+    assert store.claim(KEY, "learner") == []
+    assert store.read_new(KEY, "learner", 9) == []
+    assert sorted(r.record_id for r in store.draw_replay(KEY, 9, seed=0)) == ["a", "b"]
+
+
+def test_acknowledging_nothing_is_legal(store: RecordStore) -> None:
+    store.ack(KEY, [])
+    append(store, "a")
+    store.ack(KEY, [])
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a"]
+
+
+def test_the_oldest_leave_when_there_are_too_many(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_records=3, max_bytes=None, max_age_s=None))
+    append(store, "abcde")
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c", "d", "e"]
+    assert store.size(KEY).num_records == 3
+    assert store.size(KEY).num_dropped_records == 2
+
+
+def test_the_oldest_leave_when_they_are_too_large(open_store: OpenStore) -> None:
+    num_bytes = len(encode(make_record("a")))
+    store = open_store(Bounds(max_records=None, max_bytes=2 * num_bytes + 1, max_age_s=None))
+    append(store, "abc")
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["b", "c"]
+    assert store.size(KEY).num_bytes == 2 * num_bytes
+
+
+def test_the_oldest_leave_when_they_are_too_old(open_store: OpenStore, clock: FakeClock) -> None:
+    store = open_store(Bounds(max_records=None, max_bytes=None, max_age_s=60.0))
+    append(store, "ab")
+    clock.advance(40.0)
+    append(store, "c")
+    clock.advance(30.0)
+    assert store.trim(KEY) == 2
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c"]
+
+
+def test_a_trim_removes_what_expired_wherever_it_stands(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "a")
+    append(store, "b", expires_at_s=START_S + 10.0)
+    append(store, "c")
+    assert store.trim(KEY) == 0
+    clock.advance(10.0)
+    assert store.trim(KEY) == 1
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a", "c"]
+
+
+def test_only_what_nobody_acknowledged_counts_as_dropped(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_records=3, max_bytes=None, max_age_s=None))
+    append(store, "abc")
+    first = store.read_new(KEY, "learner", 2)
+    store.ack(KEY, entry_ids(first)[:1])
+    append(store, "def")
+    size = store.size(KEY)
+    assert size.num_dropped_records == 2  # b was pending, c was never read; a was used
+    assert size.num_pending == 0
+    assert store.claim(KEY, "learner") == []
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["d", "e", "f"]
+
+
+def test_a_trimmed_record_may_be_appended_again(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_records=1, max_bytes=None, max_age_s=None))
+    append(store, "ab")
+    assert append(store, "a") == 1
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a"]
+
+
+def test_sizes_return_to_zero_with_the_records(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "abc", num_rounds=5)
+    assert store.size(KEY).num_bytes == 3 * len(encode(make_record("a", num_rounds=5)))
+    clock.advance(4000.0)
+    assert store.trim(KEY) == 3
+    size = store.size(KEY)
+    assert (size.num_records, size.num_bytes, size.num_pending) == (0, 0, 0)
+
+
+def test_a_draw_takes_read_and_unread_but_no_expired_records(store: RecordStore, clock: FakeClock) -> None:
+    append(store, "ab")
+    append(store, "cd", expires_at_s=START_S + 10.0)
+    store.read_new(KEY, "learner", 1)
+    assert sorted(r.record_id for r in store.draw_replay(KEY, 9, seed=1)) == ["a", "b", "c", "d"]
+    clock.advance(10.0)
+    assert sorted(r.record_id for r in store.draw_replay(KEY, 9, seed=1)) == ["a", "b"]
+    assert sorted(record_ids(store.read_new(KEY, "learner", 9))) == ["b"]
+
+
+def test_a_draw_is_repeatable_by_its_seed_and_without_replacement(store: RecordStore) -> None:
+    append(store, map(str, range(50)))
+    draws = [[r.record_id for r in store.draw_replay(KEY, 10, seed=seed)] for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert all(len(set(draw)) == 10 for draw in draws)
+
+
+def uniformity_p_value(counts: Sequence[int], num_drawn: int) -> float:
+    """Chi-square for draws without replacement: the plain statistic times (N - 1) / (N - n)."""
+    population, expected = len(counts), sum(counts) / len(counts)
+    statistic = sum((count - expected) ** 2 / expected for count in counts)
+    return float(stats.chi2.sf(statistic * (population - 1) / (population - num_drawn), population - 1))
+
+
+def test_a_draw_is_uniform(store: RecordStore) -> None:
+    """False-alarm rate 1e-4 over the choice of seeds; a draw that favours one half 5:3 fails."""
+    names = [f"{i:02d}" for i in range(40)]
+    for i, name in enumerate(names):
+        append(store, [name], expires_at_s=START_S + 100.0 + (i * 7) % 40)
+    counts = Counter(r.record_id for seed in range(300) for r in store.draw_replay(KEY, 8, seed))
+    assert sum(counts.values()) == 300 * 8
+    assert uniformity_p_value([counts[name] for name in names], 8) > 1e-4
+    assert uniformity_p_value([45] * 20 + [75] * 20, 8) < 1e-4
+
+
+def test_streams_are_apart(store: RecordStore) -> None:
+    assert store.keys() == []
+    keys = {StreamKey(revision, route) for revision in ("r1", "r2") for route in ("a{b}", "ä:ö")}
+    for key in keys:
+        store.append(key, [make_record(f"{key.target_revision}{key.route}")])
+    assert set(store.keys()) == keys
+    for key in keys:
+        assert record_ids(store.read_new(key, "learner", 9)) == [f"{key.target_revision}{key.route}"]
+
+
+def test_a_stream_that_does_not_exist_is_empty(store: RecordStore) -> None:
+    assert store.read_new(KEY, "learner", 9) == []
+    assert store.draw_replay(KEY, 9, seed=0) == []
+    assert store.trim(KEY) == 0
+    assert store.size(KEY).num_records == 0
+    assert store.keys() == []
+
+
+def test_threads_that_append_and_read_lose_and_repeat_nothing(store: RecordStore) -> None:
+    def write(writer: int) -> None:
+        for i in range(20):
+            append(store, [f"shared-{i}", f"{writer}-{i}"])
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(3)]
+    for thread in writers:
+        thread.start()
+    read: list[str] = []
+    deadline_s = time.monotonic() + 20.0
+    while len(read) < 80 and time.monotonic() < deadline_s:
+        read += record_ids(store.read_new(KEY, "learner", 7, timeout_s=0.2))
+    for thread in writers:
+        thread.join()
+    assert len(read) == len(set(read)) == 80
