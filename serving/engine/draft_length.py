@@ -10,7 +10,7 @@ from serving.engine.counters import expected_block_efficiency
 
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
-_PROBE_EVERY = 48
+_PROBE_EVERY = 16
 _PROBE_LENGTH = 2
 _MEMORY_ROUNDS = 200
 _PRIOR_ATTEMPTS = 4.0

@@ -1,0 +1,71 @@
+"""`everdraft demo`: the product at work on the pair that ships with it, nothing else installed."""
+
+import os
+import time
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.commands.console import DEFAULT_STATE_DIR, ConfigOption, errors, output, plain_faults
+
+LORA_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "lm_head",
+    "embed_tokens",
+)
+PAIR = Path(str(files("deploy"))) / "demo" / "pair"
+SERVING = {"model_name": "everdraft-demo", "num_threads": 1, "max_seq_len": 512, "status_interval_s": 0.25}
+LEARNER = {"lora_rank": 32, "target_modules": LORA_MODULES}
+
+
+def demo(
+    port: Annotated[int | None, typer.Option(help="Port of the endpoint; default 8000.")] = None,
+    leave: Annotated[bool, typer.Option("--exit", help="Stop after the summary.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the figures to this file (JSON).")] = None,
+    plot: Annotated[Path, typer.Option(help="Write the picture to this file.")] = Path("demo.png"),
+    config: ConfigOption = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="State folder; default: a new one in .everdraft.")
+    ] = None,
+) -> None:
+    """Start everything on this machine, replay traffic while drafts learn, measure, and stay up."""
+    began_s = time.monotonic()
+    from deploy.commands.invitation import invite
+    from deploy.demo.report import write_report
+    from deploy.demo.screen import Screen, summarise
+    from deploy.demo.story import save_plot, series, tell
+    from deploy.settings_source import load_settings
+    from deploy.signals import wait_for_stop
+    from deploy.wiring import running_system
+
+    fresh = DEFAULT_STATE_DIR / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    overrides: dict[str, dict[str, Any]] = {
+        "serving": {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **SERVING},
+        "learner": LEARNER,
+        "cluster": {"port": port, "state_dir": state_dir or fresh},
+    }
+    console = output()
+    with plain_faults():
+        settings = load_settings(config, os.environ, overrides)
+        with running_system(settings, errors().print) as system:
+            with Screen(console) as screen:
+                story = tell(system, screen, began_s=began_s)
+            summarise(console, screen, story.comparisons, story.metrics)
+            save_plot(story, plot)
+            console.print(f"\nacceptance over requests: {plot}")
+            if report is not None:
+                write_report(report, "demo", story.metrics, series(story))
+                console.print(f"figures: {report}")
+            if not leave:
+                invite(console, system)
+                wait_for_stop(system.note_learner)
+            errors().print("stopping")

@@ -1,0 +1,65 @@
+"""The demo's picture: acceptance over requests, domains shaded, swaps marked."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.demo.traffic import Outcome
+from serving.engine.counters import acceptance_rate
+
+WINDOW = 30
+"""Requests of the moving average."""
+
+
+def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int]], file: Path) -> None:
+    """`phases`: (name, number of requests) in the order of `outcomes`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
+    colours = pyplot.colormaps["Pastel2"].colors  # type: ignore[attr-defined]
+    start = 0
+    for index, (name, count) in enumerate(phases):
+        axes.axvspan(start, start + count, color=colours[index % len(colours)], alpha=0.45, lw=0)
+        axes.text(start + count / 2, 1.015, name, ha="center", va="bottom", fontsize=10)
+        start += count
+    axes.plot(
+        moving_acceptance(outcomes), color="#1b4f72", lw=1.8, label=f"acceptance, mean of {WINDOW} requests"
+    )
+    for number, (request, version) in enumerate(swaps(outcomes)):
+        label = "a new draft answers" if number == 0 else None
+        axes.axvline(request, color="#c0392b", lw=0.9, ls="--", alpha=0.7, label=label)
+        axes.text(request, 0.015, f" v{version}", color="#c0392b", fontsize=7, rotation=90, va="bottom")
+    axes.set(
+        xlabel="requests answered",
+        ylabel="accepted / attempted",
+        ylim=(0, 1),
+        xlim=(0, max(1, len(outcomes))),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", frameon=True, fontsize=9)
+    figure.savefig(file, dpi=140)
+    pyplot.close(figure)
+
+
+def moving_acceptance(outcomes: Sequence[Outcome]) -> list[float]:
+    """Accepted over attempted in the last WINDOW requests, at each request."""
+    return [
+        acceptance_rate(
+            sum(outcome.num_accepted for outcome in outcomes[max(0, end - WINDOW) : end]),
+            sum(outcome.num_attempted for outcome in outcomes[max(0, end - WINDOW) : end]),
+        )
+        for end in range(1, len(outcomes) + 1)
+    ]
+
+
+def swaps(outcomes: Sequence[Outcome]) -> list[tuple[int, int]]:
+    """(request, version) where a version answered for the first time."""
+    seen = {outcomes[0].draft_version} if outcomes else set()
+    found = []
+    for index, outcome in enumerate(outcomes):
+        if outcome.draft_version not in seen:
+            seen.add(outcome.draft_version)
+            found.append((index, outcome.draft_version))
+    return found
