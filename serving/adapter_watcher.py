@@ -12,7 +12,8 @@ from collections.abc import Callable
 from buffer.errors import SeamError, StoreUnavailableError, UnknownVersionError
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
 from buffer.store import AdapterFeed
-from serving.engine.engine import BrokenDraftError, Engine
+from serving.engine.engine import Engine
+from serving.engine.live_draft import BrokenDraftError
 from serving.models.adapter import AdapterRejectedError
 from serving.models.draft_weights import DraftWeights
 
@@ -121,8 +122,7 @@ class AdapterWatcher:
         self._engine.swap(staged).result(timeout=_SWAP_TIMEOUT_S)
 
     def _reject(self, wanted: Served, reason: str) -> None:
-        """Remember, so that it is not fetched again, and tell the history; the incumbent stays."""
-        self._rejected.add(wanted)
+        """Tell the history, and remember, so that it is not fetched again; the incumbent stays."""
         self.last_error = f"draft_version={wanted[0]} rejected: {reason}"
         _log.warning("%s; draft_version=%d serves on", self.last_error, self.served_version)
         event = AdapterEvent(
@@ -133,6 +133,7 @@ class AdapterWatcher:
             at_s=time.time(),
         )
         self._feed.add_event(event)
+        self._rejected.add(wanted)
 
     def _watch(self) -> None:
         wait_s, next_report_s = self._watch_interval_s, 0.0

@@ -75,6 +75,10 @@ class RequestClock:
                 self._metrics.inter_token_s.observe((at_s - self._last_s) / num_tokens)
         self._last_s = at_s
 
+    def queued(self, seconds: float) -> None:
+        """How long the generation waited for a slot."""
+        self._metrics.queue_s.observe(seconds)
+
     def finished(self, reason: str, at_s: float | None = None) -> None:
         """`stop`, `length`, `abort` or `error`; the first call counts."""
         if not self._ended:
@@ -106,6 +110,9 @@ class ServingMetrics(Collector):
             "inter_token_latency_seconds",
             "Between two rounds' tokens, divided by the tokens of the later round; once for each of them.",
             _TOKEN_BUCKETS_S,
+        )
+        self.queue_s = self._histogram(
+            "request_queue_time_seconds", "From the engine's queue to a slot.", _REQUEST_BUCKETS_S
         )
         self._end_to_end_s = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the end of a generation.", _REQUEST_BUCKETS_S

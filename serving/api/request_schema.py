@@ -30,6 +30,22 @@ def fault(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("everdraft", message.replace("{", "{{").replace("}", "}}"), {"param": param})
 
 
+def refuse_broken_text(data: Any) -> None:
+    """JSON may escape half of a surrogate pair, which no encoding and no tokenizer can hold."""
+    rest = [data]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise PydanticCustomError("everdraft", "a text holds half of a surrogate pair") from None
+
+
 class StrictBody(BaseModel):
     """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
 
@@ -40,6 +56,7 @@ class StrictBody(BaseModel):
     def _refuse_what_would_be_ignored(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        refuse_broken_text(data)
         given = {name: value for name, value in data.items() if value is not None}
         return {name: value for name, value in given.items() if not cls._may_drop(name, value)}
 
@@ -166,7 +183,9 @@ class ChatBody(GenerationBody):
     def _only_variables(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         reserved = _TEMPLATE_CONTROLS.intersection(arguments)
         if reserved:
-            raise ValueError(f"{sorted(reserved)} are not variables of a template; the request was not started")
+            raise ValueError(
+                f"{sorted(reserved)} are not variables of a template; the request was not started"
+            )
         return arguments
 
     @property

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from serving.api.admission import QueueFullError, Ticket
 from serving.api.choices import ChoiceDelta, ChoiceState
 from serving.api.context import AppContext
-from serving.api.errors import ApiError, from_value_error, internal_error, queue_full
-from serving.api.mailbox import Mailbox
+from serving.api.errors import ApiError, from_value_error, queue_full
+from serving.api.inbox import Inbox
 from serving.api.plan import Plan
 from serving.api.text_stream import TextStream
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
 from serving.engine.request import Generation, TokenEvent
+from serving.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,25 @@ class _Arrival:
 
 
 class _Listener:
-    """Called on the engine thread: stamps the event, hands it over, and passes the record on."""
+    """Called on the engine thread: stamps events and hands them over, and passes the record on.
 
-    def __init__(self, index: int, mailbox: Mailbox[_Arrival], context: AppContext) -> None:
-        self._index, self._mailbox, self._context = index, mailbox, context
+    Unless `eager`, what lies between the first and the last event waits for the last: an answer that is sent
+    whole needs no wake-up of the event loop for each round.
+    """
+
+    def __init__(self, index: int, inbox: Inbox[_Arrival], recorder: Recorder | None, eager: bool) -> None:
+        self._index, self._inbox, self._recorder, self._eager = index, inbox, recorder, eager
+        self._held: list[_Arrival] = []
+        self._begun = False
 
     def __call__(self, event: TokenEvent) -> None:
-        self._mailbox.post(_Arrival(self._index, time.monotonic(), event))
-        if event.generation is not None and self._context.recorder is not None:
-            self._context.recorder.record(event.generation)
+        self._held.append(_Arrival(self._index, time.monotonic(), event))
+        if self._eager or not self._begun or event.generation is not None:
+            self._begun = True
+            self._inbox.post(self._held)
+            self._held = []
+        if event.generation is not None and self._recorder is not None:
+            self._recorder.record(event.generation)
 
 
 class Run:
@@ -46,15 +57,17 @@ class Run:
         self._context, self._plan, self._ticket = context, plan, ticket
         self._deadline_s = began_s + context.request_timeout_s
         self._clocks = [context.metrics.clock(began_s) for _ in range(plan.num_choices)]
-        self._mailbox: Mailbox[_Arrival] = Mailbox()
+        self._inbox: Inbox[_Arrival] = Inbox()
         self._handles: list[GenerationHandle] = []
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
         self.generations: list[Generation] = []
         """Those that ended, in the order of their ends."""
 
     def submit(self) -> None:
+        body = self._plan.body
+        eager = body.stream or bool(body.stop_strings)
         for index, request in enumerate(self._plan.requests()):
-            listener = _Listener(index, self._mailbox, self._context)
+            listener = _Listener(index, self._inbox, self._context.recorder, eager)
             self._handles.append(self._context.engine.submit(request, listener))
 
     @property
@@ -84,7 +97,7 @@ class Run:
 
     async def _take(self) -> list[_Arrival]:
         try:
-            return await self._mailbox.take(max(0.0, self._deadline_s - time.monotonic()))
+            return await self._inbox.take(max(0.0, self._deadline_s - time.monotonic()))
         except TimeoutError:
             seconds = self._context.request_timeout_s
             raise ApiError(408, f"The request took longer than {seconds:g} s and was cancelled.") from None
@@ -101,6 +114,7 @@ class Run:
             self._handles[arrival.index].cancel()
         if delta.generation is not None:
             self.generations.append(delta.generation)
+            clock.queued(delta.generation.queued_s)
             clock.finished(delta.finish_reason or "stop", arrival.at_s)
         return delta
 
@@ -117,7 +131,7 @@ class Run:
 
 
 def start_run(context: AppContext, plan: Plan) -> Run:
-    """Take a place in the queue and submit every choice. Raises ApiError; then nothing runs."""
+    """Take a place in the queue and submit every choice. If it raises (ApiError as a rule), nothing runs."""
     began_s = time.monotonic()
     if not context.is_ready:
         raise ApiError(503, "The server is not ready: it is loading or shutting down.")
@@ -136,5 +150,5 @@ def start_run(context: AppContext, plan: Plan) -> Run:
         raise ApiError(503, "The server is shutting down; the request was not started.") from None
     except Exception:
         run.close()
-        raise internal_error() from None
+        raise
     return run

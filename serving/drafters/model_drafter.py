@@ -14,7 +14,7 @@ from serving.engine.runner import Runner
 from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
 from serving.engine.sequence import Batch
 
-_MAX_SHARED_LAG = 8
+_MAX_SHARED_LAG = 32
 """Rows missing no more tokens than this catch up together, in the pass that drafts."""
 
 

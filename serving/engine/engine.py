@@ -14,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from copy import deepcopy
+from typing import Self
 
 import torch
 
@@ -176,7 +177,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -214,9 +215,11 @@ class Engine:
         budget = self._chunk_tokens
         while budget > 0:
             slot = self._scheduler.admit()
-            if slot is not None and self._draft.drafter is not None:
-                self._draft.drafter.clear(slot)
             sequence = self._scheduler.prefilling
+            if slot is not None and sequence is not None:
+                sequence.queued_s = time.perf_counter() - sequence.submitted_at_s
+                if self._draft.drafter is not None:
+                    self._draft.drafter.clear(slot)
             if sequence is None:
                 return
             start = sequence.num_cached

@@ -144,6 +144,8 @@ class Generation:
     draft_versions: list[VersionSpan]
     accepted_histogram: list[int]
     """[i]: rounds that accepted exactly i draft tokens."""
+    queued_s: float = 0.0
+    """From submission to a slot."""
     stop_token_id: int | None = None
     """The end-of-text or stop id that ended it, if one did."""
     error: str = ""

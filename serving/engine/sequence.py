@@ -1,5 +1,6 @@
 """The state of one running generation, and a batch of them as a round sees it."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,8 @@ class Sequence:
     on_event: EventCallback
     token_ids: list[int] = field(init=False)
     """Prompt and output."""
+    submitted_at_s: float = field(default_factory=time.perf_counter)
+    queued_s: float = 0.0
     num_cached: int = 0
     """Columns of the target's slot that hold this sequence's tokens."""
     last_advance: Advance = NO_ADVANCE
@@ -123,6 +126,7 @@ class Sequence:
             num_accepted=self.num_accepted,
             draft_versions=self.draft_versions,
             accepted_histogram=self.accepted_histogram,
+            queued_s=self.queued_s,
             stop_token_id=self.stop_token_id,
             error=self.error,
             captured_rounds=self.captured_rounds,

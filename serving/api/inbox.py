@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Mailbox(Generic[T]):
+class Inbox(Generic[T]):
     """Belongs to the event loop that runs when it is made. Posts never block and never raise."""
 
     def __init__(self) -> None:
@@ -18,11 +19,11 @@ class Mailbox(Generic[T]):
         self._lock = threading.Lock()
         self._items: deque[T] = deque()
 
-    def post(self, item: T) -> None:
-        """From any thread. Once the loop is closed nobody waits, and the item is lost."""
+    def post(self, items: Iterable[T]) -> None:
+        """At least one item, from any thread. Once the loop is closed nobody waits, and they are lost."""
         with self._lock:
-            self._items.append(item)
-            first = len(self._items) == 1
+            first = not self._items
+            self._items.extend(items)
         if first:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._arrived.set)

@@ -1,0 +1,1 @@
+"""Measurements of everdraft on this machine; ratios from one run, pairs in turn, medians."""

@@ -1,0 +1,17 @@
+"""What every test runs under: one thread a process, no telemetry, no network beyond loopback.
+
+Set before any library is imported, and inherited by every process that a test starts.
+"""
+
+import os
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+}
+os.environ.update(ENVIRONMENT)

@@ -1,0 +1,25 @@
+"""One live server for all tests of the API that need no settings of their own."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from serving.settings import ServingSettings
+from tests.support.live_server import LiveServer, live_server
+
+
+@pytest.fixture(scope="session")
+def server(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
+    target, draft = tiny_pair
+    settings = ServingSettings(
+        target=target, draft=draft, model_name="tiny", num_slots=4, max_seq_len=256, num_draft_tokens=3
+    )
+    with live_server(settings) as live:
+        yield live
+
+
+@pytest.fixture(scope="session")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened

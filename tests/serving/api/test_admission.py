@@ -1,0 +1,93 @@
+"""Bounds on what waits."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.api.admission import Admission, QueueFullError, Ticket
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def admission(
+    *, num_slots: int = 2, requests: int = 2, tokens: int = 100, clock: Clock | None = None
+) -> Admission:
+    return Admission(
+        num_slots=num_slots,
+        max_queued_requests=requests,
+        max_queued_prompt_tokens=tokens,
+        clock=clock or Clock(),
+    )
+
+
+def test_slots_and_queue_are_filled_and_then_requests_are_refused() -> None:
+    bound = admission()
+    tickets = [bound.admit(1, 10) for _ in range(4)]
+    with pytest.raises(QueueFullError, match="max_queued_requests=2"):
+        bound.admit(1, 10)
+    tickets[0].release()
+    bound.admit(1, 10)
+    assert bound.num_rejected == 1
+
+
+def test_n_counts_n() -> None:
+    bound = admission()
+    bound.admit(3, 3)
+    with pytest.raises(QueueFullError):
+        bound.admit(2, 2)
+    bound.admit(1, 1)
+
+
+def test_prompt_tokens_that_wait_are_bounded_and_started_ones_do_not_wait() -> None:
+    bound = admission(num_slots=8, tokens=100)
+    first = bound.admit(1, 90)
+    with pytest.raises(QueueFullError, match="max_queued_prompt_tokens=100"):
+        bound.admit(1, 20)
+    first.start()
+    bound.admit(1, 20)
+
+
+def test_a_request_larger_than_a_bound_is_admitted_when_alone() -> None:
+    bound = admission(tokens=10)
+    bound.admit(100, 1000).release()
+    assert bound.num_in_flight == 0
+
+
+def test_retry_after_follows_the_rate_of_ends() -> None:
+    clock = Clock()
+    bound = admission(requests=0, clock=clock)
+    for _ in range(4):
+        ticket = bound.admit(1, 1)
+        clock.now_s += 5.0
+        ticket.release()
+    bound.admit(2, 1)
+    with pytest.raises(QueueFullError) as refused:
+        bound.admit(2, 1)
+    assert 5 <= refused.value.retry_after_s <= 10
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 60), st.integers(0, 2)), max_size=40))
+def test_whatever_comes_and_goes_nothing_is_counted_twice(steps: list[tuple[int, int, int]]) -> None:
+    bound = admission()
+    held: list[Ticket] = []
+    for num_requests, num_tokens, act in steps:
+        if act == 0 and held:
+            held[-1].start()
+        elif act == 1 and held:
+            ticket = held.pop(0)
+            ticket.release()
+            ticket.release()
+        else:
+            try:
+                held.append(bound.admit(num_requests, num_tokens))
+            except QueueFullError as refused:
+                assert 1 <= refused.retry_after_s <= 30
+    for ticket in held:
+        ticket.release()
+    assert bound.num_in_flight >= 0
+    bound.admit(1000, 1000)

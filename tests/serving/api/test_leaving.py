@@ -1,0 +1,123 @@
+"""Clients that leave, deadlines, full queues and shutdown: the slot is free within a round."""
+
+import asyncio
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from serving.settings import ServingSettings
+from tests.support.live_server import LiveServer, live_server
+
+LONG = {"prompt": "a", "max_tokens": 230, "ignore_eos": True, "num_draft_tokens": 0}
+
+
+def busy(server: LiveServer, num_running: int = 1) -> None:
+    deadline_s = time.monotonic() + 5
+    while server.parts.engine.stats().num_running < num_running:
+        assert time.monotonic() < deadline_s, "the request did not start"
+        time.sleep(0.001)
+
+
+def aborted(server: LiveServer) -> float:
+    for line in server.parts.context.metrics.render().decode().splitlines():
+        if line.startswith("everdraft_request_success_total") and 'finished_reason="abort"' in line:
+            return float(line.rpartition(" ")[2])
+    return 0.0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_frees_its_slot(server: LiveServer, stream: bool) -> None:
+    before = aborted(server)
+    tokens_before = server.parts.engine.stats().num_output_tokens
+    async with httpx.AsyncClient(timeout=30) as client:
+        task = asyncio.ensure_future(
+            client.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream, "n": 3})
+        )
+        await asyncio.to_thread(busy, server, 3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    server.wait_until_idle(timeout_s=2.0)
+    assert server.parts.engine.stats().num_output_tokens - tokens_before < 3 * 230
+    assert aborted(server) == before + 3
+    assert server.parts.context.admission.num_in_flight == 0
+
+
+def test_a_deadline_ends_the_request_with_408(tiny_pair: tuple[str, str]) -> None:
+    settings = ServingSettings(
+        target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=512, request_timeout_s=0.05
+    )
+    with live_server(settings) as server:
+        body = LONG | {"max_tokens": 500}
+        refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+        assert refused.status_code == 408
+        assert refused.json()["error"]["type"] == "timeout_error"
+        streamed = httpx.post(f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=30)
+        *_, error, done, end = streamed.text.split("\n\n")
+        assert '"type":"timeout_error"' in error
+        assert (done, end) == ("data: [DONE]", "")
+        server.wait_until_idle(timeout_s=2.0)
+
+
+def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple[str, str]) -> None:
+    settings = ServingSettings(
+        target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=256, max_queued_requests=1
+    )
+    with live_server(settings) as server:
+        url = f"{server.url}/v1/completions"
+        answers: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(httpx.post(url, json=LONG).status_code))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        deadline_s = time.monotonic() + 5
+        while server.parts.context.admission.num_in_flight < 2:
+            assert time.monotonic() < deadline_s, "the requests did not start"
+            time.sleep(0.001)
+        refused = httpx.post(url, json=LONG)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=5) as patient:
+            assert patient.completions.create(model=settings.served_name, prompt="a").choices
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+        assert "everdraft_requests_rejected_total" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[str, str]) -> None:
+    settings = ServingSettings(target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256)
+    with live_server(settings) as server:
+        answers: list[httpx.Response] = []
+        url = f"{server.url}/v1/completions"
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=LONG, timeout=30)))
+        thread.start()
+        busy(server)
+        assert not asyncio.run(server.parts.context.drain(timeout_s=0.0))
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.post(url, json=LONG).status_code == 503
+        assert asyncio.run(server.parts.context.drain(timeout_s=10.0))
+        thread.join()
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] == 230
+
+
+def test_an_engine_that_closes_ends_open_requests_with_an_error(tiny_pair: tuple[str, str]) -> None:
+    settings = ServingSettings(target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256)
+    with live_server(settings) as server:
+        answers: list[httpx.Response] = []
+        url = f"{server.url}/v1/completions"
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=LONG, timeout=30)))
+        thread.start()
+        busy(server)
+        server.parts.close()
+        thread.join()
+        assert answers[0].status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 503

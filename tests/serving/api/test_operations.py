@@ -1,0 +1,123 @@
+"""Models, tokens, health, keys, ids, errors."""
+
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+from pydantic import SecretStr
+
+from serving.settings import ServingSettings
+from tests.support.live_server import LiveServer, live_server
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
+    """A server with keys."""
+    settings = ServingSettings(
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=64,
+        api_keys=(SecretStr("sk-one"), SecretStr("sk-two")),
+        admin_key=SecretStr("sk-admin"),
+        capture_rate=0.0,
+    )
+    with live_server(settings) as live:
+        yield live
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
+    [card] = client.models.list().data
+    assert (card.id, card.object, card.owned_by) == ("tiny", "model", "everdraft")
+    assert client.models.retrieve("tiny").model_extra["max_model_len"] == 256
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("org/other")
+    assert refused.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="a")
+
+
+def test_tokenize_and_detokenize_are_inverse(server: LiveServer) -> None:
+    text = "Grüße, 東京 <|end|>"
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"])
+    back = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"]}).json()
+    assert back == {"prompt": text}
+    chat = httpx.post(f"{server.url}/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
+    assert chat["count"] == 4
+    assert "token_strs" not in chat
+
+
+def test_a_long_text_is_tokenised_like_a_short_one(server: LiveServer) -> None:
+    text = "fox and hound " * 1000
+    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
+    assert tokens == server.parts.context.codec.encode(text, add_special_tokens=True)
+
+
+def test_health_and_version_are_open_and_the_api_is_not(locked: LiveServer) -> None:
+    for path in ("/health", "/ready", "/version", "/metrics"):
+        assert httpx.get(locked.url + path).status_code == 200
+    for path in ("/v1/models", "/v1/nothing", "/admin/status"):
+        refused = httpx.get(locked.url + path)
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+    body = "no json"
+    assert httpx.post(f"{locked.url}/v1/completions", content=body).status_code == 401
+    for key in ("sk-one", "sk-two"):
+        assert httpx.get(f"{locked.url}/v1/models", headers=bearer(key)).status_code == 200
+
+
+def test_only_the_admin_key_opens_the_status(locked: LiveServer, server: LiveServer) -> None:
+    url = f"{locked.url}/admin/status"
+    assert httpx.get(url, headers=bearer("sk-one")).status_code == 401
+    status = httpx.get(url, headers=bearer("sk-admin")).json()
+    assert status["replica_id"] == "replica-0"
+    assert status["serving_versions"] == {"default": 0}
+    assert httpx.get(f"{locked.url}/v1/models", headers=bearer("sk-admin")).status_code == 401
+    assert httpx.get(f"{server.url}/admin/status").status_code == 401
+
+
+def test_a_capture_rate_of_zero_records_nothing(locked: LiveServer) -> None:
+    answer = httpx.post(f"{locked.url}/v1/completions", json={"prompt": "a"}, headers=bearer("sk-one"))
+    assert answer.status_code == 200
+    locked.wait_until_idle()
+    assert locked.store.keys() == []
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/nothing", "/v1/models"])
+def test_a_request_id_comes_back_or_is_made(locked: LiveServer, path: str) -> None:
+    url = locked.url + path
+    assert httpx.get(url, headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = {httpx.get(url).headers["x-request-id"] for _ in range(2)}
+    assert len(made) == 2
+    assert len(httpx.get(url, headers={"X-Request-Id": "x" * 500}).headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("DELETE", "/health", 405)],
+)
+def test_the_frameworks_errors_are_openai_objects(
+    server: LiveServer, method: str, path: str, status: int
+) -> None:
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_failure_of_our_own_is_a_500_that_tells_nothing(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> bytes:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(server.parts.context.metrics, "render", fail)
+    answer = httpx.get(f"{server.url}/metrics", headers={"X-Request-Id": "mine-2"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-2")
+    assert "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"

@@ -1,0 +1,95 @@
+"""What Prometheus scrapes is true, labelled and named as dashboards expect."""
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.engine import SamplingParams
+from serving.local import LocalEngine, load_engine
+from serving.metrics import ServingMetrics
+
+VLLM_TAILS = (
+    "num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total "
+    "generation_tokens_total request_success_total "
+    "time_to_first_token_seconds_count inter_token_latency_seconds_count request_queue_time_seconds_count "
+    "e2e_request_latency_seconds_count spec_decode_num_drafts_total spec_decode_num_draft_tokens_total "
+    "spec_decode_num_accepted_tokens_total spec_decode_num_accepted_tokens_per_pos_total"
+).split()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
+    with load_engine(*tiny_pair, num_slots=2, max_seq_len=128, num_draft_tokens=3) as running:
+        yield running
+
+
+def new_metrics(engine: LocalEngine) -> ServingMetrics:
+    return ServingMetrics(
+        engine.stats, replica_id="r7", num_rejected=lambda: 4, num_dropped_records=lambda: 5
+    )
+
+
+def samples(metrics: ServingMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    families = text_string_to_metric_families(metrics.render().decode())
+    found = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert all(("replica", "r7") in labels for _, labels in found)
+    return found
+
+
+def value(metrics: ServingMetrics, name: str, **labels: str) -> float:
+    return samples(metrics)[f"everdraft_{name}", frozenset({"replica": "r7", **labels}.items())]
+
+
+def test_names_are_those_that_dashboards_know(engine: LocalEngine) -> None:
+    engine.generate([[5]], SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    metrics = new_metrics(engine)
+    clock = metrics.clock(0.0)
+    clock.finished("stop", 1.0)
+    names = {name for name, _ in samples(metrics)}
+    assert {f"everdraft_{tail}" for tail in VLLM_TAILS} <= names
+    assert all(name.startswith("everdraft_") for name in names)
+
+
+def test_acceptance_is_counted_by_draft_version(engine: LocalEngine) -> None:
+    engine.generate([[5, 6]], SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    metrics, counters = new_metrics(engine), engine.stats().counts[0]
+    for name, expected in (
+        ("spec_decode_num_drafts_total", counters.num_rounds),
+        ("spec_decode_num_draft_tokens_total", counters.num_drafted),
+        ("spec_decode_num_attempted_tokens_total", counters.num_attempted),
+        ("spec_decode_num_accepted_tokens_total", counters.num_accepted),
+    ):
+        assert value(metrics, name, draft_version="0") == expected
+    assert counters.num_drafted > 0
+
+
+def test_drops_and_refusals_are_counters(engine: LocalEngine) -> None:
+    metrics = new_metrics(engine)
+    assert value(metrics, "requests_rejected_total") == 4
+    assert value(metrics, "records_dropped_total") == 5
+
+
+def test_latencies_follow_their_definitions(engine: LocalEngine) -> None:
+    metrics = new_metrics(engine)
+    clock = metrics.clock(10.0)
+    clock.tokens(2, 10.5)
+    clock.tokens(0, 10.6)
+    clock.tokens(4, 10.7)
+    clock.finished("length", 11.0)
+    clock.finished("abort", 12.0)
+    assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(0.5)
+    assert value(metrics, "inter_token_latency_seconds_count") == 4
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.2)
+    assert value(metrics, "e2e_request_latency_seconds_sum") == pytest.approx(1.0)
+    assert value(metrics, "request_success_total", finished_reason="length") == 1
+    assert not any(("finished_reason", "abort") in labels for _, labels in samples(metrics))
+
+
+def test_two_replicas_in_one_process_do_not_share_a_registry(engine: LocalEngine) -> None:
+    new_metrics(engine).clock(0.0).finished("stop", 1.0)
+    assert "finished_reason" not in new_metrics(engine).render().decode()

@@ -1,0 +1,129 @@
+"""Finished generations become records: whole, self-contained, sampled by request id, never in the way."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from buffer.codec import decode, encode
+from buffer.records import GenerationRecord
+from buffer.store import StreamKey
+from serving import recorder as recorder_module
+from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.engine.engine import Engine
+from serving.local import load_engine
+from serving.recorder import Recorder
+
+
+class ListSink:
+    """Builds at once what it is given."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[StreamKey, GenerationRecord]] = []
+
+    def submit(self, key: StreamKey, record: GenerationRecord | Callable[[], GenerationRecord]) -> None:
+        self.submitted.append((key, record() if callable(record) else record))
+
+
+class BrokenSink:
+    def submit(self, key: StreamKey, record: object) -> None:
+        raise RuntimeError("full of water")
+
+
+def new_recorder(sink: ListSink | BrokenSink, rate: float = 1.0) -> Recorder:
+    return Recorder(
+        sink,
+        target_revision="t0",
+        replica_id="r0",
+        capture_rate=rate,
+        record_ttl_s=60.0,
+        clock=lambda: 1000.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: tuple[str, str]) -> Iterator[Engine]:
+    with load_engine(*tiny_pair, num_slots=2, max_seq_len=128, num_draft_tokens=3) as running:
+        yield running
+
+
+def generated(engine: Engine, *, capture: bool = True, **sampling: float) -> Generation:
+    params = SamplingParams(**{"temperature": 0.7, "max_tokens": 30, "ignore_eos": True} | sampling)
+    request = GenerationRequest("cmpl-1-0", (5, 6, 7), params, 1, "sql", capture)
+    return engine.submit(request).result(timeout_s=30)
+
+
+def records_of(generation: Generation) -> list[GenerationRecord]:
+    sink = ListSink()
+    new_recorder(sink).record(generation)
+    assert all(key == StreamKey("t0", generation.route) for key, _ in sink.submitted)
+    return [record for _, record in sink.submitted]
+
+
+def test_a_record_says_what_was_generated_and_how(engine: Engine) -> None:
+    generation = generated(engine, top_k=10)
+    [record] = records_of(generation)
+    assert (record.record_id, record.request_id, record.route) == ("cmpl-1-0-1-0", "cmpl-1-0", "sql")
+    assert record.prompt_token_ids.tolist() == [5, 6, 7]
+    assert record.output_token_ids.tolist() == generation.output_token_ids
+    assert (record.created_at_s, record.expires_at_s) == (1000.0, 1060.0)
+    assert (record.sampling.temperature, record.sampling.top_k) == (pytest.approx(0.7), 10)
+    assert (record.sampling.mode, record.sampling.context_dependent) == ("standard", False)
+    assert len(record.rounds) == generation.num_rounds
+    assert sum(trace.num_accepted for trace in record.rounds) == generation.num_accepted
+    assert encode(decode(GenerationRecord, encode(record))) == encode(record)
+
+
+def test_min_tokens_marks_a_law_that_depends_on_the_position(engine: Engine) -> None:
+    [record] = records_of(generated(engine, min_tokens=5))
+    assert record.sampling.context_dependent
+
+
+def test_segments_stand_alone_and_together_hold_every_token(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_RECORD_TOKENS", 8)
+    generation = generated(engine)
+    records = records_of(generation)
+    assert len(records) >= 3
+    context = [5, 6, 7]
+    for number, record in enumerate(records):
+        assert (record.segment, record.record_id) == (number, f"cmpl-1-0-1-{number}")
+        assert record.prompt_token_ids.tolist() == context
+        assert record.rounds[0].start == len(context)
+        context += record.output_token_ids.tolist()
+        emitted = sum(len(trace.emitted_target_logprobs_C) for trace in record.rounds)
+        assert emitted == len(record.output_token_ids)
+    assert context[3:] == generation.output_token_ids
+
+
+def test_what_was_not_captured_is_not_recorded(engine: Engine) -> None:
+    assert records_of(generated(engine, capture=False)) == []
+
+
+def test_a_cancelled_generation_is_recorded_too(engine: Engine) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    handle = engine.submit(GenerationRequest("cmpl-2-0", (5,), params, capture=True))
+    next(iter(handle))
+    handle.cancel()
+    generation = handle.result(timeout_s=30)
+    [record] = records_of(generation)
+    assert record.output_token_ids.tolist() == generation.output_token_ids
+    assert 0 < len(generation.output_token_ids) < 100
+
+
+def test_the_same_requests_are_captured_every_time_at_about_the_rate() -> None:
+    """8 standard deviations of a binomial: a false alarm in 10^14 runs, if ids were random."""
+    ids = [f"cmpl-{number}" for number in range(4000)]
+    half = new_recorder(ListSink(), rate=0.25)
+    captured = [half.wants(request_id, None) for request_id in ids]
+    assert captured == [half.wants(request_id, True) for request_id in ids]
+    assert abs(np.mean(captured) - 0.25) < 8 * (0.25 * 0.75 / 4000) ** 0.5
+    assert not any(half.wants(request_id, False) for request_id in ids)
+    assert all(new_recorder(ListSink(), rate=1.0).wants(request_id, None) for request_id in ids)
+    assert not any(new_recorder(ListSink(), rate=0.0).wants(request_id, None) for request_id in ids)
+
+
+def test_a_broken_sink_does_not_reach_the_engine(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    new_recorder(BrokenSink()).record(generated(engine))
+    assert "full of water" in caplog.text

@@ -1,0 +1,182 @@
+"""The deployment on a real Ray Serve with a real Redis: two replicas, one endpoint."""
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from buffer.redis_feed import RedisAdapterFeed
+from buffer.redis_server import EmbeddedRedis
+from buffer.redis_store import RedisRecordStore
+from serving.models.loading import load_pair
+from serving.replica import build_deployment
+from serving.settings import ServingSettings
+from tests.support.tiny_adapters import tiny_adapter
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray leaves sockets and files of its own to the garbage collector, and warns about its own future.
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("default::FutureWarning"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with EmbeddedRedis() as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
+    settings = ServingSettings(
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        model_name="tiny",
+        num_slots=4,
+        max_seq_len=512,
+        num_draft_tokens=2,
+        num_threads=1,
+        num_replicas=2,
+        status_interval_s=0.2,
+    )
+    port = free_port()
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_deployment(settings, redis_url), route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+def by_replica(endpoint: str, pattern: str) -> dict[str, float]:
+    """A metric of both replicas; a scrape reaches only one of them."""
+    found: dict[str, float] = {}
+    deadline_s = time.monotonic() + 20
+    while len(found) < 2 and time.monotonic() < deadline_s:
+        text = httpx.get(f"{endpoint}/metrics").text
+        [replica] = set(re.findall(r'replica="([^"]+)"', text))
+        values = re.findall(rf"^{pattern}.* (\S+)$", text, re.MULTILINE)
+        found[replica] = sum(map(float, values))
+    assert len(found) == 2, found
+    return found
+
+
+def test_the_official_client_is_answered_whole_and_streamed(client: openai.OpenAI) -> None:
+    request = {"model": "tiny", "prompt": "the quick", "max_tokens": 30, "seed": 1}
+    whole = client.completions.create(**request)
+    texts = {
+        "".join(chunk.choices[0].text for chunk in client.completions.create(**request, stream=True))
+        for _ in range(4)
+    }
+    assert texts == {whole.choices[0].text}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**request, frequency_penalty=1.0)
+    assert refused.value.param == "frequency_penalty"
+
+
+def test_requests_of_both_replicas_are_recorded(client: openai.OpenAI, redis_url: str) -> None:
+    store = RedisRecordStore(redis_url)
+    for _ in range(4):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=4
+        )
+    wait_for(lambda: sum(store.size(key).num_records for key in store.keys()) >= 4)  # noqa: SIM118
+    store.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(endpoint: str, stream: bool) -> None:
+    running, aborted = "everdraft_num_requests_running", r'everdraft_request_success_total\{.*"abort"'
+    before = sum(by_replica(endpoint, aborted).values())
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "num_draft_tokens": 0, "stream": stream}
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(5, read=0.1)) as hasty:
+        if stream:
+            with hasty.stream("POST", f"{endpoint}/v1/completions", json=body) as response:
+                next(response.iter_raw())
+                raise httpx.ReadTimeout("left after the first chunk")
+        hasty.post(f"{endpoint}/v1/completions", json=body)
+    wait_for(lambda: sum(by_replica(endpoint, aborted).values()) == before + 1, timeout_s=10)
+    wait_for(lambda: sum(by_replica(endpoint, running).values()) == 0, timeout_s=2)
+
+
+def test_two_replicas_converge_on_one_version_and_back_to_the_floor(
+    client: openai.OpenAI, tiny_pair: tuple[str, str], redis_url: str
+) -> None:
+    feed = RedisAdapterFeed(redis_url)
+
+    def served() -> list[int]:
+        return [status.serving_versions["default"] for status in feed.statuses()]
+
+    def text() -> str:
+        answer = client.completions.create(model="tiny", prompt="abc", max_tokens=40, temperature=0)
+        return answer.choices[0].text
+
+    wait_for(lambda: served() == [0, 0])
+    on_the_floor = text()
+    target_revision = load_pair(tiny_pair[0]).target_revision
+    for version in (1, 2):
+        feed.publish(*tiny_adapter(tiny_pair[1], draft_version=version, target_revision=target_revision))
+    wait_for(lambda: served() == [2, 2])
+    assert {text() for _ in range(4)} == {on_the_floor}
+    assert len({status.replica_id for status in feed.statuses()}) == 2
+    feed.rollback("default", "a test", to_version=0)
+    wait_for(lambda: served() == [0, 0])
+    feed.close()
+
+
+def test_shutdown_waits_for_the_requests_under_way(endpoint: str) -> None:
+    """Last: it takes the application down."""
+    began, events = threading.Event(), []
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "num_draft_tokens": 0, "stream": True}
+
+    def read() -> None:
+        with httpx.stream("POST", f"{endpoint}/v1/completions", json=body, timeout=30) as response:
+            for line in response.iter_lines():
+                events.append(line)
+                began.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert began.wait(20)
+    serve.delete("default")
+    reader.join()
+    *_, last, _, done, _ = events
+    assert done == "data: [DONE]"
+    assert '"finish_reason":"length"' in last
