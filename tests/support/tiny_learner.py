@@ -53,6 +53,7 @@ def quick_settings(**changes: object) -> LearnerSettings:
         "min_records_per_cycle": 20,
         "max_busy_share": 1.0,
         "max_slowdown": 1,
+        "warmup_steps": 0,
         "gate_min_records": 4,
         "gate_num_resamples": 200,
         "retry_s": 0.01,

@@ -1,0 +1,163 @@
+"""The learner's whole state in one file, written atomically, so that a killed learner resumes where it was.
+
+A checkpoint is a safetensors file: tensors as tensors, everything else as JSON in its header; no pickle.
+Its name carries the sha256 of its bytes, so a torn or corrupt file is recognised and the one before it
+is used. Knows no store. Invariant: after `write` returns, the state survives loss of power.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from buffer.records import AdapterManifest
+
+KEPT_FILES = 2
+_SCHEMA = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Everything that a resumed learner needs and cannot read elsewhere."""
+
+    adapter: Mapping[str, Tensor]
+    """The candidate's LoRA weights."""
+    optimizer: Mapping[str, Tensor]
+    """By `<moment>.<key>`, see `optimizer_state`."""
+    generator_state: Mapping[str, Any]
+    """Of the numpy generator behind draws and bootstraps."""
+    num_steps: int = 0
+    num_records_seen: int = 0
+    last_version: int = 0
+    """Greatest draft_version ever published; versions never restart, even if the feed does."""
+    acked_entry_ids: Mapping[str, list[str]] = field(default_factory=dict)
+    """By route: what this state has used. Delivered again after a crash, they are acked, not relearnt."""
+    incumbent_manifest: AdapterManifest | None = None
+    incumbent_weights: bytes = b""
+    mlflow_run_id: str = ""
+    pace: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write, flush, rename, forget all but the last files. Returns the new file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = _to_bytes(checkpoint)
+    digest = hashlib.sha256(data).hexdigest()
+    files = _files(folder)
+    number = _number(files[-1]) + 1 if files else 1
+    path = folder / f"{number:010d}-{digest[:32]}.safetensors"
+    aside = path.with_suffix(".part")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    _flush_folder(folder)
+    for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read_latest(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint; None where there is none."""
+    for path in reversed(_files(folder)):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:32] == path.stem.split("-")[1]:
+            return _from_file(path)
+    return None
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's moments by `<moment>.<parameter key>`, copied to the CPU."""
+    found: dict[str, Tensor] = {}
+    for key, parameter in parameters.items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            found[f"{moment}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+    return found
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state` took; parameters without moments start fresh."""
+    optimizer.state.clear()
+    for name, value in state.items():
+        moment, key = name.split(".", 1)
+        parameter = parameters[key]
+        device = "cpu" if moment == "step" else parameter.device
+        optimizer.state[parameter][moment] = value.to(device).clone()
+
+
+def _to_bytes(checkpoint: Checkpoint) -> bytes:
+    tensors = {f"adapter.{key}": tensor for key, tensor in checkpoint.adapter.items()}
+    tensors |= {f"optimizer.{key}": tensor for key, tensor in checkpoint.optimizer.items()}
+    if checkpoint.incumbent_weights:
+        tensors["incumbent"] = torch.frombuffer(bytearray(checkpoint.incumbent_weights), dtype=torch.uint8)
+    manifest = checkpoint.incumbent_manifest
+    plain = {
+        "generator_state": checkpoint.generator_state,
+        "num_steps": checkpoint.num_steps,
+        "num_records_seen": checkpoint.num_records_seen,
+        "last_version": checkpoint.last_version,
+        "acked_entry_ids": checkpoint.acked_entry_ids,
+        "incumbent_manifest": None if manifest is None else _manifest_fields(manifest),
+        "mlflow_run_id": checkpoint.mlflow_run_id,
+        "pace": checkpoint.pace,
+    }
+    return safetensors.torch.save(tensors, {"schema": _SCHEMA, "state": json.dumps(plain)})
+
+
+def _from_file(path: Path) -> Checkpoint | None:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    if header.get("schema") != _SCHEMA:
+        return None
+    plain = json.loads(header["state"])
+    manifest = plain.pop("incumbent_manifest")
+    weights = tensors.pop("incumbent", None)
+    return Checkpoint(
+        adapter={
+            name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")
+        },
+        optimizer={
+            name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")
+        },
+        incumbent_manifest=None if manifest is None else _manifest(manifest),
+        incumbent_weights=b"" if weights is None else weights.numpy().tobytes(),
+        **plain,
+    )
+
+
+def _manifest_fields(manifest: AdapterManifest) -> dict[str, Any]:
+    return asdict(manifest) | {"evidence": dict(manifest.evidence)}
+
+
+def _manifest(fields: dict[str, Any]) -> AdapterManifest:
+    return AdapterManifest(**fields | {"target_modules": tuple(fields["target_modules"])})
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-*.safetensors"))
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.split("-")[0])
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""The latest held-out records, and what each draft scores on them, computed once.
+
+Knows no store. Invariant: no record is kept past its expiry, nor beyond the window.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from buffer.records import GenerationRecord
+from learner.evaluation import RecordScore
+
+Scorer = Callable[[Sequence[GenerationRecord]], list[RecordScore | None]]
+
+
+class HeldOutWindow:
+    """A bounded window; the oldest leave first."""
+
+    def __init__(self, max_records: int) -> None:
+        self._max_records = max_records
+        self._records: dict[str, GenerationRecord] = {}
+        self._scores: dict[int, dict[str, RecordScore | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, records: Iterable[GenerationRecord]) -> None:
+        """Records with penalties or logit bias stay out: another law than their own sampling's."""
+        for record in records:
+            if not record.sampling.context_dependent:
+                self._records.pop(record.record_id, None)
+                self._records[record.record_id] = record
+        for record_id in list(self._records)[: max(0, len(self._records) - self._max_records)]:
+            self._forget(record_id)
+
+    def expire(self, now_s: float) -> None:
+        for record in list(self._records.values()):
+            if record.expires_at_s <= now_s:
+                self._forget(record.record_id)
+
+    def scores(self, draft_version: int, score: Scorer) -> list[RecordScore | None]:
+        """Of a draft that never changes under this number, one a record; only new records are scored."""
+        known = self._scores.setdefault(draft_version, {})
+        missing = [record for record_id, record in self._records.items() if record_id not in known]
+        known.update(zip((record.record_id for record in missing), score(missing), strict=True))
+        return [known[record_id] for record_id in self._records]
+
+    def fresh_scores(self, score: Scorer) -> list[RecordScore | None]:
+        """Of a draft that changes, the candidate."""
+        return score(list(self._records.values()))
+
+    def keep_versions(self, draft_versions: Iterable[int]) -> None:
+        """Forget the scores of every other draft."""
+        kept = set(draft_versions)
+        self._scores = {version: found for version, found in self._scores.items() if version in kept}
+
+    def _forget(self, record_id: str) -> None:
+        del self._records[record_id]
+        for known in self._scores.values():
+            known.pop(record_id, None)

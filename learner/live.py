@@ -1,0 +1,131 @@
+"""Two tests that watch a swap, valid at every moment they are looked at.
+
+`LiveComparison`: the new draft against the one before, both scored on the *same* records that arrive
+after the swap (raw live acceptance is confounded by shifting traffic); a loser is rolled back.
+`SwapCheck`: what serving observed against what the new draft should have reached at the very same
+positions; catches a swap that did not do what it said.
+
+Both bet against "nothing is wrong": wealth that multiplies by 1 + bet * value at each value whose mean is
+at most 0 under that hypothesis exceeds 1 / f with probability at most f, ever (Ville), so the false-alarm
+rate holds however often one looks. Pure: state in, state out. Knows no models.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from buffer.records import GenerationRecord
+from learner.evaluation import RecordScore
+
+BETS = (0.05, 0.1, 0.2, 0.4)
+"""Their average wealth is followed: small effects need small bets."""
+
+LEAST_VALUE = -2.0
+"""Of what is bet on: an acceptance estimate lies in [0, 2). No bet may lose more than its wealth."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Log wealth of each bet that values have a mean above 0."""
+
+    log_wealth: tuple[float, ...] = (0.0,) * len(BETS)
+    num_values: int = 0
+
+    def observe(self, values: Iterable[float]) -> "Evidence":
+        array = np.asarray(list(values), dtype=float)
+        assert array.size == 0 or array.min() >= LEAST_VALUE
+        gained = [float(np.log1p(bet * array).sum()) for bet in BETS]
+        wealth = tuple(before + now for before, now in zip(self.log_wealth, gained, strict=True))
+        return Evidence(wealth, self.num_values + array.size)
+
+    @property
+    def log_mean_wealth(self) -> float:
+        return float(np.logaddexp.reduce(self.log_wealth)) - math.log(len(BETS))
+
+    def alarms(self, false_alarm: float) -> bool:
+        """Never, with probability at least 1 - false_alarm, while no value has a mean above 0."""
+        return self.log_mean_wealth >= -math.log(false_alarm)
+
+
+@dataclass(frozen=True)
+class LiveComparison:
+    """New draft against the one it replaced; a value a record, incumbent's acceptance less candidate's."""
+
+    draft_version: int
+    false_alarm: float
+    max_records: int
+    evidence: Evidence = field(default_factory=Evidence)
+    gain_sum: float = 0.0
+
+    def observe(self, candidate: Iterable[RecordScore], incumbent: Iterable[RecordScore]) -> "LiveComparison":
+        """Scores on the same records, in the same order. A score that is not finite counts as a loss."""
+        losses = [
+            float(np.nan_to_num(before.acceptance - after.acceptance, nan=1.0))
+            for after, before in zip(candidate, incumbent, strict=True)
+        ]
+        gain_sum = self.gain_sum - sum(losses)
+        return replace(self, evidence=self.evidence.observe(losses), gain_sum=gain_sum)
+
+    @property
+    def verdict(self) -> str:
+        """`rollback`, `keep` (watched long enough) or `watching`."""
+        if self.evidence.alarms(self.false_alarm):
+            return "rollback"
+        return "keep" if self.evidence.num_values >= self.max_records else "watching"
+
+    @property
+    def mean_gain(self) -> float:
+        return self.gain_sum / max(1, self.evidence.num_values)
+
+
+@dataclass(frozen=True)
+class SwapCheck:
+    """Observed acceptance of the serving draft against the expected; a value an attempted position.
+
+    `margin` allows for what is known to differ: draft keys and values from before the swap, contexts cut
+    for training, bounds of the coupled estimate.
+    """
+
+    draft_version: int
+    false_alarm: float
+    margin: float
+    evidence: Evidence = field(default_factory=Evidence)
+    num_accepted: int = 0
+    expected_sum: float = 0.0
+
+    def observe(self, scores: Iterable[RecordScore]) -> "SwapCheck":
+        """Scores of the serving draft on records whose every round it drafted (`drafted_by`)."""
+        check = self
+        for score in scores:
+            attempted_N = score.attempted_N
+            accepted_N = score.accepted_N[attempted_N].astype(float)
+            expected_N = score.expected_N[attempted_N].astype(float)
+            if not np.isfinite(expected_N).all():
+                continue
+            check = replace(
+                check,
+                evidence=check.evidence.observe(expected_N - accepted_N - self.margin),
+                num_accepted=check.num_accepted + int(accepted_N.sum()),
+                expected_sum=check.expected_sum + float(expected_N.sum()),
+            )
+        return check
+
+    @property
+    def is_broken(self) -> bool:
+        return self.evidence.alarms(self.false_alarm)
+
+    @property
+    def observed_acceptance(self) -> float:
+        return self.num_accepted / max(1, self.evidence.num_values)
+
+    @property
+    def expected_acceptance(self) -> float:
+        return self.expected_sum / max(1, self.evidence.num_values)
+
+
+def drafted_by(record: GenerationRecord, draft_version: int) -> bool:
+    """Did this version draft every round that drafted anything?"""
+    versions = {trace.draft_version for trace in record.rounds if trace.num_drafted}
+    return versions == {draft_version}

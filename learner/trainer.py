@@ -1,0 +1,154 @@
+"""The candidate: a draft, its optimizer and its randomness, trained on draws of records.
+
+Knows no store, no feed, no gate. Invariant: under a fixed seed and the same records, a trainer restored
+from its checkpointed parts goes on bit for bit.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from buffer.records import GenerationRecord
+from learner.batch import Batch, collate, pack
+from learner.checkpoint import load_optimizer_state, optimizer_state
+from learner.distill import Objective, StepMetrics, build_optimizer, distill_step
+from learner.draft import AdapterState, TrainableDraft
+from learner.draw import fresh_draws, num_steps
+from learner.evaluation import RecordScore, score_records
+from learner.rows import Row, rejected_suffix_rows, trajectory_row
+from learner.settings import LearnerSettings
+
+
+@dataclass
+class TrainingReport:
+    """What one cycle's steps did."""
+
+    steps: list[StepMetrics] = field(default_factory=list)
+    compute_s: float = 0.0
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(step.skipped for step in self.steps)
+
+    @property
+    def mean_loss(self) -> float:
+        losses = [step.loss for step in self.steps if not step.skipped]
+        return float(np.mean(losses)) if losses else float("nan")
+
+
+class Trainer:
+    """Owns everything that training changes."""
+
+    def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
+        self.draft = draft
+        self.num_steps = 0
+        self.rng = np.random.default_rng(settings.seed)
+        self._settings = settings
+        self._optimizer = build_optimizer(draft)
+        self._objective = Objective(
+            divergence=settings.divergence,
+            jensen_shannon_beta=settings.jensen_shannon_beta,
+            greedy_temperature=settings.greedy_temperature,
+            max_grad_norm=settings.max_grad_norm,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+        )
+
+    def plan(self, num_fresh: int) -> tuple[int, int]:
+        """(steps, replayed records wanted) for a cycle over so many fresh records."""
+        settings = self._settings
+        steps = num_steps(
+            num_fresh, self._fresh_per_step, settings.passes_over_fresh, settings.max_steps_per_cycle
+        )
+        return steps, steps * (settings.records_per_step - self._fresh_per_step)
+
+    def train(
+        self,
+        fresh: Sequence[GenerationRecord],
+        replayed: Sequence[GenerationRecord],
+        rest: Callable[[float], bool],
+    ) -> TrainingReport:
+        """One step a draw; `rest(step_s)` sleeps between steps and says whether to go on."""
+        report = TrainingReport()
+        steps, _ = self.plan(len(fresh))
+        shares = np.array_split(np.arange(len(replayed)), max(1, steps))
+        draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
+        for drawn, share in zip(draws, shares, strict=False):
+            began_s = time.perf_counter()
+            report.steps.append(self.step([*drawn, *(replayed[index] for index in share)]))
+            step_s = time.perf_counter() - began_s
+            report.compute_s += step_s
+            if not rest(step_s):
+                break
+        return report
+
+    def step(self, records: Sequence[GenerationRecord]) -> StepMetrics:
+        """One optimizer step on these records."""
+        metrics = distill_step(self.draft, self._optimizer, self.batches(records), self._objective)
+        self.num_steps += 1
+        return metrics
+
+    def batches(self, records: Sequence[GenerationRecord]) -> list[Batch]:
+        settings = self._settings
+        rows: list[Row] = []
+        for record in records:
+            row = trajectory_row(record, settings.max_row_tokens)
+            rows += [row] if row is not None else []
+            rows += rejected_suffix_rows(
+                record,
+                settings.rejected_suffix_context_tokens,
+                settings.rejected_suffix_rounds_per_record,
+                settings.rejected_suffix_weight,
+                self.rng,
+            )
+        groups = pack(rows, settings.max_tokens_per_pass, settings.max_positions_per_pass)
+        return [collate(group, self.draft.device) for group in groups]
+
+    def score(
+        self, state: AdapterState | None, records: Sequence[GenerationRecord]
+    ) -> list[RecordScore | None]:
+        """Of the draft wearing `state`, one a record; training is not touched."""
+        return score_records(
+            self.draft,
+            state,
+            records,
+            max_row_tokens=self._settings.max_row_tokens,
+            max_tokens_per_pass=self._settings.max_tokens_per_pass,
+            max_positions_per_pass=self._settings.max_positions_per_pass,
+        )
+
+    def reset(self, state: AdapterState | None) -> None:
+        """Start again from these weights (None: the floor) with fresh moments."""
+        self.draft.load(state)
+        self._optimizer.state.clear()
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return optimizer_state(self._optimizer, self.draft.parameters)
+
+    def restore(
+        self,
+        adapter: AdapterState,
+        optimizer: Mapping[str, Tensor],
+        generator_state: Mapping[str, Any],
+        num_steps: int,
+    ) -> None:
+        """Go on from a checkpoint. Raises ValueError for an adapter of another shape."""
+        self.draft.load(adapter)
+        load_optimizer_state(self._optimizer, self.draft.parameters, optimizer)
+        self.rng.bit_generator.state = dict(generator_state)
+        self.num_steps = num_steps
+
+    @property
+    def _fresh_per_step(self) -> int:
+        settings = self._settings
+        return max(1, round(settings.records_per_step * (1 - settings.replay_share)))
+
+
+def limit_threads(num_threads: int) -> None:
+    """For the whole process; the learner shares its machine with serving."""
+    torch.set_num_threads(num_threads)

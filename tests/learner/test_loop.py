@@ -1,0 +1,298 @@
+"""The learner's whole life over the in-memory store and feed."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from buffer.errors import StoreUnavailableError
+from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
+from buffer.records import AdapterManifest, GenerationRecord, RecordSampling
+from buffer.store import Delivery, StreamKey
+from learner.draft import export_weights, import_weights
+from learner.loop import Learner
+from learner.tracking import NullTracker
+from tests.support.record_factory import RecordFactory
+from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
+
+NOW_S = 2_000.0
+KEY = StreamKey("target-1", "default")
+
+
+SAMPLING = RecordSampling(temperature=0.7)
+Traffic = list[list[GenerationRecord]]
+"""Batches of 30 records."""
+
+
+class DiaryTracker(NullTracker):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.decisions: list[str] = []
+        self.metrics: dict[str, float] = {}
+        self.serving: list[tuple[int, int]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics |= metrics
+
+    def log_decision(self, key: str, text: str) -> None:
+        self.decisions.append(text)
+
+    def mark_serving(self, draft_version: int, previous_version: int) -> None:
+        self.serving.append((draft_version, previous_version))
+
+
+class FlakyStore(MemoryRecordStore):
+    """A real store behind a connection that fails every other call."""
+
+    num_calls = 0
+
+    def read_new(
+        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
+    ) -> list[Delivery]:
+        self._fail_every_other_time()
+        return super().read_new(key, consumer, max_records, timeout_s)
+
+    def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
+        self._fail_every_other_time()
+        return super().draw_replay(key, num_records, seed)
+
+    def ack(self, key: StreamKey, entry_ids: object) -> None:
+        self._fail_every_other_time()
+        super().ack(key, entry_ids)  # type: ignore[arg-type]
+
+    def _fail_every_other_time(self) -> None:
+        self.num_calls += 1
+        if self.num_calls % 2:
+            raise StoreUnavailableError("the store is away")
+
+
+class House:
+    """Store, feed, tracker and a learner that can be killed and built again."""
+
+    def __init__(self, folder: Path, store: MemoryRecordStore | None = None) -> None:
+        self.folder = folder
+        self.store = store or MemoryRecordStore(clock=lambda: NOW_S)
+        self.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
+        self.tracker = DiaryTracker()
+        self.learner = self.build()
+
+    def build(self, **changes: object) -> Learner:
+        settings = quick_settings(checkpoint_folder=str(self.folder), **changes)
+        return Learner(
+            tiny_draft(),
+            self.store,
+            self.feed,
+            settings,
+            target_revision="target-1",
+            tracker_for=lambda run_id: self.tracker,
+            now_s=lambda: NOW_S,
+        )
+
+    def serve(self, records: list[GenerationRecord]) -> None:
+        self.store.append(KEY, records)
+
+    def learn_until_promoted(self, traffic: Traffic, least_gain: float = 0.0) -> AdapterManifest:
+        """Cycle after cycle, until what serves gained so much on the floor."""
+        for records in traffic:
+            self.serve(records)
+            assert self.learner.run_cycle()
+            manifest = self.feed.latest("default")
+            if manifest and gain(manifest) > least_gain:
+                return manifest
+        raise AssertionError(f"nothing was promoted: {self.learner.snapshot()}")
+
+
+def gain(manifest: AdapterManifest) -> float:
+    return manifest.evidence["acceptance_candidate"] - manifest.evidence["acceptance_floor"]
+
+
+@pytest.fixture(scope="module")
+def traffic() -> Traffic:
+    factory = RecordFactory(*tiny_pair(), clock_s=NOW_S)
+    return [factory.records(30, SAMPLING, max_tokens=6) for _ in range(8)]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+def test_records_become_a_promoted_adapter_with_evidence_and_history(house: House, traffic: Traffic) -> None:
+    assert not house.learner.run_cycle()
+    manifest = house.learn_until_promoted(traffic)
+    assert (manifest.draft_version, manifest.parent_version) == (1, 0)
+    assert manifest.evidence["acceptance_candidate"] > manifest.evidence["acceptance_incumbent"]
+    assert manifest.target_revision == "target-1"
+    assert manifest.num_bytes == len(house.feed.weights("default", 1))
+    assert house.feed.history("default")[-1].kind == "promoted"
+    assert house.tracker.decisions[-1].startswith("promoted: acceptance")
+    assert house.tracker.serving[-1] == (1, 0)
+    assert house.tracker.metrics["loss"] > 0
+    assert house.store.size(KEY).num_pending == 0
+    facts = house.learner.snapshot()
+    assert facts["draft_version"] == 1
+    assert facts["num_records_seen"] % 30 == 0
+    assert facts["last_decision"]["kind"] == "promoted"
+
+
+def test_too_few_held_out_records_are_a_refusal_in_the_history(house: House, traffic: Traffic) -> None:
+    house.learner = house.build(gate_min_records=1000)
+    house.serve(traffic[0])
+    assert house.learner.run_cycle()
+    event = house.feed.history("default")[-1]
+    assert event.kind == "refused"
+    assert "1000 are needed" in event.reason
+    assert house.feed.latest("default") is None
+
+
+def test_a_killed_learner_resumes_and_repeats_no_acked_work(house: House, traffic: Traffic) -> None:
+    house.learn_until_promoted(traffic)
+    before = house.learner.snapshot()
+    house.learner = house.build()
+    assert not house.learner.run_cycle()
+    after = house.learner.snapshot()
+    for name in ("num_steps", "num_records_seen", "last_version", "draft_version"):
+        assert after[name] == before[name]
+    assert after["num_held_out_records"] > 0
+
+
+def test_what_was_checkpointed_but_not_acked_is_acked_and_not_relearnt(
+    house: House, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    house.serve(traffic[0])
+    with monkeypatch.context() as context:
+        context.setattr(house.store, "ack", die)
+        with pytest.raises(Killed):
+            house.learner.run_cycle()
+    steps = house.learner.snapshot()["num_steps"]
+    assert house.store.size(KEY).num_pending == 30
+    house.learner = house.build()
+    assert not house.learner.run_cycle()
+    assert house.store.size(KEY).num_pending == 0
+    assert house.learner.snapshot()["num_steps"] == steps
+
+
+def test_what_was_read_but_not_checkpointed_is_read_again(house: House, traffic: Traffic) -> None:
+    house.serve(traffic[0][:10])
+    assert not house.learner.run_cycle()  # too few: they wait, unacknowledged
+    assert house.learner.snapshot()["num_waiting_records"] == 10
+    house.learner = house.build()
+    house.serve(traffic[0][10:20])
+    assert house.learner.run_cycle()
+    assert house.learner.snapshot()["num_records_seen"] == 20
+
+
+def test_a_feed_that_comes_back_empty_gets_its_adapter_back_and_versions_go_on(
+    house: House, traffic: Traffic
+) -> None:
+    manifest = house.learn_until_promoted(traffic)
+    house.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
+    house.learner = house.build()
+    assert not house.learner.run_cycle()
+    assert house.feed.latest("default") == manifest
+    house.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
+    house.learner = house.build()
+    assert house.learner.snapshot()["last_version"] == 1
+
+
+def test_an_operators_rollback_is_adopted_and_a_pin_is_not_fought(house: House, traffic: Traffic) -> None:
+    house.learn_until_promoted(traffic)
+    house.feed.rollback("default", "the operator said so")
+    house.learner.run_cycle()
+    assert house.learner.snapshot()["draft_version"] == 0
+    house.feed.pin("default", 0, "hands off")
+    for records in traffic[-3:]:
+        house.serve(records)
+        house.learner.run_cycle()
+    assert house.feed.last_version("default") == 1
+    assert "pinned" in house.feed.history("default")[-1].reason
+
+
+def test_a_broken_swap_is_rolled_back(house: House, traffic: Traffic) -> None:
+    house.learner = house.build(live_records_per_cycle=1000, swap_check_margin=0.02)
+    version = house.learn_until_promoted(traffic, least_gain=0.12).draft_version
+    # replicas claim to serve the new version, and draft as the floor still does
+    house.serve([served_as(version, record) for records in traffic for record in records])
+    house.learner.run_cycle()
+    event = [e for e in house.feed.history("default") if e.kind == "rolled_back"]
+    assert event
+    assert "broken swap" in event[0].reason
+    assert any(text.startswith("rolled_back") for text in house.tracker.decisions)
+
+
+def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: Traffic) -> None:
+    house = House(tmp_path, FlakyStore(clock=lambda: NOW_S))
+    house.serve(traffic[0])
+    assert house.learner.run_cycle()
+    assert house.store.size(KEY).num_pending == 0
+    assert house.learner.snapshot()["num_records_seen"] == 30
+
+
+def test_poisoned_and_foreign_records_are_counted_and_acked_without_harm(
+    house: House, traffic: Traffic
+) -> None:
+    foreign = RecordFactory(*tiny_pair(), target_revision="target-2", clock_s=NOW_S).records(5, max_tokens=2)
+    house.store.append(KEY, foreign)
+    house.serve(traffic[0][:25])
+    assert house.learner.run_cycle()
+    assert house.learner.snapshot()["num_refused_records"] == 5
+    assert house.store.size(KEY).num_pending == 0
+
+
+def test_every_route_of_the_target_teaches_the_one_draft(house: House, traffic: Traffic) -> None:
+    for route, part in (("sql", traffic[0][:15]), ("code", traffic[0][15:])):
+        house.store.append(StreamKey("target-1", route), part)
+    house.store.append(StreamKey("other", "sql"), traffic[1])
+    assert house.learner.run_cycle()
+    assert house.learner.snapshot()["num_records_seen"] == 30
+
+
+def test_it_runs_pauses_resumes_and_stops_in_a_thread(house: House, traffic: Traffic) -> None:
+    stop = threading.Event()
+    house.learner.pause()
+    house.serve(traffic[0])
+    thread = threading.Thread(target=house.learner.run, args=(stop,))
+    thread.start()
+    try:
+        wait_until(lambda: house.learner.snapshot()["state"] == "paused")
+        assert house.learner.snapshot()["num_steps"] == 0
+        house.learner.resume()
+        wait_until(lambda: house.learner.snapshot()["num_records_seen"] == 30)
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+    assert house.learner.snapshot()["state"] == "stopped"
+
+
+def test_published_bytes_are_the_candidates_own_weights(house: House, traffic: Traffic) -> None:
+    house.learn_until_promoted(traffic)
+    weights = house.feed.weights("default", 1)
+    state = import_weights(weights)
+    assert export_weights(state) == weights
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def served_as(draft_version: int, record: GenerationRecord) -> GenerationRecord:
+    """The same text under another name and version, for the store forgets no record id."""
+    rounds = tuple(replace(trace, draft_version=draft_version) for trace in record.rounds)
+    return replace(record, record_id=f"again-{record.record_id}", rounds=rounds)
+
+
+def wait_until(holds: object, timeout_s: float = 20.0) -> None:
+    pause = threading.Event()
+    for _ in range(int(timeout_s / 0.02)):
+        if holds():  # type: ignore[operator]
+            return
+        pause.wait(0.02)
+    raise AssertionError(f"not true within {timeout_s} s")
