@@ -19,10 +19,10 @@ from openai import OpenAI
 
 from buffer.records import DEFAULT_ROUTE
 from buffer.redis_server import EmbeddedRedis
-from deploy.cluster import free_port
 from deploy.commands.demo import LEARNER, PAIR
 from deploy.demo.corpus import prompts
 from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.ports import free_port
 from deploy.settings import Settings
 from deploy.wiring import RunningSystem, open_feed, running_system
 

@@ -101,6 +101,7 @@ async def _send_one(http: httpx.AsyncClient, ask: Ask) -> Outcome:
         "max_tokens": ask.max_tokens,
         "temperature": ask.temperature,
         "store": ask.store,
+        "metadata": {"route": ask.prompt.domain},
         "return_token_ids": True,
         "return_weight_versions": True,
     }

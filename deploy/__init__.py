@@ -1,0 +1,1 @@
+"""Settings, wiring, cluster and command line: the one place that chooses concrete parts."""

@@ -1,0 +1,142 @@
+"""Ray and the HTTP endpoint: started on loopback or joined by address, and always taken down again.
+
+Knows nothing of models, records or learning. Invariant: whatever `own_ray` starts ends with this process,
+even by SIGKILL (Ray asks the kernel for that, and `ray_guard` sees to the rest), and nothing is
+written to the user's home.
+"""
+
+import io
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from deploy import ray_guard
+from deploy.errors import ClusterError
+from deploy.settings import ClusterSettings
+
+APPLICATION = "everdraft"
+
+
+def ray_session(settings: ClusterSettings, *, num_cpus: int) -> AbstractContextManager[None]:
+    """Connected to Ray inside the block: the one at the given address, or one of our own."""
+    if settings.ray_address is not None:
+        return _joined_ray(settings.ray_address, settings.namespace)
+    return own_ray(
+        namespace=settings.namespace, num_cpus=num_cpus, object_store_bytes=settings.object_store_bytes
+    )
+
+
+@contextmanager
+def own_ray(*, namespace: str, num_cpus: int, object_store_bytes: int) -> Iterator[None]:
+    """A Ray of our own. `num_cpus` is what may be scheduled, not what there is.
+
+    Ray listens on every interface, so it gets a token of its own that only its processes know.
+    """
+    _require_token()
+    _share_accelerators()
+    with _guarded_folder() as folder:
+        try:
+            ray.init(
+                address="local",
+                namespace=namespace,
+                num_cpus=num_cpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            yield
+        finally:
+            with redirect_stdout(io.StringIO()):
+                # Ray tells standard output that Serve's controller, which we ended, has ended.
+                ray.shutdown()
+
+
+@contextmanager
+def _guarded_folder() -> Iterator[Path]:
+    """A folder for one Ray. When the block or this process ends, the guard ends that Ray and removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="everdraft-", dir=temp_root()))
+    guard = subprocess.Popen(
+        [sys.executable, "-P", ray_guard.__file__, str(os.getpid()), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is not for the guard
+    )
+    with guard:
+        assert guard.stdout is not None
+        guard.stdout.readline()
+        yield folder
+
+
+@contextmanager
+def _joined_ray(address: str, namespace: str) -> Iterator[None]:
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"cluster.ray_address={address}: no Ray answers there ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def endpoint(application: serve.Application, *, host: str, port: int) -> Iterator[None]:
+    """The application answers on host:port inside the block; leaving it drains and stops it.
+
+    Raises ClusterError when the application cannot start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        _run(application)
+        yield
+    finally:
+        with suppress(Exception), redirect_stdout(io.StringIO()):
+            # Ray may be gone already, for example after SIGKILL of one of its processes.
+            serve.shutdown()
+
+
+def _run(application: serve.Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"log_level": "ERROR"})
+    except RuntimeError as error:
+        raise ClusterError(f"the replica did not start: {_failure(str(error))}") from error
+
+
+def _failure(fallback: str) -> str:
+    """The last line of the replica's own traceback, which names what is wrong."""
+    application = serve.status().applications.get(APPLICATION)
+    if application is None or application.status == ApplicationStatus.RUNNING:
+        return fallback
+    messages = [part.message for part in application.deployments.values() if part.message]
+    lines = [line.strip() for line in "\n".join(messages or [fallback]).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1])
+
+
+def temp_root() -> Path:
+    """A temporary folder whose path leaves room for Ray's sockets (107 bytes at most in all)."""
+    usual = Path(tempfile.gettempdir())
+    return usual if len(str(usual)) <= 24 else Path("/tmp")
+
+
+def _require_token() -> None:
+    """One a process, since Ray reads it once; read by children, never written to the user's home."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _share_accelerators() -> None:
+    """Replicas and learner ask Ray for no GPU of their own; without this Ray would hide all from them."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

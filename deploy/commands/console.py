@@ -1,0 +1,81 @@
+"""How commands speak: results on standard output, progress and faults on standard error.
+
+Exit codes: 0 all well, 1 something is wrong with the system looked at, 2 a fault in what was asked.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from buffer.errors import SeamError
+from deploy.errors import DeployError
+from deploy.running import RunningNote, read_learner_snapshot, read_note
+
+FAULT = 2
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="EVERDRAFT_CONFIG", help="Settings file, TOML or YAML."),
+]
+StateDirOption = Annotated[
+    Path,
+    typer.Option("--state-dir", envvar="EVERDRAFT__CLUSTER__STATE_DIR", help="State folder of the run."),
+]
+RedisUrlOption = Annotated[
+    str | None,
+    typer.Option("--redis-url", envvar="EVERDRAFT__REDIS__URL", help="Redis; default: the running one's."),
+]
+RouteOption = Annotated[str, typer.Option("--route", help="The route whose drafts are meant.")]
+DEFAULT_STATE_DIR = Path(".everdraft")
+
+
+def output() -> Console:
+    """Standard output as it is now; made anew so that a redirected one is honoured.
+
+    Lines keep their length, so that what is shown can be copied.
+    """
+    return Console(highlight=False, soft_wrap=True)
+
+
+def errors() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def plain_faults() -> Iterator[None]:
+    """Faults with a message of ours end the command with that message and exit code 2."""
+    try:
+        yield
+    except (DeployError, SeamError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong and end the command."""
+    for line in message.splitlines():
+        errors().print(f"[bold red]error:[/] {escape(line)}")
+    raise typer.Exit(FAULT)
+
+
+def running_note(state_dir: Path) -> RunningNote | None:
+    return read_note(state_dir.expanduser().resolve())
+
+
+def running_learner(state_dir: Path) -> dict[str, Any] | None:
+    """What the learner that runs with this folder last said of itself."""
+    return read_learner_snapshot(state_dir.expanduser().resolve())
+
+
+def redis_url_of(state_dir: Path, redis_url: str | None) -> str:
+    """The given address, else that of the everdraft that runs with this state folder."""
+    if redis_url is not None:
+        return redis_url
+    note = running_note(state_dir)
+    if note is None:
+        fail(f"no everdraft runs with the state folder {state_dir}; start one, or give --redis-url")
+    return note.redis_url

@@ -1,0 +1,169 @@
+"""`everdraft drafts`: which drafts a route has had, which one serves, and taking that in hand."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterManifest
+from buffer.store import AdapterFeed
+from deploy.commands.console import (
+    DEFAULT_STATE_DIR,
+    RedisUrlOption,
+    RouteOption,
+    StateDirOption,
+    output,
+    plain_faults,
+    redis_url_of,
+)
+from deploy.commands.words import ago, decimals, sized
+
+app = typer.Typer(help="Drafts by route: list, show, roll back, pin.", no_args_is_help=True)
+
+VersionArgument = Annotated[int, typer.Argument(min=0, help="draft_version; 0 is the floor.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Goes into the route's history.")]
+BY_HAND = "by an operator"
+
+
+@contextmanager
+def opened_feed(state_dir: StateDirOption, redis_url: str | None) -> Iterator[AdapterFeed]:
+    from deploy.wiring import open_feed
+
+    with plain_faults():
+        feed = open_feed(redis_url_of(state_dir, redis_url))
+        try:
+            yield feed
+        finally:
+            feed.close()
+
+
+@app.command("list")
+def list_drafts(
+    route: RouteOption = DEFAULT_ROUTE,
+    events: Annotated[int, typer.Option(min=0, help="How many lines of history to show.")] = 8,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """The drafts that are kept, the one that serves, and what happened last."""
+    with opened_feed(state_dir, redis_url) as feed:
+        output().print(_versions(feed, route))
+        if events:
+            output().print(_history(feed, route, events))
+
+
+@app.command()
+def show(
+    version: VersionArgument,
+    route: RouteOption = DEFAULT_ROUTE,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Everything known about one draft: what it fits, what it weighs, why it was let in."""
+    with opened_feed(state_dir, redis_url) as feed:
+        for name, text in _details(feed.manifest(route, version)):
+            output().print(f"{name:<28}{escape(text)}")
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option(min=0, help="Version to go to; default: the parent.")] = None,
+    reason: ReasonOption = BY_HAND,
+    route: RouteOption = DEFAULT_ROUTE,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Go back to an earlier draft; the learner goes on and may promote a better one."""
+    with opened_feed(state_dir, redis_url) as feed:
+        serving = feed.rollback(route, reason, to)
+        output().print(f"route {route}: {_named(serving)} serves from now on")
+
+
+@app.command()
+def pin(
+    version: VersionArgument,
+    reason: ReasonOption = BY_HAND,
+    route: RouteOption = DEFAULT_ROUTE,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Serve this draft, whatever the learner promotes, until unpinned."""
+    with opened_feed(state_dir, redis_url) as feed:
+        feed.pin(route, version, reason)
+        output().print(f"route {route}: {_named(version)} is pinned")
+
+
+@app.command()
+def unpin(
+    reason: ReasonOption = BY_HAND,
+    route: RouteOption = DEFAULT_ROUTE,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+) -> None:
+    """Let promotions take effect again."""
+    with opened_feed(state_dir, redis_url) as feed:
+        serving = feed.unpin(route, reason)
+        output().print(f"route {route}: no pin; {_named(serving)} serves from now on")
+
+
+def _versions(feed: AdapterFeed, route: str) -> Table:
+    latest, pinned, now_s = feed.latest(route), feed.pinned(route), time.time()
+    serving = latest.draft_version if latest is not None else FLOOR_VERSION
+    table = Table(title=f"drafts of route {route}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("draft", "parent", "acceptance", "parent's", "records", "size", "made", ""):
+        table.add_column(heading, justify="left" if heading in ("made", "") else "right", no_wrap=True)
+    table.add_row("0", "", "", "", "", "", "", _mark(FLOOR_VERSION, serving, pinned, "the floor"))
+    for manifest in feed.versions(route):
+        table.add_row(*_version_cells(manifest, now_s), _mark(manifest.draft_version, serving, pinned))
+    return table
+
+
+def _version_cells(manifest: AdapterManifest, now_s: float) -> tuple[str, ...]:
+    evidence = manifest.evidence
+    return (
+        str(manifest.draft_version),
+        str(manifest.parent_version),
+        decimals(evidence.get("acceptance_candidate")),
+        decimals(evidence.get("acceptance_incumbent")),
+        str(manifest.num_records_seen),
+        sized(manifest.num_bytes),
+        ago(manifest.created_at_s, now_s),
+    )
+
+
+def _mark(version: int, serving: int, pinned: int | None, name: str = "") -> str:
+    marks = [name] if name else []
+    if version == serving:
+        marks.append("[bold green]serves[/]")
+    if version == pinned:
+        marks.append("[yellow]pinned[/]")
+    return ", ".join(marks)
+
+
+def _history(feed: AdapterFeed, route: str, num_events: int) -> Table:
+    now_s = time.time()
+    table = Table(title="history", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
+    for event in feed.history(route, num_events):
+        kind = event.kind.replace("_", " ")
+        table.add_row(ago(event.at_s, now_s), kind, str(event.draft_version), escape(event.reason))
+    return table
+
+
+def _details(manifest: AdapterManifest) -> Iterator[tuple[str, str]]:
+    for name in ("route", "draft_version", "parent_version", "draft_id", "draft_revision", "target_revision"):
+        yield name, str(getattr(manifest, name))
+    yield "adapter", f"rank {manifest.rank}, alpha {manifest.alpha:g}, {sized(manifest.num_bytes)}"
+    yield "target_modules", ", ".join(manifest.target_modules)
+    yield "sha256", manifest.sha256
+    yield "made", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created_at_s))
+    yield "num_records_seen", str(manifest.num_records_seen)
+    yield "mlflow_run_id", manifest.mlflow_run_id or "none"
+    for name, figure in manifest.evidence.items():
+        yield name, f"{figure:.4g}"
+
+
+def _named(version: int) -> str:
+    return "the floor" if version == FLOOR_VERSION else f"draft {version}"

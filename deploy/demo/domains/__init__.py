@@ -1,0 +1,1 @@
+"""The demo's domains, one file each: a function from a generator to a `Sample`, and nothing else."""

@@ -1,0 +1,53 @@
+"""Builds the learner of the pair that is served, in whatever process it shall run; knows no Ray.
+
+Invariant: the learner's draft has the very weights that the replicas serve, rounding included, or its
+adapters would be refused.
+"""
+
+from functools import partial
+
+from buffer.redis_feed import RedisAdapterFeed
+from buffer.redis_store import RedisRecordStore
+from learner.draft import TrainableDraft
+from learner.loop import Learner
+from learner.settings import LearnerSettings
+from learner.tracking import MlflowTracker, NullTracker, Tracker
+from serving.models.loading import load_pair
+from serving.settings import ServingSettings
+
+
+def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
+    """Load the pair, put LoRA on its draft. Raises UnsupportedModelError, or OSError for no model.
+
+    The target is needed only for its revision; its weights are let go at once.
+    """
+    pair = load_pair(serving.target, serving.draft, device=serving.device, dtype=serving.dtype)
+    assert pair.draft is not None, "a learner is wired only where there is a draft"
+    draft = TrainableDraft(
+        pair.draft.float(),
+        draft_id=pair.draft_id,
+        draft_revision=pair.draft_revision,
+        rank=learner.lora_rank,
+        alpha=learner.lora_alpha,
+        target_modules=learner.target_modules,
+        seed=learner.seed,
+    )
+    return Learner(
+        draft,
+        RedisRecordStore(redis_url),
+        RedisAdapterFeed(redis_url),
+        learner,
+        target_revision=pair.target_revision,
+        tracker_for=partial(_tracker, learner),
+    )
+
+
+def _tracker(learner: LearnerSettings, run_id: str) -> Tracker:
+    if not learner.tracking_uri:
+        return NullTracker()
+    return MlflowTracker(
+        learner.tracking_uri,
+        experiment_name=learner.experiment_name,
+        registered_model_name=learner.registered_model_name,
+        run_id=run_id,
+    )

@@ -1,0 +1,80 @@
+"""What an operator may choose, in one frozen, validated tree; every section belongs to its folder.
+
+Knows no file format and no environment variable (see `settings_source`), and starts nothing.
+Invariant: an unknown key is an error, never a silent default.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from learner.settings import LearnerSettings
+from serving.settings import ServingSettings
+
+
+class RedisSettings(BaseModel):
+    """Where records and adapters are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = None
+    """`redis://`, `rediss://` or `unix://`; None starts a server of our own."""
+
+
+class MlflowSettings(BaseModel):
+    """Where runs, adapters and versions are logged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = True
+    tracking_uri: str | None = None
+    """None: SQLite in the state folder, artifacts beside it."""
+
+
+class ClusterSettings(BaseModel):
+    """The processes: Ray, the HTTP endpoint, and the folder that outlives them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ray_address: str | None = None
+    """A running Ray (`auto`, `host:port`); None starts one of our own on loopback."""
+    namespace: str = "everdraft"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    state_dir: Path = Path(".everdraft")
+    """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs."""
+    object_store_bytes: int = Field(default=80 * 2**20, ge=80 * 2**20)
+    """Shared memory of a Ray of our own; no tensors travel through it."""
+    learn: bool = True
+    """Whether a learner runs beside the replicas."""
+
+
+class Settings(BaseModel):
+    """Everything, by section. `serving.target` is the one value without a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    serving: ServingSettings
+    learner: LearnerSettings = LearnerSettings()
+    redis: RedisSettings = RedisSettings()
+    mlflow: MlflowSettings = MlflowSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @field_validator("learner")
+    @classmethod
+    def _one_name_for_tracking(cls, learner: LearnerSettings) -> LearnerSettings:
+        if learner.tracking_uri:
+            raise ValueError("tracking_uri is set by mlflow.tracking_uri")
+        return learner
+
+    @property
+    def state_dir(self) -> Path:
+        """Absolute, so that processes with another working directory agree on it."""
+        return self.cluster.state_dir.expanduser().resolve()
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps runs; empty when it is switched off. SQLite paths are absolute."""
+        if not self.mlflow.enabled:
+            return ""
+        return self.mlflow.tracking_uri or f"sqlite:///{self.state_dir / 'mlflow' / 'mlflow.db'}"

@@ -1,0 +1,204 @@
+"""The one place that chooses concrete parts: which Redis, which Ray, who learns, where runs are logged.
+
+Read `running_system` for what a running everdraft is made of. Invariant: leaving it, by whatever
+exception, takes down everything that it started, in reverse order.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from buffer.errors import StoreUnavailableError
+from buffer.redis_feed import RedisAdapterFeed
+from buffer.redis_server import EmbeddedRedis
+from buffer.redis_store import RedisRecordStore
+from buffer.store import AdapterFeed, RecordStore
+from deploy.environment import quieten_libraries
+from deploy.errors import ClusterError, ModelPairError, SettingsError
+from deploy.ports import require_free_port
+from deploy.running import RunningNote, claimed_folder, own_note, write_learner_snapshot, write_note
+from deploy.settings import Settings
+from learner.settings import LearnerSettings
+
+if TYPE_CHECKING:
+    from deploy.learner_process import LearnerHandle
+
+Narrate = Callable[[str], None]
+"""Told what is being done, in words for a person."""
+
+
+@dataclass(frozen=True)
+class RunningSystem:
+    """What runs, and where it answers."""
+
+    settings: Settings
+    url: str
+    redis_url: str
+    """With its password; not for printing."""
+    learner: "LearnerHandle | None"
+
+    def note_learner(self) -> None:
+        """Leave word of the learner for `everdraft status`; to be called about once a second."""
+        if self.learner is not None:
+            write_learner_snapshot(self.settings.state_dir, self.learner.snapshot())
+
+
+def open_feed(redis_url: str) -> AdapterFeed:
+    """Raises SettingsError for a URL that is none; connects at the first call."""
+    try:
+        return RedisAdapterFeed(redis_url)
+    except ValueError as error:
+        raise SettingsError(f"redis.url: {error}") from None
+
+
+def open_store(redis_url: str) -> RecordStore:
+    """Raises SettingsError for a URL that is none; connects at the first call."""
+    try:
+        return RedisRecordStore(redis_url)
+    except ValueError as error:
+        raise SettingsError(f"redis.url: {error}") from None
+
+
+@contextmanager
+def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSystem]:
+    """Everything that `settings` asks for, up and answering inside the block.
+
+    Raises DeployError; then nothing is left running.
+    """
+    quieten_libraries(os.environ)
+    settings = with_absolute_paths(settings)
+    cluster = settings.cluster
+    with ExitStack() as parts:
+        parts.enter_context(claimed_folder(settings.state_dir))
+        require_free_port(cluster.host, cluster.port)
+        check_models(settings)
+        redis_url = parts.enter_context(_redis(settings, narrate))
+        prepare_tracking(settings.tracking_uri)
+        learner = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
+        system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner)
+        write_note(settings.state_dir, _note(system))
+        yield system
+
+
+@contextmanager
+def _replicas_and_learner(
+    settings: Settings, redis_url: str, narrate: Narrate
+) -> Iterator["LearnerHandle | None"]:
+    # Ray and torch take seconds to import: not before the quick checks have passed.
+    from deploy.cluster import endpoint, ray_session
+    from deploy.learner_process import learner_beside
+    from serving.replica import build_deployment
+
+    cluster = settings.cluster
+    with ExitStack() as parts:
+        narrate("starting Ray" if cluster.ray_address is None else f"joining Ray at {cluster.ray_address}")
+        parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings)))
+        narrate("loading the models and measuring what a pass costs")
+        application = build_deployment(settings.serving, redis_url)
+        parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
+        learner = None
+        if cluster.learn and settings.serving.draft is not None:
+            narrate("starting the learner")
+            learner = parts.enter_context(learner_beside(settings, learner_settings(settings), redis_url))
+        yield learner
+
+
+def check_models(settings: Settings) -> None:
+    """Refuse at once what the replicas would refuse later: reads the configurations, no weights.
+
+    Raises ModelPairError.
+    """
+    for role, name in (("target", settings.serving.target), ("draft", settings.serving.draft)):
+        if name is None:
+            continue
+        if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+            raise ModelPairError(f"serving.{role}={name!r} is no folder; nothing was started")
+        try:
+            _check_configuration(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelPairError(f"serving.{role}={name!r}: {reason}; nothing was started") from error
+
+
+def _check_configuration(name: str) -> None:
+    from transformers import AutoConfig
+
+    from serving.models.loading import check_config
+
+    check_config(name, AutoConfig.from_pretrained(name))
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """Models given as folders, made absolute: replicas and learner may have another working directory."""
+    serving = settings.serving
+    names = {"target": serving.target, "draft": serving.draft}
+    folders = {
+        role: str(Path(name).resolve()) for role, name in names.items() if name and Path(name).is_dir()
+    }
+    return settings.model_copy(update={"serving": serving.model_copy(update=folders)})
+
+
+def learner_settings(settings: Settings) -> LearnerSettings:
+    """The learner's own, with its folders and its tracker put where this run keeps them."""
+    learner = settings.learner
+    return learner.model_copy(
+        update={
+            "checkpoint_folder": str(settings.state_dir / learner.checkpoint_folder),
+            "tracking_uri": settings.tracking_uri,
+        }
+    )
+
+
+def schedulable_cpus(settings: Settings) -> int:
+    """Ray starts nothing that does not fit: room for every replica and the learner, cores or not."""
+    return max(psutil.cpu_count() or 1, settings.serving.num_replicas + 2)
+
+
+@contextmanager
+def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
+    if settings.redis.url is not None:
+        open_feed(settings.redis.url).close()
+        yield settings.redis.url
+        return
+    narrate("starting Redis")
+    try:
+        server = EmbeddedRedis(folder=settings.state_dir / "redis").start()
+    except StoreUnavailableError as error:
+        raise ClusterError(str(error)) from error
+    try:
+        yield server.url
+    finally:
+        server.stop()
+
+
+def prepare_tracking(tracking_uri: str) -> None:
+    """Put everything of MLflow in one folder: SQLite makes its file but not its folder, and artifacts
+    would go to the working directory. Before the learner's process starts, which inherits it."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return
+    folder = Path(tracking_uri.removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = str(folder / "artifacts")
+
+
+def _url(host: str, port: int) -> str:
+    """Where a client on this machine finds the endpoint."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
+
+
+def _note(system: RunningSystem) -> RunningNote:
+    settings = system.settings
+    return own_note(
+        url=system.url,
+        redis_url=system.redis_url,
+        tracking_uri=settings.tracking_uri,
+        target=settings.serving.target,
+        draft=settings.serving.draft or "",
+        learns=system.learner is not None,
+    )

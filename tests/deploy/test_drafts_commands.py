@@ -1,0 +1,157 @@
+"""`everdraft drafts` and `status` against a real Redis server, in this process."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from buffer.records import AdapterManifest, ServingStatus, VersionCounts
+from buffer.redis_server import EmbeddedRedis
+from buffer.store import AdapterFeed
+from deploy.cli import app
+from deploy.wiring import open_feed
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def route(server: EmbeddedRedis, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A route with two drafts, of which the second serves."""
+    name = str(request.node.name).replace("[", "-").rstrip("]")[:60]
+    feed = open_feed(server.url)
+    for version in (1, 2):
+        feed.publish(manifest(name, version), b"weights")
+    yield name
+    feed.close()
+
+
+@pytest.fixture
+def feed(server: EmbeddedRedis) -> Iterator[AdapterFeed]:
+    feed = open_feed(server.url)
+    yield feed
+    feed.close()
+
+
+def manifest(route: str, version: int) -> AdapterManifest:
+    return AdapterManifest(
+        route=route,
+        draft_version=version,
+        parent_version=version - 1,
+        draft_id="models/draft",
+        draft_revision="d" * 64,
+        target_revision="t" * 64,
+        rank=8,
+        alpha=16.0,
+        target_modules=("q_proj", "v_proj"),
+        adapter_config_json="{}",
+        sha256="s" * 64,
+        num_bytes=123_456,
+        created_at_s=time.time() - 90,
+        evidence={"acceptance_candidate": 0.5 + version / 10, "acceptance_incumbent": 0.5},
+        num_records_seen=100 * version,
+    )
+
+
+def run(server: EmbeddedRedis, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [*arguments, "--redis-url", server.url], env={"COLUMNS": "140"})
+
+
+def test_list_shows_every_draft_and_which_one_serves(server: EmbeddedRedis, route: str) -> None:
+    shown = run(server, "drafts", "list", "--route", route)
+    assert shown.exit_code == 0, shown.output
+    lines = [line.strip() for line in shown.output.splitlines()]
+    floor, first, second = (next(line for line in lines if line.startswith(start)) for start in "012")
+    assert "the floor" in floor
+    assert "serves" in second and "serves" not in floor + first
+    assert "0.700" in second and "0.500" in second and "123.5 kB" in second
+    assert sum("promoted" in line for line in lines) == 2
+
+
+def test_show_tells_what_a_draft_fits_and_why_it_was_let_in(server: EmbeddedRedis, route: str) -> None:
+    shown = run(server, "drafts", "show", "1", "--route", route)
+    assert shown.exit_code == 0, shown.output
+    assert "q_proj, v_proj" in shown.output and "t" * 64 in shown.output
+    assert "acceptance_candidate" in shown.output
+
+
+def test_rollback_goes_to_the_parent_and_leaves_its_reason(
+    server: EmbeddedRedis, route: str, feed: AdapterFeed
+) -> None:
+    done = run(server, "drafts", "rollback", "--route", route, "--reason", "worse on friday")
+    assert done.exit_code == 0, done.output
+    assert "draft 1 serves from now on" in done.output
+    latest = feed.latest(route)
+    assert latest is not None and latest.draft_version == 1
+    assert feed.history(route)[-1].reason == "worse on friday"
+
+
+def test_rollback_to_the_floor(server: EmbeddedRedis, route: str, feed: AdapterFeed) -> None:
+    done = run(server, "drafts", "rollback", "--to", "0", "--route", route)
+    assert done.exit_code == 0 and "the floor serves" in done.output
+    assert feed.latest(route) is None
+
+
+def test_a_pin_holds_until_it_is_taken_away(server: EmbeddedRedis, route: str, feed: AdapterFeed) -> None:
+    assert run(server, "drafts", "pin", "1", "--route", route).exit_code == 0
+    feed.publish(manifest(route, 3), b"weights")
+    assert "serves, pinned" in run(server, "drafts", "list", "--route", route).output
+    latest = feed.latest(route)
+    assert latest is not None and latest.draft_version == 1
+    unpinned = run(server, "drafts", "unpin", "--route", route)
+    assert "draft 3 serves from now on" in unpinned.output
+
+
+def test_an_unknown_version_is_a_fault_and_changes_nothing(
+    server: EmbeddedRedis, route: str, feed: AdapterFeed
+) -> None:
+    done = run(server, "drafts", "rollback", "--to", "9", "--route", route)
+    assert done.exit_code == 2
+    assert "9" in done.stderr and "error:" in done.stderr
+    latest = feed.latest(route)
+    assert latest is not None and latest.draft_version == 2
+
+
+def test_status_sums_the_counters_of_all_replicas(server: EmbeddedRedis, feed: AdapterFeed) -> None:
+    counts = VersionCounts(
+        num_rounds=10, num_drafted=40, num_attempted=40, num_accepted=24, num_output_tokens=34
+    )
+    for name in ("a", "b"):
+        feed.report(
+            ServingStatus(
+                replica_id=name,
+                at_s=time.time(),
+                serving_versions={"default": 3},
+                counts={"default": {3: counts}},
+            )
+        )
+    shown = run(server, "status")
+    assert shown.exit_code == 0, shown.output
+    row = next(line for line in shown.output.splitlines() if line.startswith("default"))
+    assert row.split() == ["default", "3", "60", "%", "3.40", "68"]
+    as_json = run(server, "status", "--json")
+    assert [replica["replica_id"] for replica in json.loads(as_json.output)["replicas"]] == ["a", "b"]
+
+
+def test_a_redis_that_does_not_answer_is_a_fault() -> None:
+    done = CliRunner().invoke(app, ["drafts", "list", "--redis-url", "redis://127.0.0.1:1/0"])
+    assert done.exit_code == 2
+    assert "127.0.0.1:1" in done.stderr
+
+
+def test_an_address_that_is_none_is_a_fault() -> None:
+    done = CliRunner().invoke(app, ["status", "--redis-url", "http://127.0.0.1"])
+    assert done.exit_code == 2
+    assert "redis.url" in done.stderr
+
+
+def test_without_a_run_and_without_an_address_the_way_out_is_told(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["drafts", "list", "--state-dir", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "--redis-url" in done.stderr

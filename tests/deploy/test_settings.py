@@ -1,0 +1,124 @@
+"""Settings: one file, the environment, the command line; every fault named with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.errors import SettingsError
+from deploy.settings_source import load_settings
+
+TARGET = {"EVERDRAFT__SERVING__TARGET": "models/target"}
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_the_command_line_beats_the_environment_which_beats_the_file(tmp_path: Path) -> None:
+    file = written(
+        tmp_path,
+        "everdraft.toml",
+        "[serving]\ntarget = 'a'\nnum_slots = 2\nmax_seq_len = 64\n[cluster]\nport = 1001\n",
+    )
+    environment = {"EVERDRAFT__SERVING__NUM_SLOTS": "3", "EVERDRAFT__CLUSTER__PORT": "1002"}
+    settings = load_settings(file, environment, {"cluster": {"port": 1003, "host": None}})
+    assert settings.serving.max_seq_len == 64
+    assert settings.serving.num_slots == 3
+    assert settings.cluster.port == 1003
+    assert settings.cluster.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_yaml_says_the_same_as_toml(tmp_path: Path, suffix: str) -> None:
+    as_toml = written(tmp_path, "a.toml", "[serving]\ntarget = 'a'\n[learner]\nlora_rank = 4\n")
+    as_yaml = written(tmp_path, f"a.{suffix}", "serving:\n  target: a\nlearner:\n  lora_rank: 4\n")
+    assert load_settings(as_toml) == load_settings(as_yaml)
+
+
+def test_an_unknown_key_in_the_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.toml", "[serving]\ntarget = 'a'\nnum_slot = 4\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(file)
+    message = str(caught.value)
+    assert str(file) in message
+    assert "serving.num_slot=4" in message
+    assert "did you mean serving.num_slots?" in message
+    assert "nothing was started" in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("EVERDRAFT__SERVNG__TARGET", "did you mean serving?"),
+        ("EVERDRAFT__LEARNER__LORA_RNK", "did you mean learner.lora_rank?"),
+        ("EVERDRAFT__REDIS__ADDRESS__HOST", "redis has url"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_nearest_name(variable: str, nearest: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environment={**TARGET, variable: "1"})
+    assert variable in str(caught.value)
+    assert nearest in str(caught.value)
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.yaml", "serving: {target: a, num_slots: many}\ncluster: {port: 99999}\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(file, {"EVERDRAFT__LEARNER__HELD_OUT_SHARE": "2"})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert f"{file}: serving.num_slots='many'" in lines[0]
+    assert any(line.startswith("EVERDRAFT__LEARNER__HELD_OUT_SHARE: ") for line in lines)
+
+
+def test_a_secret_never_appears_in_a_message(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": "sesame"})
+    assert "sesame" not in str(caught.value)
+    settings = load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": '["sesame"]'})
+    assert settings.serving.revealed_api_keys() == ("sesame",)
+    assert "sesame" not in repr(settings)
+
+
+def test_a_missing_target_says_how_to_give_it() -> None:
+    with pytest.raises(SettingsError, match=r"serving\.target is missing .*EVERDRAFT__SERVING__TARGET"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.toml", "= 3"), ("a.yaml", "a: [1"), ("a.yaml", "- 1"), ("a.ini", "[serving]"), ("a.toml", None)],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str | None) -> None:
+    file = tmp_path / name
+    if text is not None:
+        written(tmp_path, name, text)
+    with pytest.raises(SettingsError, match=name):
+        load_settings(file)
+
+
+def test_a_section_given_as_a_value_is_refused() -> None:
+    with pytest.raises(SettingsError, match="is a section, not a value"):
+        load_settings(environment={**TARGET, "EVERDRAFT__LEARNER": "fast"})
+
+
+def test_null_switches_an_optional_value_off(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.toml", "[serving]\ntarget = 'a'\ndraft = 'b'\n")
+    assert load_settings(file, {"EVERDRAFT__SERVING__DRAFT": "null"}).serving.draft is None
+
+
+def test_tracking_goes_to_an_absolute_sqlite_path_in_the_state_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(environment=TARGET)
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/.everdraft/mlflow/mlflow.db"
+    off = load_settings(environment={**TARGET, "EVERDRAFT__MLFLOW__ENABLED": "false"})
+    assert off.tracking_uri == ""
+
+
+def test_tracking_has_one_name() -> None:
+    with pytest.raises(SettingsError, match=r"set by mlflow\.tracking_uri"):
+        load_settings(environment={**TARGET, "EVERDRAFT__LEARNER__TRACKING_URI": "sqlite:///a.db"})
