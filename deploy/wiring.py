@@ -78,7 +78,6 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         require_free_port(cluster.host, cluster.port)
         check_models(settings)
         redis_url = parts.enter_context(_redis(settings, narrate))
-        prepare_tracking(settings.tracking_uri)
         learner = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
         system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner)
         write_note(settings.state_dir, _note(system))
@@ -174,16 +173,6 @@ def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
         yield server.url
     finally:
         server.stop()
-
-
-def prepare_tracking(tracking_uri: str) -> None:
-    """Put everything of MLflow in one folder: SQLite makes its file but not its folder, and artifacts
-    would go to the working directory. Before the learner's process starts, which inherits it."""
-    if not tracking_uri.startswith("sqlite:///"):
-        return
-    folder = Path(tracking_uri.removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = str(folder / "artifacts")
 
 
 def _url(host: str, port: int) -> str:

@@ -177,6 +177,16 @@ class MlflowTracker:
         return True
 
 
+def _artifacts_beside(tracking_uri: str) -> str | None:
+    """A folder beside an SQLite file, whose artifacts would else go to the working directory; a server
+    has a place of its own. SQLite makes its file, not its folder: that is made here."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    folder = Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / "artifacts").as_uri()
+
+
 class _Session:
     """MLflow itself; used by the tracker's thread only."""
 
@@ -189,6 +199,7 @@ class _Session:
         self._metric, self._param = Metric, Param
         self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
         self._model_name = model_name
+        self._artifacts = _artifacts_beside(tracking_uri)
         self.run_id = run_id or self._start_run(experiment_name)
         self._client.update_run(self.run_id, status="RUNNING")
         if not self._client.search_registered_models(f"name = '{model_name}'"):
@@ -236,7 +247,9 @@ class _Session:
     def _start_run(self, experiment_name: str) -> str:
         experiment = self._client.get_experiment_by_name(experiment_name)
         experiment_id = (
-            experiment.experiment_id if experiment else self._client.create_experiment(experiment_name)
+            experiment.experiment_id
+            if experiment
+            else self._client.create_experiment(experiment_name, artifact_location=self._artifacts)
         )
         return str(self._client.create_run(experiment_id).info.run_id)
 

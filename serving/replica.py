@@ -58,6 +58,7 @@ def build_deployment(settings: ServingSettings, redis_url: str | None) -> serve.
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=5.0,
+        max_constructor_retry_count=2,
     )(Replica)
     application: serve.Application = deployment.bind(settings, redis_url)
     return application

@@ -55,12 +55,11 @@ def _redis_url(settings: Settings) -> str:
 def _run(settings: Settings, redis_url: str) -> None:
     from deploy.learning import build_learner
     from deploy.signals import wait_for_stop
-    from deploy.wiring import check_models, learner_settings, open_feed, prepare_tracking
+    from deploy.wiring import check_models, learner_settings, open_feed
     from learner.trainer import limit_threads
 
     open_feed(redis_url).close()
     check_models(settings)
-    prepare_tracking(settings.tracking_uri)
     limit_threads(settings.learner.num_threads)
     errors().print("loading the models")
     learner = build_learner(settings.serving, learner_settings(settings), redis_url)
