@@ -11,6 +11,8 @@ from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
 
 _CHECK_TOKENS = 12
+_LEAST_LOGIT = -1e9
+"""Stands for -inf at padded vocabulary entries, so that differences stay numbers."""
 
 
 class LocalEngine(Engine):
@@ -44,17 +46,24 @@ def build_engine(
 ) -> LocalEngine:
     """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold."""
     max_seq_len = min(max_seq_len, pair.max_positions)
+    if num_slots < 1 or max_seq_len < 2:
+        raise ValueError(
+            f"num_slots={num_slots} and max_seq_len={max_seq_len} leave no room for a token to continue; "
+            "at least 1 and 2 are needed"
+        )
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
     check_runner(target, pair.target_id)
     drafter = weights = None
     draft_runner = None
     if pair.draft is not None:
-        draft_runner = Runner(pair.draft, num_slots=num_slots, max_seq_len=max_seq_len)
-        check_runner(draft_runner, pair.draft_id)
-        drafter = ModelDrafter(draft_runner)
         weights = DraftWeights(
             pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
         )
+        draft_runner = Runner(
+            weights.module, num_slots=num_slots, max_seq_len=max_seq_len, vocab_size=target.vocab_size
+        )
+        check_runner(draft_runner, pair.draft_id)
+        drafter = ModelDrafter(draft_runner)
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
         if runner is not None:
@@ -78,17 +87,18 @@ def check_runner(runner: Runner, name: str) -> None:
     Catches what no config reveals: attention that ignores the mask, positions or cache.
     """
     num_tokens = min(_CHECK_TOKENS, runner.max_seq_len)
-    tokens_1T = torch.arange(num_tokens, device=runner.device)[None] % runner.vocab_size
-    expected_TV = runner.model(input_ids=tokens_1T, use_cache=False).logits[0].float()
+    tokens_1T = torch.arange(num_tokens, device=runner.device)[None] % runner.num_embedded
+    expected_TV = runner.fit_vocabulary(runner.model(input_ids=tokens_1T, use_cache=False).logits[0].float())
+    expected_TV = expected_TV.clamp(min=_LEAST_LOGIT)
     positions_1T = torch.arange(num_tokens, device=runner.device)[None]
     split = num_tokens // 2
     first = runner.forward(tokens_1T[:, :split], positions_1T[:, :split], kv_len=split)
     second = runner.forward(tokens_1T[:, split:], positions_1T[:, split:], kv_len=num_tokens)
-    got_TV = torch.cat([first, second], dim=1)[0]
+    got_TV = torch.cat([first, second], dim=1)[0].clamp(min=_LEAST_LOGIT)
     tolerance = 1e-3 if runner.dtype == torch.float32 else 0.05
     if not torch.isfinite(expected_TV).all():
         return
-    scale = expected_TV.abs().max().clamp(min=1.0)
+    scale = expected_TV[expected_TV > _LEAST_LOGIT].abs().max().clamp(min=1.0)
     error = float((got_TV - expected_TV).abs().max() / scale)
     if error > tolerance:
         raise UnsupportedModelError(

@@ -98,7 +98,7 @@ class GenerationBody(StrictBody):
     store: bool | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
 
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 and -1 are off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     min_tokens: int = Field(default=0, ge=0)

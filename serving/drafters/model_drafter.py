@@ -72,7 +72,7 @@ class ModelDrafter:
             num_drafted_B=tuple(wanted),
             logprobs_BGV=torch.stack(laws, dim=1)[:, : max(wanted)] if laws else None,
             token_logprobs_BG=torch.stack(token_logprobs, dim=1)[:, : max(wanted)],
-            num_nonfinite_rows=num_broken,
+            num_broken_rows=num_broken,
         )
 
     def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
@@ -84,6 +84,7 @@ class ModelDrafter:
     def clear(self, slot: int) -> None:
         self._cached[slot] = 0
         self._stale.discard(slot)
+        self.runner.cache.clear(slot)
 
     def move(self, source: int, destination: int) -> None:
         self.runner.cache.move(source, destination, self._cached[source])
@@ -108,6 +109,7 @@ class ModelDrafter:
             slot = self._stale.pop()
             if self._cached[slot] <= self._chunk_tokens:
                 self._cached[slot] = 0
+                self.runner.cache.clear(slot)
 
     def _catch_up(self, batch: Batch, row: int) -> bool:
         """Feed a row that lags far behind by at most one chunk. Whether it can draft in this round."""

@@ -18,26 +18,31 @@ def commit(
     batch: Batch,
     proposal: Proposal,
     verification: Verification,
+    finite_B: Tensor,
     raw_logits_BEV: Tensor,
     logsumexp_BE: Tensor,
     capture: RoundCapture | None,
 ) -> list[Advance]:
-    """Advance every sequence; a row whose target logits are not finite ends with an error instead."""
+    """Advance every sequence. A row whose target logits are not finite commits nothing: after drafts, which
+    may have caused it, the next round goes without; without drafts the generation ends with an error."""
     accepted_B: list[int] = verification.num_accepted_B.tolist()
     emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
     emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
     raw_BE = raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE
-    finite_B = torch.isfinite(logsumexp_BE).all(dim=-1).tolist()
+    is_finite = finite_B.tolist()
     top_BE = _top_logprobs(batch, raw_logits_BEV, logsumexp_BE)
     emitted_rows, raw_rows = emitted_BE.tolist(), raw_BE.tolist()
 
     advances = []
     for row, sequence in enumerate(batch.sequences):
-        if not finite_B[row]:
-            sequence.finish_reason = "error"
-            sequence.error = "the target's logits are not finite; the generation was ended"
+        if not is_finite[row]:
+            if proposal.num_drafted_B[row] == 0:
+                sequence.finish_reason = "error"
+                sequence.error = "the target's logits are not finite; the generation was ended"
+            sequence.drafts_next = False
             advances.append(NO_ADVANCE)
             continue
+        sequence.drafts_next = True
         start = len(sequence.token_ids)
         kept = _append(sequence, emitted_rows[row][: accepted_B[row] + 1])
         advance = Advance(
@@ -64,7 +69,7 @@ def _append(sequence: Sequence, emitted: list[int]) -> int:
         if token in sequence.stop_ids:
             sequence.finish_reason, sequence.stop_token_id = "stop", token
             break
-        if sequence.num_remaining == 0:
+        if sequence.num_remaining <= 0:
             sequence.finish_reason = "length"
             break
     sequence.num_cached = len(sequence.token_ids) - 1

@@ -1,11 +1,12 @@
 """What a pass costs: measured at start, corrected by live rounds.
 
-Seconds of a target pass by (batch, tokens a sequence) and of a one-token draft pass by batch. Between
-measured points it interpolates; live rounds pull the whole table (a start on an idle machine flatters).
+Seconds of a target pass by (batch, tokens a sequence), and by batch of a one-token draft pass and of what the
+first one costs on top: the target's weights have just pushed the draft's out of the processor's cache. Both
+are therefore measured in turn, as in a round. Between measured points the table interpolates; live rounds
+pull the whole of it (a start on an idle machine flatters).
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ class CostTable:
     token_counts: tuple[int, ...]
     target_pass_s: tuple[tuple[float, ...], ...]
     draft_pass_s: tuple[float, ...]
+    draft_start_s: tuple[float, ...]
     target_scale: float = field(default=1.0)
     draft_scale: float = field(default=1.0)
 
@@ -31,20 +33,24 @@ class CostTable:
         by_tokens = [_interpolate(self.token_counts, row, num_tokens) for row in self.target_pass_s]
         return self.target_scale * _interpolate(self.batch_sizes, by_tokens, batch_size)
 
-    def draft_s(self, batch_size: int) -> float:
-        return self.draft_scale * _interpolate(self.batch_sizes, self.draft_pass_s, batch_size)
+    def propose_s(self, batch_size: int, num_draft_tokens: int) -> float:
+        """Of drafting so many tokens; 0 of none."""
+        if num_draft_tokens == 0:
+            return 0.0
+        start_s = _interpolate(self.batch_sizes, self.draft_start_s, batch_size)
+        pass_s = _interpolate(self.batch_sizes, self.draft_pass_s, batch_size)
+        return self.draft_scale * (start_s + num_draft_tokens * pass_s)
 
     def round_s(self, batch_size: int, num_draft_tokens: int) -> float:
         """Forward time of a round of this draft length."""
-        drafting_s = num_draft_tokens * self.draft_s(batch_size) if num_draft_tokens else 0.0
-        return self.target_s(batch_size, num_draft_tokens + 1) + drafting_s
+        return self.target_s(batch_size, num_draft_tokens + 1) + self.propose_s(batch_size, num_draft_tokens)
 
     def observe(self, batch_size: int, num_drafted: int, target_pass_s: float, propose_s: float) -> None:
         """Pull the table toward a live round; one slow round (an outlier) moves it little."""
         ratio = target_pass_s / self.target_s(batch_size, num_drafted + 1)
         self.target_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
         if num_drafted:
-            ratio = propose_s / (num_drafted * self.draft_s(batch_size))
+            ratio = propose_s / self.propose_s(batch_size, num_drafted)
             self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 
 
@@ -66,28 +72,43 @@ def measure_costs(
         tuple(_time_pass(target, batch, count, start, repeats) for count in token_counts)
         for batch in batch_sizes
     )
-    draft_pass_s = tuple(
-        _time_pass(draft, batch, 1, start, repeats) if draft is not None else 0.0 for batch in batch_sizes
+    if draft is None:
+        none = (0.0,) * len(batch_sizes)
+        return CostTable(batch_sizes, token_counts, target_pass_s, none, none)
+    first_and_next = [_time_drafting(target, draft, batch, start, repeats) for batch in batch_sizes]
+    return CostTable(
+        batch_sizes,
+        token_counts,
+        target_pass_s,
+        draft_pass_s=tuple(next_s for _, next_s in first_and_next),
+        draft_start_s=tuple(max(0.0, first_s - next_s) for first_s, next_s in first_and_next),
     )
-    return CostTable(batch_sizes, token_counts, target_pass_s, draft_pass_s)
 
 
 def _time_pass(runner: Runner, batch_size: int, num_tokens: int, start: int, repeats: int) -> float:
+    _pass_s(runner, batch_size, num_tokens, start)
+    return min(_pass_s(runner, batch_size, num_tokens, start) for _ in range(repeats))
+
+
+def _time_drafting(
+    target: Runner, draft: Runner, batch_size: int, start: int, repeats: int
+) -> tuple[float, float]:
+    """Seconds of the draft's first pass after one of the target's, and of a pass after its own."""
+    first_s, next_s = [], []
+    for _ in range(repeats):
+        _pass_s(target, batch_size, 1, start)
+        first_s.append(_pass_s(draft, batch_size, 1, start))
+        next_s.append(_pass_s(draft, batch_size, 1, start))
+    return min(first_s), min(next_s)
+
+
+def _pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
     tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
     positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
-
-    def run() -> None:
-        runner.forward(tokens_BT, positions_BT, kv_len=start + num_tokens)
-        if runner.device.type == "cuda":
-            torch.cuda.synchronize(runner.device)
-
-    run()
-    return min(_seconds(run) for _ in range(repeats))
-
-
-def _seconds(run: Callable[[], None]) -> float:
     began_s = time.perf_counter()
-    run()
+    runner.forward(tokens_BT, positions_BT, kv_len=start + num_tokens)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
     return time.perf_counter() - began_s
 
 

@@ -12,7 +12,7 @@ MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
 _PROBE_EVERY = 16
 _PROBE_LENGTH = 2
-_MEMORY_ROUNDS = 200
+_MEMORY_ROUNDS = 32
 _PRIOR_ATTEMPTS = 4.0
 
 
@@ -48,18 +48,21 @@ class DraftLengthController:
         self._rounds_at_zero += 1
         return _PROBE_LENGTH if self._rounds_at_zero % _PROBE_EVERY == 0 else 0
 
-    def observe(self, num_attempted: int, num_accepted: int) -> None:
-        """One sequence's round: positions before `num_accepted` stood, the last attempted may have fallen."""
-        for position in range(min(num_attempted, self._max)):
-            keep = 1.0 - 1.0 / _MEMORY_ROUNDS
-            self._attempted[position] = keep * self._attempted[position] + 1.0
-            self._accepted[position] = keep * self._accepted[position] + float(position < num_accepted)
+    def observe(self, attempted_accepted_B: list[tuple[int, int]]) -> None:
+        """One round: of each sequence, positions before `accepted` stood and the last attempted may have
+        fallen. A round in which nobody drafted teaches nothing and is not remembered."""
+        if not any(attempted for attempted, _ in attempted_accepted_B):
+            return
+        keep = 1.0 - 1.0 / _MEMORY_ROUNDS
+        for position in range(self._max):
+            attempted = sum(position < attempted for attempted, _ in attempted_accepted_B)
+            accepted = sum(position < accepted for _, accepted in attempted_accepted_B)
+            self._attempted[position] = keep * self._attempted[position] + attempted
+            self._accepted[position] = keep * self._accepted[position] + accepted
 
     def renew(self) -> None:
-        """The draft changed: what is known of acceptance counts for less, and a probe comes soon."""
-        self._attempted = [0.1 * count for count in self._attempted]
-        self._accepted = [0.1 * count for count in self._accepted]
-        self._rounds_at_zero = _PROBE_EVERY - 2
+        """The draft changed: if speculation is off, a probe comes at once."""
+        self._rounds_at_zero = _PROBE_EVERY - 1
 
     def acceptance_by_position(self) -> list[float]:
         """Estimated probability that position g stands, given that all before it did; little evidence

@@ -21,7 +21,7 @@ import torch
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
-from serving.engine.live_draft import BrokenDraftError, LiveDraft, StagedWeights
+from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.proposal import Drafter
 from serving.engine.request import (
     EventCallback,
@@ -82,9 +82,7 @@ class Engine:
         self.check(request)
         if self._closed.is_set():
             raise EngineClosedError(f"the engine is closed; request {request.request_id!r} was not started")
-        sampling = request.sampling
-        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
-        sequence = Sequence(request, eos.union(sampling.stop_token_ids), lambda event: handle.deliver(event))
+        sequence = Sequence(request, self._stop_ids(request.sampling), lambda event: handle.deliver(event))
         handle = GenerationHandle(request.request_id, lambda: self._cancel(sequence), on_event)
         self._commands.put(lambda: self._scheduler.waiting.append(sequence))
         if self._closed.is_set():  # closed in between: nobody may be left to take the command
@@ -107,6 +105,12 @@ class Engine:
                 f"{limit} tokens (max_seq_len); shorten one of them"
             )
 
+        if sampling.min_tokens and len(self._stop_ids(sampling)) >= vocab_size:
+            raise ValueError(
+                f"min_tokens={sampling.min_tokens} with stop_token_ids that cover the whole vocabulary "
+                "leaves no token to draw"
+            )
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -126,9 +130,13 @@ class Engine:
 
     def swap(self, staged: StagedWeights) -> "Future[SwapReport]":
         """Make staged weights live between two rounds. The future fails with BrokenDraftError for a
-        version that already produced NaN here."""
+        version that already produced NaN here. Raises EngineClosedError."""
         done: Future[SwapReport] = Future()
         self._commands.put(lambda: self._swap(staged, done))
+        if self._closed.is_set():
+            raise EngineClosedError(
+                f"the engine is closed; draft_version={staged.draft_version} was not loaded"
+            )
         return done
 
     def seed(self, seed: int) -> None:
@@ -186,29 +194,40 @@ class Engine:
     # -- the engine thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closed.is_set():
-            self._take_commands(wait=not self._scheduler.has_work)
+        try:
+            while not self._closed.is_set():
+                self._take_commands(wait=not self._scheduler.has_work)
+                self._retire()
+                self._work()
+                self._retire()
+        finally:
+            self._closed.set()
+            self._take_commands(wait=False)
+            self._end_all("cancelled")
             self._retire()
-            try:
-                self._prefill()
-                if self._scheduler.running:
-                    self._round()
-            except Exception as error:
-                _log.exception("a round failed; its sequences were ended, the engine goes on")
-                self._end_all("error", f"the round failed: {type(error).__name__}")
-            self._retire()
-        self._take_commands(wait=False)
-        self._end_all("cancelled")
-        self._retire()
+
+    def _work(self) -> None:
+        """A chunk of prefill and a round. What fails ends the sequences in it; the engine goes on."""
+        try:
+            self._prefill()
+            if self._scheduler.running:
+                self._round()
+        except Exception as error:
+            _log.exception("a round failed; its sequences were ended, the engine goes on")
+            self._end_all("error", f"the round failed: {type(error).__name__}")
 
     def _take_commands(self, *, wait: bool) -> None:
         """Joins, cancellations and swaps that arrived since the last round."""
-        try:
-            while True:
-                self._commands.get(block=wait)()
-                wait = False
-        except queue.Empty:
-            return
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            try:
+                command()
+            except Exception:
+                _log.exception("a command failed; the engine goes on")
 
     def _prefill(self) -> None:
         """Cache prompts, all but their last token, at most one chunk's worth between two rounds."""
@@ -218,6 +237,7 @@ class Engine:
             sequence = self._scheduler.prefilling
             if slot is not None and sequence is not None:
                 sequence.queued_s = time.perf_counter() - sequence.submitted_at_s
+                self._target.cache.clear(slot)
                 if self._draft.drafter is not None:
                     self._draft.drafter.clear(slot)
             if sequence is None:
@@ -243,14 +263,16 @@ class Engine:
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
             self.costs.observe(len(batch), report.num_draft_tokens, report.target_pass_s, report.propose_s)
+        self._draft.controller.observe(
+            [(advance.num_attempted, advance.num_accepted) for advance in report.advances]
+        )
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
-            self._draft.controller.observe(advance.num_attempted, advance.num_accepted)
-            if sequence.finish_reason == "error":
-                self._target.cache.clear(row)
+            if advance is NO_ADVANCE:
+                self._target.cache.clear(row, from_column=sequence.num_cached)
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
-        if report.num_nonfinite_draft_rows:
+        if report.num_broken_draft_rows:
             to_floor = self._draft.give_up(report.draft_version)
             if to_floor is not None:
                 self._meter.count_swap(to_floor)
@@ -283,6 +305,12 @@ class Engine:
         except Exception:
             _log.exception("the callback of request %r raised; the engine goes on", event.request_id)
 
+    def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """What ends the text; ids that the target cannot emit are left out."""
+        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        stops = eos.union(sampling.stop_token_ids)
+        return frozenset(token for token in stops if 0 <= token < self._target.vocab_size)
+
     def _cancel(self, sequence: Sequence) -> None:
         def cancel() -> None:
             sequence.finish_reason = sequence.finish_reason or "cancelled"
@@ -300,9 +328,11 @@ class Engine:
         self.generator.manual_seed(seed)
 
     def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
+        if not done.set_running_or_notify_cancel():
+            return
         try:
             report = self._draft.swap(staged, under_load=bool(self._scheduler.running))
-        except BrokenDraftError as error:
+        except Exception as error:
             done.set_exception(error)
             return
         self._meter.count_swap(report)

@@ -24,9 +24,11 @@ class GenerationHandle:
 
     def deliver(self, event: TokenEvent) -> None:
         """Called by the engine thread."""
-        self._events.put(event)
-        if self._callback is not None:
-            self._callback(event)
+        try:
+            if self._callback is not None:
+                self._callback(event)
+        finally:
+            self._events.put(event)
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while self._generation is None:

@@ -62,21 +62,28 @@ class LiveDraft:
         return [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
 
     def swap(self, staged: StagedWeights, *, under_load: bool) -> SwapReport:
-        """Make staged weights live. Raises BrokenDraftError; then nothing changed."""
+        """Make staged weights live. Raises BrokenDraftError, and then nothing changed; whatever else
+        `apply` raises, and then the floor serves."""
         if self.drafter is None or staged.draft_version in self._broken_versions:
             why = "no draft is loaded" if self.drafter is None else "its logits were not finite before"
             raise BrokenDraftError(f"draft_version={staged.draft_version} was not swapped in: {why}")
         began_s = time.perf_counter()
-        staged.apply()
+        try:
+            staged.apply()
+        except Exception:
+            if self._floor is not None:
+                self._floor().apply()
+                self.drafter.refresh(FLOOR_VERSION)
+            raise
         self.drafter.refresh(staged.draft_version)
         self.controller.renew()
         self.disabled_reason = ""
         return SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
 
     def give_up(self, draft_version: int) -> SwapReport | None:
-        """This version gave NaN. Returns the swap to the floor, or None where drafting just stops."""
+        """This version gave NaN or raised. Returns the swap to the floor, or None where drafting stops."""
         assert self.drafter is not None
-        _log.error("draft_version=%d gave logits that are not finite; it was switched off", draft_version)
+        _log.error("draft_version=%d cannot draft; it was switched off", draft_version)
         self._broken_versions.add(draft_version)
         self.drafter.reset()
         if self._floor is not None and FLOOR_VERSION not in self._broken_versions:

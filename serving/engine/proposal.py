@@ -21,8 +21,8 @@ class Proposal:
     """Final law of the draft at each position; None if every row is greedy: the law is one-hot."""
     token_logprobs_BG: Tensor
     """That law at the drafted tokens; 0 for greedy rows."""
-    num_nonfinite_rows: int = 0
-    """Rows whose draft logits were NaN or infinite: the draft's weights or cache are broken."""
+    num_broken_rows: int = 0
+    """Rows whose draft logits were NaN or infinite, or all of them if the drafter raised."""
 
     @classmethod
     def empty(cls, num_rows: int, draft_version: int, device: torch.device | str) -> "Proposal":

@@ -15,15 +15,19 @@ from numpy.typing import NDArray
 SamplingMode = Literal["greedy", "standard", "coupled"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+MIN_TEMPERATURE = 1e-5
+"""Below it logits / temperature leaves float32's range."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to draw tokens; applies to target and draft alike.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. With a `seed` the text depends on the
-    seed, the prompt and the target alone (coupled sampling). `num_draft_tokens` caps the draft
-    length (0: no speculation; None: no cap of the request's own). `logprobs` asks for that many of the
-    target's most likely tokens beside each output token (raw, temperature 1).
+    temperature 0 is greedy, and so is one under MIN_TEMPERATURE; top_k 0, top_p 1 and min_p 0 are off. With
+    a `seed` the text depends on the seed, the prompt and the target alone (coupled sampling).
+    `num_draft_tokens` caps the draft length (0: no speculation; None: no cap of the request's own).
+    `logprobs` asks for that many of the target's most likely tokens beside each output token (raw,
+    temperature 1).
     """
 
     temperature: float = 1.0
@@ -41,7 +45,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "between 0 and 100")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or positive")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or positive, under 2**31")
         _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
@@ -53,6 +57,8 @@ class SamplingParams:
         _check("num_draft_tokens", drafted, drafted is None or drafted >= 0, "0 (off) or positive")
         if self.seed is not None:
             _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "an integer of at most 64 bits")
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def mode(self) -> SamplingMode:

@@ -6,8 +6,9 @@ recovered or the bonus one. Draft length 0 is a legal round: plain decoding. Wha
 by row; the engine turns it into events. Legend: B rows (row = slot), G drafted, E = G + 1, V vocabulary.
 """
 
+import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from serving.engine.sampling import exponential_race, law_logprobs
 from serving.engine.sequence import Advance, Batch
 from serving.engine.verification import Verification, match_choice, merge, ratio_test
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -31,7 +34,7 @@ class RoundReport:
     advances: list[Advance]
     propose_s: float
     target_pass_s: float
-    num_nonfinite_draft_rows: int
+    num_broken_draft_rows: int
 
 
 @torch.inference_mode()
@@ -48,6 +51,8 @@ def run_round(
     proposal = _propose(batch, num_draft_tokens_B, drafter, noise_BEV, generator)
     proposed_s = time.perf_counter()
     raw_logits_BEV = _target_pass(batch, proposal, target)
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
     verified_s = time.perf_counter()
 
     logits_BEV = batch.forbid_stops(raw_logits_BEV)
@@ -55,6 +60,8 @@ def run_round(
     verification = _verify(batch, proposal, law_BEV, choice_BE, generator)
 
     logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
+    finite_B = torch.isfinite(logsumexp_BE).all(dim=-1)
+    verification = replace(verification, num_accepted_B=verification.num_accepted_B * finite_B)
     capture = None
     if batch.any_capture:
         capture = capture_round(
@@ -69,14 +76,14 @@ def run_round(
         )
     if drafter is not None:
         drafter.observe(list(proposal.num_drafted_B), verification.num_accepted_B.tolist())
-    advances = commit(batch, proposal, verification, raw_logits_BEV, logsumexp_BE, capture)
+    advances = commit(batch, proposal, verification, finite_B, raw_logits_BEV, logsumexp_BE, capture)
     return RoundReport(
         draft_version=proposal.draft_version,
         num_draft_tokens=proposal.max_drafted,
         advances=advances,
         propose_s=proposed_s - began_s,
         target_pass_s=verified_s - proposed_s,
-        num_nonfinite_draft_rows=proposal.num_nonfinite_rows,
+        num_broken_draft_rows=proposal.num_broken_rows,
     )
 
 
@@ -98,7 +105,12 @@ def _propose(
     if drafter is None or max(num_draft_tokens_B) == 0:
         version = drafter.draft_version if drafter is not None else 0
         return Proposal.empty(len(batch), version, batch.device)
-    return drafter.propose(batch, num_draft_tokens_B, noise_BEV, generator)
+    try:
+        return drafter.propose(batch, num_draft_tokens_B, noise_BEV, generator)
+    except Exception:  # a draft may cost speed, never an answer
+        _log.exception("drafting failed; this round goes without")
+        proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
+        return replace(proposal, num_broken_rows=len(batch))
 
 
 def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> Tensor:

@@ -12,13 +12,18 @@ from serving.engine.slot_cache import SlotCache
 class Runner:
     """Runs passes over contiguous slots of a transformers causal language model."""
 
-    def __init__(self, model: nn.Module, *, num_slots: int, max_seq_len: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, num_slots: int, max_seq_len: int, vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size`: of the pair, where the model's own differs by padding; its logits are cut to it,
+        or padded with -inf."""
         config: Any = model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         parameter = next(model.parameters())
         self.model = model
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.vocab_size = int(config.vocab_size)
+        self.num_embedded = int(config.vocab_size)
+        self.vocab_size = vocab_size or self.num_embedded
         self.num_slots, self.max_seq_len = num_slots, max_seq_len
         num_heads = int(config.num_attention_heads)
         self.cache = SlotCache(
@@ -51,15 +56,21 @@ class Runner:
         self.cache.window(first_slot, positions_BT, kv_len)
         mask_B1TK = (self._columns_T[:kv_len] <= positions_BT[..., None])[:, None]
         output = self.model(
-            input_ids=token_ids_BT,
-            position_ids=positions_BT,
+            input_ids=token_ids_BT.clamp(max=self.num_embedded - 1),
+            position_ids=positions_BT.clamp(max=self.max_seq_len - 1),
             attention_mask=mask_B1TK,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        logits: Tensor = output.logits
-        return logits.float()
+        return self.fit_vocabulary(output.logits.float())
+
+    def fit_vocabulary(self, logits: Tensor) -> Tensor:
+        """[..., own vocabulary] to [..., vocab_size]."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits[..., : self.vocab_size]
 
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Cache one slot's tokens at positions start, start + 1, …; their logits are not needed."""

@@ -50,6 +50,8 @@ class Sequence:
     queued_s: float = 0.0
     num_cached: int = 0
     """Columns of the target's slot that hold this sequence's tokens."""
+    drafts_next: bool = True
+    """False for the round after one whose drafts may have made the target overflow."""
     last_advance: Advance = NO_ADVANCE
     """Not yet delivered."""
     finish_reason: FinishReason | None = None
@@ -84,7 +86,7 @@ class Sequence:
 
     def max_draft_tokens(self, limit: int) -> int:
         """Draft length of the next round: never past what a round could still emit."""
-        cap = self.request.sampling.num_draft_tokens
+        cap = self.request.sampling.num_draft_tokens if self.drafts_next else 0
         return max(0, min(limit, self.num_remaining - 1, limit if cap is None else cap))
 
     @property

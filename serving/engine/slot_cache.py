@@ -4,7 +4,7 @@ One tensor holds every layer; a row is a slot. A pass over the contiguous slots 
 each token's keys at its own position and hands attention the first `kv_len` columns as a view, no copy.
 Rejection is not advancing a length: a column past a sequence's length is garbage that its mask hides
 until it is written again. The last column is the trash column: padding tokens are written there.
-Invariant: no NaN stays in the cache (attention leaks a masked NaN): whoever sees one zeroes the slot.
+Invariant: a slot is zeroed before its next owner, since attention leaks even a masked NaN.
 """
 
 from typing import Any
@@ -49,9 +49,9 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             layer.aim(first_slot, num_rows, rows_B1, positions_BT, span, kv_len)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot, so that nothing of its owner, NaN least of all, is left."""
-        self.kv_L2SHTD[:, :, slot].zero_()
+    def clear(self, slot: int, from_column: int = 0) -> None:
+        """Zero a slot, or the columns from one on, so that nothing of an owner, NaN least of all, is left."""
+        self.kv_L2SHTD[:, :, slot, :, from_column:].zero_()
 
     def clear_all(self) -> None:
         self.kv_L2SHTD.zero_()

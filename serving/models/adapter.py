@@ -19,6 +19,8 @@ _KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?$"
 )
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class AdapterRejectedError(ValueError):
     """The adapter was refused; nothing changed. The message says why."""
@@ -79,7 +81,7 @@ def _parse_config(text: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise AdapterRejectedError(f"adapter_config.json is unusable: {error!r}") from error
     if rank < 1 or alpha <= 0:
         raise AdapterRejectedError(
@@ -112,6 +114,8 @@ def _pairs(weights: bytes) -> dict[str, LoraPair]:
         match = _KEY.match(key)
         if match is None:
             raise AdapterRejectedError(f"adapter holds the tensor {key!r}, which is no LoRA weight")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterRejectedError(f"adapter tensor {key!r} holds {tensor.dtype}, not {_DTYPES}")
         if not torch.isfinite(tensor).all():
             raise AdapterRejectedError(f"adapter tensor {key!r} has values that are not finite")
         halves.setdefault(match["module"], {})[match["half"]] = tensor
@@ -142,6 +146,8 @@ def _check_targets(config: dict[str, Any], merged: dict[str, Tensor]) -> None:
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
+    if not all(isinstance(target, str) for target in targets):
+        raise AdapterRejectedError(f"adapter's target_modules={targets!r} are no module names")
     found = {name.removesuffix(".weight") for name in merged}
     stray = sorted(
         name for name in found if not any(name == target or name.endswith(f".{target}") for target in targets)

@@ -34,11 +34,14 @@ class StagedWeights:
 class DraftWeights:
     """Owns the draft module that serves, and its floor."""
 
-    def __init__(self, module: nn.Module, *, draft_revision: str, target_revision: str) -> None:
+    def __init__(self, floor: nn.Module, *, draft_revision: str, target_revision: str) -> None:
+        """`floor` is the draft as loaded; it is never changed."""
         self.draft_revision = draft_revision
         self.target_revision = target_revision
-        self._floor_module = copy.deepcopy(module)
-        self._live = dict(module.named_parameters())
+        self.module = copy.deepcopy(floor)
+        """The module that serves."""
+        self._floor_module = floor
+        self._live = dict(self.module.named_parameters())
         self._floor = dict(self._floor_module.named_parameters())
         self._adapted: frozenset[str] = frozenset()
 
@@ -75,6 +78,7 @@ class DraftWeights:
     def copy_in(self, merged: Mapping[str, Tensor]) -> None:
         """Write `merged`, and the floor wherever only the last version differed from it."""
         names = sorted(self._adapted.union(merged))
+        self._adapted = frozenset(names)  # until the copy is whole, so that a failed one can be undone
         if names:
             live: list[Tensor] = [self._live[name] for name in names]
             torch._foreach_copy_(live, [merged.get(name, self._floor[name]) for name in names])

@@ -59,7 +59,7 @@ def test_serving_stages_an_exported_adapter_and_computes_the_same() -> None:
     )
     staged.apply()
     with torch.no_grad():
-        theirs = module(input_ids=torch.tensor([PROMPT])).logits[0, -1]
+        theirs = live.module(input_ids=torch.tensor([PROMPT])).logits[0, -1]
     torch.testing.assert_close(next_token_logits(draft), theirs, atol=1e-4, rtol=1e-4)
 
 

@@ -45,8 +45,9 @@ class TableModel(nn.Module):
         keys_B1T1 = contribution_BT[:, None, :, None]
         cached_B1K1, _ = past_key_values.update(keys_B1T1, keys_B1T1, 0)
         seen_BTK = attention_mask[:, 0] * cached_B1K1[:, :, :, 0]
-        row_BT = seen_BTK.sum(-1).round().long() % NUM_ROWS
-        logits_BTV = self.table[row_BT]
+        sum_BT = seen_BTK.sum(-1)
+        row_BT = sum_BT.nan_to_num().round().long() % NUM_ROWS
+        logits_BTV = self.table[row_BT].masked_fill(sum_BT.isnan()[..., None], torch.nan)
         return SimpleNamespace(logits=logits_BTV[:, -logits_to_keep:] if logits_to_keep else logits_BTV)
 
     def logits_after(self, context: Sequence[int]) -> Tensor:

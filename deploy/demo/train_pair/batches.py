@@ -25,14 +25,10 @@ TARGET_WEIGHTS: Mapping[int, Mapping[str, int]] = {
 }
 """The weights of documents from a step on: what the target learns first gives way to what takes longer."""
 
-RECITAL_WEIGHTS: Mapping[str, int] = {
-    "other prose": 58,
-    "prose": 16,
-    "maths": 18,
-    "code": 2,
-    "sql": 2,
-    "chat": 2,
-    "raw prose": 2,
+RECITAL_WEIGHTS: Mapping[int, Mapping[str, int]] = {
+    0: {"other prose": 58, "prose": 16, "maths": 18, "code": 2, "sql": 2, "chat": 2, "raw prose": 2},
+    235: {"other prose": 20, "prose": 5, "maths": 40, "code": 11, "sql": 4, "chat": 20},
+    337: {"other prose": 18, "prose": 5, "maths": 28, "code": 11, "sql": 5, "chat": 33},
 }
 DRAFT_WEIGHTS: Mapping[str, int] = {"prose": 90, "raw prose": 10}
 ANSWERS_SHARE = 0.6
@@ -85,10 +81,11 @@ def corpus_draw(tokenizer: PreTrainedTokenizerFast, weights: Mapping[str, int]) 
     return draw
 
 
-def target_draw(step: int, tokenizer: PreTrainedTokenizerFast) -> Draw:
-    """What the target draws its documents with at a step."""
-    phase = max(start for start in TARGET_WEIGHTS if start <= step)
-    return corpus_draw(tokenizer, TARGET_WEIGHTS[phase])
+def phased_draw(
+    step: int, tokenizer: PreTrainedTokenizerFast, phases: Mapping[int, Mapping[str, int]]
+) -> Draw:
+    """Draws documents by the weights that hold at a step."""
+    return corpus_draw(tokenizer, phases[max(start for start in phases if start <= step)])
 
 
 def answered_draw(documents: list[Document], other: Draw, share: float) -> Draw:

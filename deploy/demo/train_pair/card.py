@@ -26,6 +26,7 @@ from deploy.demo.train_pair.measure import CONTEXT_TOKENS, DomainMeasure, measur
 from deploy.demo.train_pair.models import load_pretrained
 from deploy.demo.train_pair.tokens import load_tokenizer
 
+PHASES = {"target": TARGET_WEIGHTS, "recital": RECITAL_WEIGHTS, "draft": {0: DRAFT_WEIGHTS}}
 CARD = Path(__file__).with_name("card.md")
 
 
@@ -36,9 +37,7 @@ def write_card(out: Path, reports: dict[str, Report]) -> None:
     text = CARD.read_text(encoding="utf-8").format(
         shape=_shape(target, draft),
         python=platform.python_version(),
-        target_weights="; ".join(_phase(*phase) for phase in TARGET_WEIGHTS.items()),
-        recital_weights=_weights(RECITAL_WEIGHTS),
-        draft_weights=_weights(DRAFT_WEIGHTS),
+        weights="\n".join(row for name, phases in PHASES.items() for row in _phases(name, phases)),
         answers_percent=round(100 * ANSWERS_SHARE),
         training="\n".join(_training(name, report) for name, report in reports.items()),
         today=date.today().isoformat(),
@@ -77,8 +76,8 @@ def _costs(target: LlamaForCausalLM, draft: LlamaForCausalLM, num_threads: int) 
     return f"| {num_threads} thread(s) | {costs[0]:.2f} ms | {costs[1]:.2f} ms | {costs[0] / costs[1]:.1f} |"
 
 
-def _phase(start: int, weights: Mapping[str, int]) -> str:
-    return f"from step {start}, {_weights(weights)}"
+def _phases(name: str, phases: Mapping[int, Mapping[str, int]]) -> list[str]:
+    return [f"| {name} | {start} | {_weights(weights)} |" for start, weights in phases.items()]
 
 
 def _weights(weights: Mapping[str, int]) -> str:

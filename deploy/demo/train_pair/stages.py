@@ -20,13 +20,14 @@ from deploy.demo.train_pair.batches import (
     LENGTH,
     NUM_ROWS,
     RECITAL_WEIGHTS,
+    TARGET_WEIGHTS,
     Batch,
     Document,
     answered_draw,
     batch_at,
     corpus_draw,
+    phased_draw,
     prompt_of,
-    target_draw,
 )
 from deploy.demo.train_pair.card import write_card
 from deploy.demo.train_pair.fit import Budget, Report, fit, optimizers_for
@@ -55,21 +56,8 @@ def train_target(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     tokenizer = _tokenizer(plan)
     target = new_target(tokenizer)
-
-    def batch(step: int) -> Batch:
-        draw = target_draw(step, tokenizer)
-        return batch_at(step, draw, seed=plan.seed, num_rows=NUM_ROWS, length=LENGTH)
-
-    optimizers = optimizers_for(target, matrix_rate=3e-3, other_rate=3e-3)
-    report = fit(
-        target,
-        lambda step: [
-            partial(next_token_loss, target, part) for part in batch(step).shards(plan.num_threads)
-        ],
-        optimizers,
-        plan.target_budget,
-        plan.work / "target.pt",
-    )
+    batches = _Batches(tokenizer, TARGET_WEIGHTS, plan.seed, plan.num_threads)
+    report = _learn_documents(target, batches, 3e-3, plan.target_budget, plan.work / "target.pt")
     save_pretrained(target, tokenizer, plan.out / "target")
     _note(plan, "target", report)
 
@@ -79,17 +67,8 @@ def recite_prose(plan: Plan) -> None:
     torch.manual_seed(plan.seed + 2)
     tokenizer, target = _tokenizer(plan), load_pretrained(plan.out / "target")
     target.requires_grad_(True)
-    draw = corpus_draw(tokenizer, RECITAL_WEIGHTS)
-    batch = partial(batch_at, draw=draw, seed=plan.seed + 2, num_rows=NUM_ROWS, length=LENGTH)
-    report = fit(
-        target,
-        lambda step: [
-            partial(next_token_loss, target, part) for part in batch(step).shards(plan.num_threads)
-        ],
-        optimizers_for(target, matrix_rate=1.5e-3, other_rate=1.5e-3),
-        plan.recital_budget,
-        plan.work / "recital.pt",
-    )
+    batches = _Batches(tokenizer, RECITAL_WEIGHTS, plan.seed + 2, plan.num_threads)
+    report = _learn_documents(target, batches, 1.5e-3, plan.recital_budget, plan.work / "recital.pt")
     save_pretrained(target, tokenizer, plan.out / "target")
     _note(plan, "recital", report)
 
@@ -120,6 +99,28 @@ def write_model_card(plan: Plan) -> None:
     """Measure the written pair and describe it."""
     reports = json.loads((plan.work / "reports.json").read_text(encoding="utf-8"))
     write_card(plan.out, {name: Report(**report) for name, report in reports.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    tokenizer: PreTrainedTokenizerFast
+    phases: Mapping[int, Mapping[str, int]]
+    seed: int
+    num_shards: int
+
+    def shards(self, step: int) -> list[Batch]:
+        draw = phased_draw(step, self.tokenizer, self.phases)
+        return batch_at(step, draw, seed=self.seed, num_rows=NUM_ROWS, length=LENGTH).shards(self.num_shards)
+
+
+def _learn_documents(
+    target: LlamaForCausalLM, batches: _Batches, rate: float, budget: Budget, checkpoint: Path
+) -> Report:
+    def losses_at(step: int) -> list[Callable[[], torch.Tensor]]:
+        return [partial(next_token_loss, target, shard) for shard in batches.shards(step)]
+
+    optimizers = optimizers_for(target, matrix_rate=rate, other_rate=rate)
+    return fit(target, losses_at, optimizers, budget, checkpoint)
 
 
 def _tokenizer(plan: Plan) -> PreTrainedTokenizerFast:

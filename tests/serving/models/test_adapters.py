@@ -51,15 +51,28 @@ def test_merging_equals_pefts_own_merge(case: _Case) -> None:
 
 def test_a_swap_keeps_addresses_and_the_floor_comes_back_bit_for_bit(case: _Case) -> None:
     store = case.store()
-    before = {name: weight.clone() for name, weight in case.module.state_dict().items()}
-    addresses = [parameter.data_ptr() for parameter in case.module.parameters()]
+    live = store.module
+    before = {name: weight.clone() for name, weight in live.state_dict().items()}
+    addresses = [parameter.data_ptr() for parameter in live.parameters()]
     staged = _stage(store, case.weights, case.config)
-    assert all(torch.equal(case.module.state_dict()[name], weight) for name, weight in before.items())
+    assert all(torch.equal(live.state_dict()[name], weight) for name, weight in before.items())
     staged.apply()
-    assert not torch.equal(case.module.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    assert not torch.equal(live.state_dict()["lm_head.weight"], before["lm_head.weight"])
+    assert torch.equal(case.module.state_dict()["lm_head.weight"], before["lm_head.weight"])
     store.stage_floor().apply()
-    assert all(torch.equal(case.module.state_dict()[name], weight) for name, weight in before.items())
-    assert [parameter.data_ptr() for parameter in case.module.parameters()] == addresses
+    assert all(torch.equal(live.state_dict()[name], weight) for name, weight in before.items())
+    assert [parameter.data_ptr() for parameter in live.parameters()] == addresses
+
+
+def test_a_copy_that_fails_midway_is_undone_by_the_floor(case: _Case) -> None:
+    store = case.store()
+    before = {name: weight.clone() for name, weight in store.module.state_dict().items()}
+    staged = _stage(store, case.weights, case.config)
+    broken = dict(staged.merged) | {"model.layers.0.self_attn.v_proj.weight": torch.ones(3, 3)}
+    with pytest.raises(RuntimeError):
+        store.copy_in(broken)
+    store.stage_floor().apply()
+    assert all(torch.equal(store.module.state_dict()[name], weight) for name, weight in before.items())
 
 
 def test_a_narrower_adapter_after_a_wider_one_leaves_nothing_of_the_wider(case: _Case) -> None:
@@ -70,7 +83,7 @@ def test_a_narrower_adapter_after_a_wider_one_leaves_nothing_of_the_wider(case: 
     store = case.store()
     _stage(store, case.weights, case.config, 1).apply()
     _stage(store, narrow, config, 2).apply()
-    for name, weight in case.module.state_dict().items():
+    for name, weight in store.module.state_dict().items():
         assert torch.allclose(weight, expected[name], atol=1e-6), name
 
 
@@ -107,6 +120,11 @@ def _stray(tensors: dict[str, Tensor]) -> None:
     tensors["model.norm.weight"] = torch.ones(32)
 
 
+def _complex(tensors: dict[str, Tensor]) -> None:
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].to(torch.complex64)
+
+
 def _module_gone(tensors: dict[str, Tensor]) -> None:
     for key in [key for key in tensors if "q_proj" in key]:
         tensors.pop(key)
@@ -122,6 +140,7 @@ def _module_gone(tensors: dict[str, Tensor]) -> None:
         (_foreign, r"layers\.7"),
         (_stray, "no LoRA weight"),
         (_module_gone, "q_proj"),
+        (_complex, "complex64"),
     ],
 )
 def test_a_bad_adapter_is_refused_whole_with_its_reason(case: _Case, edit, reason: str) -> None:  # type: ignore[no-untyped-def]
@@ -129,7 +148,7 @@ def test_a_bad_adapter_is_refused_whole_with_its_reason(case: _Case, edit, reaso
     weights = _edited(case.weights, edit)
     with pytest.raises(AdapterRejectedError, match=reason):
         _stage(store, weights, case.config)
-    assert all(torch.equal(case.module.state_dict()[name], weight) for name, weight in before.items())
+    assert all(torch.equal(store.module.state_dict()[name], weight) for name, weight in before.items())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,13 @@ def test_foreign_or_corrupt_bytes_are_refused(case: _Case, changes: dict[str, st
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"r": 8}, "rank 8"), ({"r": 0}, "r=0"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias")],
+    [
+        ({"r": 8}, "rank 8"),
+        ({"r": 0}, "r=0"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"target_modules": [3]}, "no module names"),
+    ],
 )
 def test_a_config_that_does_not_fit_the_weights_is_refused(
     case: _Case, changes: dict[str, object], reason: str
