@@ -44,6 +44,7 @@ def own_ray(*, namespace: str, num_cpus: int, object_store_bytes: int) -> Iterat
     """
     _require_token()
     _share_accelerators()
+    _prefer_serving()
     with _guarded_folder() as folder:
         try:
             ray.init(
@@ -135,6 +136,12 @@ def temp_root() -> Path:
 def _require_token() -> None:
     """One a process, since Ray reads it once; read by children, never written to the user's home."""
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _prefer_serving() -> None:
+    """Ray starts its workers at niceness 15, where the learner's own niceness counts for nothing: replicas
+    run at 0, so that the learner gives way to them."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def _share_accelerators() -> None:

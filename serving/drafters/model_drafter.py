@@ -6,6 +6,8 @@ behind catches up by one chunk, alone, and drafts nothing in that round. After a
 legal (the law drawn from is the law verified) and are renewed one slot a round.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from serving.engine.sequence import Batch
 
 _MAX_SHARED_LAG = 32
 """Rows missing no more tokens than this catch up together, in the pass that drafts."""
+_MAX_CHUNKS = 2
+"""Rows that may catch up by a chunk of their own in one round; the others sit it out, so that no round
+takes much longer than its neighbours."""
 
 
 class ModelDrafter:
@@ -28,6 +33,7 @@ class ModelDrafter:
         self._cached = [0] * runner.num_slots
         self._lengths: list[int] = []
         self._stale: set[int] = set()
+        self._chunks_left = 0
 
     def propose(
         self,
@@ -39,13 +45,16 @@ class ModelDrafter:
         """See `Drafter.propose`. Stops early at the first position where a row's logits are not finite."""
         self._lengths = batch.lengths()
         self._refresh_one(len(batch))
+        self._chunks_left = _MAX_CHUNKS
         wanted = [
             count if count and self._catch_up(batch, row) else 0
             for row, count in enumerate(num_draft_tokens_B)
         ]
         num_drafts = max(wanted)
+        num_chunks = _MAX_CHUNKS - self._chunks_left
         if num_drafts == 0:
-            return Proposal.empty(len(batch), self.draft_version, batch.device)
+            nothing = Proposal.empty(len(batch), self.draft_version, batch.device)
+            return replace(nothing, num_chunks=num_chunks)
         logits_BV = self._first_pass(batch, wanted)
         tokens, laws, token_logprobs = [], [], []
         num_broken = 0
@@ -72,6 +81,7 @@ class ModelDrafter:
             num_drafted_B=tuple(wanted),
             logprobs_BGV=torch.stack(laws, dim=1)[:, : max(wanted)] if laws else None,
             token_logprobs_BG=torch.stack(token_logprobs, dim=1)[:, : max(wanted)],
+            num_chunks=num_chunks,
             num_broken_rows=num_broken,
         )
 
@@ -116,6 +126,9 @@ class ModelDrafter:
         target_len = self._lengths[row] - 1
         if target_len - self._cached[row] < _MAX_SHARED_LAG:
             return True
+        if self._chunks_left == 0:
+            return False
+        self._chunks_left -= 1
         start = self._cached[row]
         end = min(target_len, start + self._chunk_tokens)
         self.runner.prefill(row, batch.sequences[row].token_ids[start:end], start)

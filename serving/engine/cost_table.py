@@ -45,13 +45,15 @@ class CostTable:
         """Forward time of a round of this draft length."""
         return self.target_s(batch_size, num_draft_tokens + 1) + self.propose_s(batch_size, num_draft_tokens)
 
-    def observe(self, batch_size: int, num_drafted: int, target_pass_s: float, propose_s: float) -> None:
+    def observe_target(self, batch_size: int, num_drafted: int, target_pass_s: float) -> None:
         """Pull the table toward a live round; one slow round (an outlier) moves it little."""
         ratio = target_pass_s / self.target_s(batch_size, num_drafted + 1)
         self.target_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
-        if num_drafted:
-            ratio = propose_s / self.propose_s(batch_size, num_drafted)
-            self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
+
+    def observe_draft(self, batch_size: int, num_drafted: int, propose_s: float) -> None:
+        """The same for a proposal that had nothing but a token or two to catch up."""
+        ratio = propose_s / self.propose_s(batch_size, num_drafted)
+        self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 
 
 def measure_costs(

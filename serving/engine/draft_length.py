@@ -1,9 +1,14 @@
 """How many tokens to draft, 0 included: the length with the most expected tokens a second.
 
-Expected tokens come from live acceptance by position, seconds from the cost table at the present batch size
-(arXiv 2310.18813). A new length must win by a margin; while speculation is off, a probe round now and then
-notices when it would pay again.
+Requests differ more than rounds do, so acceptance is believed by sequence: what its own rounds showed, over
+a prior that starts hopeful and leans on what other sequences showed. A hopeless sequence costs two or three
+drafts, a good one is drafted for at once. Expected tokens are summed over the batch and divided by the cost
+table's seconds at its size (arXiv 2310.18813). A new length must win by a margin; while speculation is off, a
+probe now and then notices when it would pay again.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from serving.engine.cost_table import CostTable
 from serving.engine.counters import expected_block_efficiency
@@ -11,9 +16,28 @@ from serving.engine.counters import expected_block_efficiency
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
 _PROBE_EVERY = 16
-_PROBE_LENGTH = 2
-_MEMORY_ROUNDS = 32
-_PRIOR_ATTEMPTS = 4.0
+_HOPE = 0.7
+"""Acceptance that a new sequence is given credit for, before others were seen."""
+_PRIOR_ATTEMPTS = 3.0
+_MEMORY_ATTEMPTS = 40.0
+_POPULATION_MEMORY_ATTEMPTS = 400.0
+
+
+@dataclass
+class AcceptanceBelief:
+    """Attempts of one sequence (or of all), old ones fading."""
+
+    memory_attempts: float = _MEMORY_ATTEMPTS
+    attempted: float = 0.0
+    accepted: float = 0.0
+
+    def observe(self, num_attempted: int, num_accepted: int) -> None:
+        keep = (1.0 - 1.0 / self.memory_attempts) ** num_attempted
+        self.attempted = keep * self.attempted + num_attempted
+        self.accepted = keep * self.accepted + num_accepted
+
+    def rate(self, prior: float) -> float:
+        return (self.accepted + prior * _PRIOR_ATTEMPTS) / (self.attempted + _PRIOR_ATTEMPTS)
 
 
 class DraftLengthController:
@@ -24,9 +48,8 @@ class DraftLengthController:
     ) -> None:
         self._costs = costs
         self._fixed = fixed
-        self._max = max_draft_tokens
-        self._attempted = [0.0] * max_draft_tokens
-        self._accepted = [0.0] * max_draft_tokens
+        self._lengths = range(max_draft_tokens + 1)
+        self._population = AcceptanceBelief(_POPULATION_MEMORY_ATTEMPTS)
         self._current = 3 if fixed is None else fixed
         self._rounds_at_zero = 0
 
@@ -35,46 +58,32 @@ class DraftLengthController:
         """The length in use, probes aside."""
         return self._current
 
-    def choose(self, batch_size: int) -> int:
-        """The length for the next round."""
+    def choose(self, beliefs: Sequence[AcceptanceBelief]) -> int:
+        """The length for the next round of these sequences."""
         if self._fixed is not None or self._costs is None:
             return self._current
-        best = max(range(self._max + 1), key=lambda length: self._tokens_per_s(batch_size, length))
-        if self._tokens_per_s(batch_size, best) > _MARGIN * self._tokens_per_s(batch_size, self._current):
+        prior = 0.5 * (_HOPE + self._population.rate(_HOPE))
+        rates = [belief.rate(prior) for belief in beliefs]
+        tokens_per_s = [self._tokens_per_s(rates, length) for length in self._lengths]
+        best = max(self._lengths, key=tokens_per_s.__getitem__)
+        if tokens_per_s[best] > _MARGIN * tokens_per_s[self._current]:
             self._current = best
-        if self._current > 0:
-            self._rounds_at_zero = 0
-            return self._current
-        self._rounds_at_zero += 1
-        return _PROBE_LENGTH if self._rounds_at_zero % _PROBE_EVERY == 0 else 0
+        self._rounds_at_zero = 0 if self._current else self._rounds_at_zero + 1
+        return 1 if self._rounds_at_zero >= _PROBE_EVERY else self._current
 
-    def observe(self, attempted_accepted_B: list[tuple[int, int]]) -> None:
-        """One round: of each sequence, positions before `accepted` stood and the last attempted may have
-        fallen. A round in which nobody drafted teaches nothing and is not remembered."""
-        if not any(attempted for attempted, _ in attempted_accepted_B):
-            return
-        keep = 1.0 - 1.0 / _MEMORY_ROUNDS
-        for position in range(self._max):
-            attempted = sum(position < attempted for attempted, _ in attempted_accepted_B)
-            accepted = sum(position < accepted for _, accepted in attempted_accepted_B)
-            self._attempted[position] = keep * self._attempted[position] + attempted
-            self._accepted[position] = keep * self._accepted[position] + accepted
+    def observe(self, belief: AcceptanceBelief, num_attempted: int, num_accepted: int) -> None:
+        """How one sequence's drafts fared in a round."""
+        if num_attempted:
+            belief.observe(num_attempted, num_accepted)
+            self._population.observe(num_attempted, num_accepted)
+            if self._current == 0:
+                self._rounds_at_zero = 0
 
     def renew(self) -> None:
-        """The draft changed: if speculation is off, a probe comes at once."""
-        self._rounds_at_zero = _PROBE_EVERY - 1
+        """The draft changed: what is known of the old one counts no more."""
+        self._population = AcceptanceBelief(_POPULATION_MEMORY_ATTEMPTS)
 
-    def acceptance_by_position(self) -> list[float]:
-        """Estimated probability that position g stands, given that all before it did; little evidence
-        leans on the mean, and that on one half."""
-        total = sum(self._attempted)
-        mean = (sum(self._accepted) + 0.5 * _PRIOR_ATTEMPTS) / (total + _PRIOR_ATTEMPTS)
-        return [
-            (accepted + mean * _PRIOR_ATTEMPTS) / (attempted + _PRIOR_ATTEMPTS)
-            for accepted, attempted in zip(self._accepted, self._attempted, strict=True)
-        ]
-
-    def _tokens_per_s(self, batch_size: int, length: int) -> float:
+    def _tokens_per_s(self, rates: list[float], length: int) -> float:
         assert self._costs is not None
-        expected = expected_block_efficiency(self.acceptance_by_position()[:length])
-        return expected / self._costs.round_s(batch_size, length)
+        expected = sum(expected_block_efficiency([rate] * length) for rate in rates)
+        return expected / self._costs.round_s(len(rates), length)

@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from serving.engine.cost_table import CostTable
-from serving.engine.draft_length import DraftLengthController
+from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.proposal import Drafter
@@ -262,13 +262,13 @@ class Engine:
         report = run_round(batch, lengths, self._target, self._draft.drafter, self.generator)
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
-            self.costs.observe(len(batch), report.num_draft_tokens, report.target_pass_s, report.propose_s)
-        self._draft.controller.observe(
-            [(advance.num_attempted, advance.num_accepted) for advance in report.advances]
-        )
+            self.costs.observe_target(len(batch), report.num_draft_tokens, report.target_pass_s)
+            if report.num_draft_tokens and not report.num_chunks:
+                self.costs.observe_draft(len(batch), report.num_draft_tokens, report.propose_s)
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
             if advance is NO_ADVANCE:
                 self._target.cache.clear(row, from_column=sequence.num_cached)
+            self._draft.controller.observe(sequence.belief, advance.num_attempted, advance.num_accepted)
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
@@ -335,5 +335,7 @@ class Engine:
         except Exception as error:
             done.set_exception(error)
             return
+        for sequence in self._scheduler.running:
+            sequence.belief = AcceptanceBelief()
         self._meter.count_swap(report)
         done.set_result(report)

@@ -58,7 +58,11 @@ class LiveDraft:
 
     def lengths(self, batch: Batch) -> list[int]:
         """How many tokens each row may draft in the next round."""
-        limit = self.controller.choose(len(batch)) if self._can_draft else 0
+        limit = (
+            self.controller.choose([sequence.belief for sequence in batch.sequences])
+            if self._can_draft
+            else 0
+        )
         return [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
 
     def swap(self, staged: StagedWeights, *, under_load: bool) -> SwapReport:

@@ -21,6 +21,8 @@ class Proposal:
     """Final law of the draft at each position; None if every row is greedy: the law is one-hot."""
     token_logprobs_BG: Tensor
     """That law at the drafted tokens; 0 for greedy rows."""
+    num_chunks: int = 0
+    """Passes that only caught up: real time, but not what drafting costs."""
     num_broken_rows: int = 0
     """Rows whose draft logits were NaN or infinite, or all of them if the drafter raised."""
 

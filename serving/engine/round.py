@@ -33,6 +33,9 @@ class RoundReport:
     num_draft_tokens: int
     advances: list[Advance]
     propose_s: float
+    """Catch-up included."""
+    num_chunks: int
+    """Passes of the drafter that only caught up."""
     target_pass_s: float
     num_broken_draft_rows: int
 
@@ -82,6 +85,7 @@ def run_round(
         num_draft_tokens=proposal.max_drafted,
         advances=advances,
         propose_s=proposed_s - began_s,
+        num_chunks=proposal.num_chunks,
         target_pass_s=verified_s - proposed_s,
         num_broken_draft_rows=proposal.num_broken_rows,
     )

@@ -9,6 +9,7 @@ from serving.engine.counters import RoundCounters
 from serving.engine.round import RoundReport
 
 _MEMORY_ROUNDS = 512
+_ENOUGH_ALIKE = 5
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class EngineStats:
     num_swaps: int
     num_swaps_under_load: int
     swap_pause_s_max: float
-    """The most that a swap under load and the round after it took beyond a median round."""
+    """The most that a swap under load and the round after it took beyond a median round of that batch size
+    and draft length (a longer draft is work, not a pause)."""
     draft_disabled_reason: str
 
 
@@ -57,19 +59,19 @@ class Meter:
     num_swaps: int = 0
     num_swaps_under_load: int = 0
     swap_pause_s_max: float = 0.0
-    _round_s: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY_ROUNDS))
-    _batch_sizes: deque[int] = field(default_factory=lambda: deque(maxlen=_MEMORY_ROUNDS))
+    _rounds: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY_ROUNDS))
+    """(batch size, draft length, seconds)"""
     _swap_s_before_round: float | None = None
 
     def count_round(self, report: RoundReport, round_s: float) -> None:
         """One round of `round_s` seconds; closes the pause of a swap right before it."""
         with self.lock:
-            if self._swap_s_before_round is not None and len(self._round_s) > 1:
-                pause_s = self._swap_s_before_round + round_s - statistics.median(self._round_s)
+            kind = len(report.advances), report.num_draft_tokens
+            if self._swap_s_before_round is not None and self._rounds:
+                pause_s = self._swap_s_before_round + round_s - self._median_s(kind)
                 self.swap_pause_s_max = max(self.swap_pause_s_max, pause_s)
             self._swap_s_before_round = None
-            self._round_s.append(round_s)
-            self._batch_sizes.append(len(report.advances))
+            self._rounds.append((*kind, round_s))
             counters = self.counts.setdefault(report.draft_version, RoundCounters())
             for advance in report.advances:
                 counters.add_round(
@@ -93,8 +95,13 @@ class Meter:
 
     @property
     def round_s_median(self) -> float:
-        return statistics.median(self._round_s) if self._round_s else 0.0
+        return statistics.median(seconds for *_, seconds in self._rounds) if self._rounds else 0.0
 
     @property
     def mean_batch_size(self) -> float:
-        return statistics.fmean(self._batch_sizes) if self._batch_sizes else 0.0
+        return statistics.fmean(size for size, *_ in self._rounds) if self._rounds else 0.0
+
+    def _median_s(self, kind: tuple[int, int]) -> float:
+        """Of rounds of this batch size and draft length; of all where too few were like it."""
+        alike = [seconds for *of_round, seconds in self._rounds if tuple(of_round) == kind]
+        return statistics.median(alike) if len(alike) >= _ENOUGH_ALIKE else self.round_s_median
