@@ -197,6 +197,7 @@ class Learner:
             )
         )
         self._watch.begin(manifest, state, parent_state)
+        self._stop.wait(self._settings.quiet_after_publish_s)
         progress.tracker.log_adapter(manifest, self._incumbent.weights)
         progress.tracker.mark_serving(manifest.draft_version, parent_version)
         progress.decided(

@@ -82,6 +82,8 @@ class LearnerSettings(BaseModel):
     """Used to predict speed until a replica reports the length in use."""
     refusals_before_reset: int = Field(12, ge=1)
     """So many refusals in a row, and the candidate starts again from the incumbent."""
+    quiet_after_publish_s: float = Field(0.5, ge=0)
+    """Rest after a promotion: replicas that share the machine fetch, stage and swap undisturbed."""
     live_records_per_cycle: int = Field(16, ge=0)
     live_max_records: int = Field(400, ge=1)
     live_false_alarm: float = Field(0.01, gt=0, lt=1)

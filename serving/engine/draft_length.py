@@ -1,8 +1,8 @@
 """How many tokens to draft, 0 included: the length with the most expected tokens a second.
 
 Requests differ more than rounds do, so acceptance is believed by sequence: what its own rounds showed, over
-a prior that starts hopeful and leans on what other sequences showed. A hopeless sequence costs two or three
-drafts, a good one is drafted for at once. Expected tokens are summed over the batch and divided by the cost
+a prior of one half, worth three attempts. A hopeless sequence costs two or three drafts, a good one is
+drafted for at once. Expected tokens are summed over the batch and divided by the cost
 table's seconds at its size (arXiv 2310.18813). A new length must win by a margin; while speculation is off, a
 probe now and then notices when it would pay again.
 """
@@ -16,28 +16,28 @@ from serving.engine.counters import expected_block_efficiency
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
 _PROBE_EVERY = 16
-_HOPE = 0.7
-"""Acceptance that a new sequence is given credit for, before others were seen."""
+_PRIOR_ACCEPTANCE = 0.5
 _PRIOR_ATTEMPTS = 3.0
 _MEMORY_ATTEMPTS = 40.0
-_POPULATION_MEMORY_ATTEMPTS = 400.0
 
 
 @dataclass
 class AcceptanceBelief:
-    """Attempts of one sequence (or of all), old ones fading."""
+    """Attempts of one sequence, old ones fading."""
 
-    memory_attempts: float = _MEMORY_ATTEMPTS
     attempted: float = 0.0
     accepted: float = 0.0
 
     def observe(self, num_attempted: int, num_accepted: int) -> None:
-        keep = (1.0 - 1.0 / self.memory_attempts) ** num_attempted
+        keep = (1.0 - 1.0 / _MEMORY_ATTEMPTS) ** num_attempted
         self.attempted = keep * self.attempted + num_attempted
         self.accepted = keep * self.accepted + num_accepted
 
-    def rate(self, prior: float) -> float:
-        return (self.accepted + prior * _PRIOR_ATTEMPTS) / (self.attempted + _PRIOR_ATTEMPTS)
+    @property
+    def acceptance(self) -> float:
+        """Expected of the next draft token, whatever its position."""
+        prior = _PRIOR_ACCEPTANCE * _PRIOR_ATTEMPTS
+        return (self.accepted + prior) / (self.attempted + _PRIOR_ATTEMPTS)
 
 
 class DraftLengthController:
@@ -49,7 +49,6 @@ class DraftLengthController:
         self._costs = costs
         self._fixed = fixed
         self._lengths = range(max_draft_tokens + 1)
-        self._population = AcceptanceBelief(_POPULATION_MEMORY_ATTEMPTS)
         self._current = 3 if fixed is None else fixed
         self._rounds_at_zero = 0
 
@@ -62,8 +61,7 @@ class DraftLengthController:
         """The length for the next round of these sequences."""
         if self._fixed is not None or self._costs is None:
             return self._current
-        prior = 0.5 * (_HOPE + self._population.rate(_HOPE))
-        rates = [belief.rate(prior) for belief in beliefs]
+        rates = [belief.acceptance for belief in beliefs]
         tokens_per_s = [self._tokens_per_s(rates, length) for length in self._lengths]
         best = max(self._lengths, key=tokens_per_s.__getitem__)
         if tokens_per_s[best] > _MARGIN * tokens_per_s[self._current]:
@@ -75,13 +73,8 @@ class DraftLengthController:
         """How one sequence's drafts fared in a round."""
         if num_attempted:
             belief.observe(num_attempted, num_accepted)
-            self._population.observe(num_attempted, num_accepted)
             if self._current == 0:
                 self._rounds_at_zero = 0
-
-    def renew(self) -> None:
-        """The draft changed: what is known of the old one counts no more."""
-        self._population = AcceptanceBelief(_POPULATION_MEMORY_ATTEMPTS)
 
     def _tokens_per_s(self, rates: list[float], length: int) -> float:
         assert self._costs is not None

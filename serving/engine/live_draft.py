@@ -80,7 +80,6 @@ class LiveDraft:
                 self.drafter.refresh(FLOOR_VERSION)
             raise
         self.drafter.refresh(staged.draft_version)
-        self.controller.renew()
         self.disabled_reason = ""
         return SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
 
