@@ -4,6 +4,7 @@ Set before any library is imported, and inherited by every process that a test s
 """
 
 import os
+import secrets
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -13,5 +14,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    # Ray reads its token once a process, whichever test starts it first.
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 os.environ.update(ENVIRONMENT)
