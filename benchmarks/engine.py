@@ -41,7 +41,7 @@ def table(metrics: dict[str, Any]) -> Table:
 
 def _passes(engine: LocalEngine, batch: int, repeats: int) -> dict[str, float]:
     """One-token and five-token passes of both models over a context, by turns, the engine idle. The
-    draft's first pass after the target's finds its weights out of the processor's cache, the next does not."""
+    draft's first pass after the target's finds its weights out of the processor's cache, unlike the next."""
     assert engine.pair.draft is not None
     target = Runner(engine.pair.target, num_slots=batch, max_seq_len=2 * CONTEXT_TOKENS)
     draft = Runner(engine.pair.draft, num_slots=batch, max_seq_len=2 * CONTEXT_TOKENS)
