@@ -12,6 +12,7 @@ from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
 
 LONG = {"prompt": "a", "max_tokens": 230, "ignore_eos": True, "num_draft_tokens": 0}
+MANY = 32
 
 
 def busy(server: LiveServer, num_running: int = 1) -> None:
@@ -35,14 +36,15 @@ async def test_a_client_that_leaves_frees_its_slot(server: LiveServer, stream: b
     tokens_before = server.parts.engine.stats().num_output_tokens
     async with httpx.AsyncClient(timeout=30) as client:
         task = asyncio.ensure_future(
-            client.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream, "n": 3})
+            client.post(f"{server.url}/v1/completions", json=LONG | {"stream": stream, "n": MANY})
         )
         await asyncio.to_thread(busy, server, 3)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     server.wait_until_idle(timeout_s=2.0)
-    assert server.parts.engine.stats().num_output_tokens - tokens_before < 3 * 230
-    assert aborted(server) == before + 3
+    # Far more choices than slots: however fast the engine is, most of them had not begun.
+    assert server.parts.engine.stats().num_output_tokens - tokens_before < MANY * 230 // 2
+    assert aborted(server) >= before + MANY // 2
     assert server.parts.context.admission.num_in_flight == 0
 
 
