@@ -4,7 +4,7 @@
 record carries the scalar that re-tempers them. *Training*: the request's temperature without its
 filters (a filter's zeros would hide what the target nearly said), on the K+1-way partition.
 Greedy and near-greedy requests are distilled, target and draft alike, at `greedy_temperature`: at 1 the
-kept entries are exact, lower sharpens towards the argmax that alone decides. Measured on the demo pair
+kept entries are exact, lower sharpens towards the argmax that alone decides. Measured on an early demo pair
 after 48 steps: held-out acceptance .60 at 1, .68 at 0.5, .70 at 0.3. Knows no draft.
 
 Legend: N positions, K kept entries, P = K + 1 cells, V vocabulary.

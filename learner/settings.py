@@ -32,7 +32,8 @@ class LearnerSettings(BaseModel):
 
     # one distillation step
     divergence: DivergenceName = "forward_kl"
-    """Measured on the demo pair: learns fastest when sampled, level with tv_weighted_kl when greedy."""
+    """On an early checkpoint of the demo pair, one run each: fastest when sampled, level with
+    tv_weighted_kl when greedy."""
     jensen_shannon_beta: float = Field(0.5, gt=0, lt=1)
     greedy_temperature: float = Field(0.5, gt=0)
     """Temperature at which greedy and near-greedy requests are distilled; see laws.py."""
@@ -46,7 +47,7 @@ class LearnerSettings(BaseModel):
     """Share of a step's records drawn from everything kept, against forgetting."""
     rejected_suffix_weight: float = Field(0.0, ge=0)
     """Weight of positions after a first rejection (the draft's own mistakes). 0 leaves them out: on the
-    demo pair they cost 60 % more time a step and gained nothing."""
+    early demo pair they cost 60 % more time a step and gained nothing."""
     rejected_suffix_rounds_per_record: int = Field(2, ge=0)
     rejected_suffix_context_tokens: int = Field(48, ge=1)
     max_row_tokens: int = Field(1024, ge=2)

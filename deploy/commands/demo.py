@@ -21,7 +21,7 @@ LEARNER = {
     "learning_rate": 3e-3,
     "replay_share": 0.5,
 }
-"""Measured on this pair, see LOG.md; LoRA on the embeddings as well learnt worse."""
+"""Chosen on an early checkpoint of this pair, see LOG.md, where LoRA on the embeddings too learnt worse."""
 
 
 def demo(

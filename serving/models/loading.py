@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNSAFE_ROPE = ("dynamic", "longrope", "yarn_dynamic")
+_UNSAFE_ROPE = ("dynamic", "longrope")
 
 
 class UnsupportedModelError(ValueError):
