@@ -3,6 +3,7 @@
 The engine is played by a script, so a case gives the same outputs every time it is run.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,15 @@ LAW_CASES = {
         num_samples=2500,
     ),
     "cut laws": LawCase(SamplingParams(top_k=3, top_p=0.85, min_p=0.02, max_tokens=3), mates=MATES[2:]),
+    "penalties": LawCase(
+        SamplingParams(
+            presence_penalty=1.5,
+            frequency_penalty=-1.0,
+            repetition_penalty=1.7,
+            logit_bias={2: 1.0},
+            max_tokens=3,
+        )
+    ),
     "stop ids inside drafts": LawCase(
         SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(1, 3)), swap_every=20, draft_lengths=(4,)
     ),
@@ -74,6 +84,9 @@ def law_cases(draw: st.DrawFn) -> LawCase:
             top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
             min_p=draw(st.sampled_from([0.0, 0.0, 0.05])),
             max_tokens=max_tokens,
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.6])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 2.0])),
+            logit_bias=draw(st.sampled_from([(), (), ((1, -math.inf),), ((0, 2.0),)])),
             min_tokens=draw(st.integers(0, 2)),
             stop_token_ids=(0,) if draw(st.booleans()) else (),
             num_draft_tokens=draw(st.sampled_from([None, None, 1, 2])),

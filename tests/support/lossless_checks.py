@@ -11,7 +11,7 @@ import torch
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.local import LocalEngine
 from tests.support.reference import coupled_noise, ends, next_law, only_output
-from tests.support.scheduled_engine import play
+from tests.support.scheduled_engine import ScheduledEngine, play
 from tests.support.schedules import Schedule
 from tests.support.table_model import TableModel
 
@@ -66,7 +66,10 @@ def check_generation(
 def check_twin(schedule: Schedule, **options: Any) -> None:
     """A draft equal to the target accepts everything."""
     target = target_of(schedule)
-    for generation in play(schedule, target, target_of(schedule), **options).values():
+    engine = ScheduledEngine(schedule, target, target_of(schedule), **options)
+    generations = engine.play()
+    assert not engine.stats().draft_disabled_reason, "a twin was switched off"
+    for generation in generations.values():
         assert generation.num_accepted == generation.num_attempted, "a twin's draft was rejected"
 
 
@@ -77,12 +80,11 @@ def check_up_to_near_ties(
     """Greedy or coupled text equals that of the same engine without speculation, or departs at a near tie."""
     for drafted, plain in zip(engine.generate(prompts, params), alone.generate(prompts, params), strict=True):
         got, expected = drafted.output_token_ids, plain.output_token_ids
-        at = next(
-            (at for at, pair in enumerate(zip(got, expected, strict=False)) if len(set(pair)) > 1), None
-        )
-        if at is None:
+        differs = [token != other for token, other in zip(got, expected, strict=False)]
+        if True not in differs:
             assert got == expected, "a text was cut short"
             continue
+        at = differs.index(True)
         context = [*drafted.prompt_token_ids, *expected[:at]]
         logits_V = alone.pair.target(torch.tensor([context]), use_cache=False).logits[0, -1].float()
         score_V = logits_V

@@ -4,6 +4,7 @@ Greedy and coupled output is one text; sampled output is a law, enumerated. Inde
 the law's own code and the noise, which have plain references of their own in test_sampling.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -20,11 +21,29 @@ def next_law(
 ) -> Tensor:
     """Log-probabilities [V] of the token after `output` under the request's final law."""
     params = request.sampling
-    logits_V = model.logits_after([*request.prompt_token_ids, *output]).clone()
+    logits_V = _processed(model.logits_after([*request.prompt_token_ids, *output]), request, output)
     if len(output) < params.min_tokens:
         logits_V[list(stop_ids)] = -torch.inf
     row = (params.temperature, params.top_k, params.top_p, params.min_p)
     return law_logprobs(logits_V[None, None], SamplingLaw.stack([row]))[0, 0]
+
+
+def _processed(raw_logits_V: Tensor, request: GenerationRequest, output: Sequence[int]) -> Tensor:
+    """Bias and penalties, one token at a time."""
+    params, logits_V = request.sampling, raw_logits_V.clone()
+    for token, bias in params.bias_pairs:
+        logits_V[token] += bias
+    if params.allowed_token_ids is not None:
+        logits_V[
+            [token for token in range(len(logits_V)) if token not in params.allowed_token_ids]
+        ] = -torch.inf
+    for token in {*request.prompt_token_ids, *output}:
+        factor = params.repetition_penalty
+        logits_V[token] = logits_V[token] / factor if logits_V[token] > 0 else logits_V[token] * factor
+    for token, count in Counter(output).items():
+        logits_V[token] -= torch.tensor(params.frequency_penalty) * count
+        logits_V[token] -= params.presence_penalty
+    return logits_V
 
 
 def ends(request: GenerationRequest, stop_ids: Collection[int], output: Sequence[int]) -> bool:

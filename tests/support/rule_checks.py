@@ -1,4 +1,4 @@
-"""An acceptance rule by itself against random laws: what it emits follows the target's, whatever the draft's."""
+"""An acceptance rule by itself: what it emits follows the target's law, whatever the draft's."""
 
 import itertools
 from collections.abc import Callable
@@ -31,19 +31,18 @@ def law_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     if draw(st.booleans()):
         target_EV[:, 1:][torch.rand(target_EV[:, 1:].shape, generator=generator) < 0.4] = -torch.inf
     other_GV = torch.randn(num_drafts, vocab_size, generator=generator)
+    is_best_GV = target_EV[:-1] == target_EV[:-1].amax(-1, keepdim=True)
     kind = draw(st.sampled_from(["same", "near", "other", "one_hot", "disjoint", "flat"]))
     draft_GV = {
         "same": target_EV[:-1],
         "near": target_EV[:-1] + 1e-6 * other_GV,
         "other": 2.0 * other_GV,
         "one_hot": 1e4 * other_GV,
-        "disjoint": torch.where(
-            target_EV[:-1] == target_EV[:-1].amax(-1, keepdim=True), -torch.inf, other_GV
-        ),
+        "disjoint": torch.where(is_best_GV, -torch.inf, other_GV),
         "flat": torch.zeros_like(other_GV),
     }[kind]
     if kind == "disjoint":
-        target_EV[:-1] = torch.where(draft_GV == -torch.inf, 0.0, -torch.inf)
+        target_EV[:-1] = torch.where(is_best_GV, 0.0, -torch.inf)
     return target_EV.log_softmax(-1), draft_GV.log_softmax(-1)
 
 

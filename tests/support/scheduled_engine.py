@@ -1,7 +1,7 @@
 """The real engine, thread and all, played by a script: the same schedule gives the same rounds every time.
 
-Before each turn of its loop the engine's own thread checks what must hold between rounds, poisons every column
-that belongs to nobody, and fires the events that are due. Nothing else is replaced.
+Before each turn of its loop the engine's own thread checks what must hold between rounds, poisons every
+column that belongs to nobody, and fires the events that are due. Nothing else is replaced.
 """
 
 from collections.abc import Sequence
@@ -195,9 +195,7 @@ class ScheduledEngine(Engine):
         """The invariants between two rounds; columns that count hold their own tokens' keys."""
         running = self._scheduler.running
         assert len(running) + (self._scheduler.prefilling is not None) <= self._scheduler.num_slots
-        assert all(sequence.finish_reason is None for sequence in running), (
-            "a finished sequence kept its slot"
-        )
+        assert all(sequence.finish_reason is None for sequence in running), "a finished one kept its slot"
         for sequence in running:
             assert sequence.num_cached == len(sequence.token_ids) - 1, "the target's cache lags or leads"
         if not self._checks_caches:

@@ -3,6 +3,7 @@
 Plain data, and the hypothesis strategies that draw it.
 """
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,6 +73,7 @@ _VOCAB_SIZES = st.sampled_from([2, 3, 5, 17, 100, 1000])
 _TEMPERATURES = st.sampled_from([0.0, 0.0, 1e-3, 0.1, 0.7, 1.0, 1.0, 5.0])
 _TOP_PS = st.sampled_from([1.0, 1.0, 1e-6, 0.25, 0.5, 0.9, 1.0 - 2**-24])
 _MIN_PS = st.sampled_from([0.0, 0.0, 1e-9, 0.1, 1.0])
+_PENALTIES = st.sampled_from([0.0, 0.0, 0.0, -2.0, 0.3, 2.0])
 _LENGTHS = st.lists(st.integers(0, 8), min_size=1, max_size=4)
 _TABLES = st.sampled_from(["random", "sharp", "zero", "holes", "huge", "nan", "inf", "target"])
 
@@ -93,8 +95,13 @@ def sampling_params(
     tokens = st.integers(0, vocab_size + 1)  # ids that do not exist touch nobody
     stop_token_ids = tuple(draw(st.lists(tokens, max_size=2)))
     ignore_eos = draw(st.booleans())
-    stops = {*stop_token_ids, *(() if ignore_eos else eos_token_ids)} & set(range(vocab_size))
-    min_tokens = draw(st.integers(0, min(max_tokens, 6))) if len(stops) < vocab_size else 0
+    stops = {*stop_token_ids, *(() if ignore_eos else eos_token_ids)}
+    biases, allowed = draw(_logit_biases(vocab_size))
+    left = {*(range(vocab_size) if allowed is None else allowed)}
+    left -= {token for token, bias in biases.items() if bias == -math.inf}
+    if not left:
+        biases, left = {}, {*(allowed or ())}
+    min_tokens = draw(st.integers(0, min(max_tokens, 6))) if left - stops else 0
     return SamplingParams(
         temperature=draw(_TEMPERATURES),
         top_k=draw(st.sampled_from([0, 0, 1, 2, vocab_size, vocab_size + 1])),
@@ -106,7 +113,21 @@ def sampling_params(
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,
         num_draft_tokens=draw(st.one_of(st.none(), st.integers(0, 8))),
+        presence_penalty=draw(_PENALTIES),
+        frequency_penalty=draw(_PENALTIES),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.01, 0.7, 1.3, 100.0])),
+        logit_bias=biases,
+        allowed_token_ids=allowed,
     )
+
+
+@st.composite
+def _logit_biases(draw: st.DrawFn, vocab_size: int) -> tuple[dict[int, float], tuple[int, ...] | None]:
+    """`logit_bias` and `allowed_token_ids`; more often than not, none."""
+    tokens = st.integers(0, vocab_size - 1)
+    biases = st.dictionaries(tokens, st.sampled_from([-math.inf, -100.0, -0.5, 3.0, 100.0]), max_size=3)
+    allowed = st.lists(tokens, min_size=1, max_size=6).map(tuple)
+    return draw(st.one_of(st.just({}), biases)), draw(st.one_of(st.none(), st.none(), allowed))
 
 
 @st.composite

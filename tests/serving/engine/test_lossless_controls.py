@@ -5,6 +5,7 @@ words. Patching our own code is what a control is; the engine under it is the re
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import serving.drafters.model_drafter as model_drafter_module
 import serving.engine.commit as commit_module
+import serving.engine.logits_processing as logits_processing_module
 import serving.engine.round as round_module
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import SamplingParams
+from serving.engine.logits_processing import LogitsProcessing
 from serving.engine.proposal import Proposal
 from serving.engine.sampling import SamplingLaw, draw, law_logprobs
 from serving.engine.sequence import Batch
@@ -85,16 +88,14 @@ class _ClaimsNewWeights(ModelDrafter):
         if proposal.logprobs_BGV is None:
             return proposal
         new = TableModel(proposal.logprobs_BGV.shape[-1], seed=77)
-        logits_BGV = torch.stack(
-            [
-                torch.stack(
-                    [new.logits_after([*sequence.token_ids, *drafted[:g]]) for g in range(len(drafted))]
-                )
-                for sequence, drafted in zip(batch.sequences, proposal.token_ids_BG.tolist(), strict=True)
-            ]
-        )
-        proposal.logprobs_BGV.copy_(law_logprobs(batch.forbid_stops(logits_BGV), batch.law))
-        return proposal
+        contexts = [
+            [*sequence.token_ids, *drafted[:g]]
+            for sequence, drafted in zip(batch.sequences, proposal.token_ids_BG.tolist(), strict=True)
+            for g in range(len(drafted))
+        ]
+        logits_NV = torch.stack([new.logits_after(context) for context in contexts])
+        law_BGV = law_logprobs(logits_NV.view(proposal.logprobs_BGV.shape), batch.law)
+        return replace(proposal, logprobs_BGV=law_BGV)
 
 
 def test_draft_probs_from_new_weights_are_caught() -> None:
@@ -141,12 +142,27 @@ def test_a_bonus_token_without_processors_is_caught(monkeypatch: Patch) -> None:
     _law_fails("cut laws", "impossible outcome")
 
 
-def test_stop_ids_forbidden_only_at_the_first_verified_position_are_caught(monkeypatch: Patch) -> None:
-    def first_only(batch: Batch, logits_BXV: Tensor, first_position: int = 0) -> Tensor:
-        return torch.cat([right(batch, logits_BXV[:, :1], first_position), logits_BXV[:, 1:]], dim=1)
+def test_a_bonus_token_without_penalties_bias_and_held_back_stops_is_caught(monkeypatch: Patch) -> None:
+    def all_but_the_bonus(processing: Any, logits_BXV: Tensor, *context: Any) -> Tensor:
+        processed_BXV = right(processing, logits_BXV, *context)
+        if logits_BXV.shape[1] == 1:
+            return processed_BXV
+        return torch.cat([processed_BXV[:, :-1], logits_BXV[:, -1:]], dim=1)
 
-    right = Batch.forbid_stops
-    monkeypatch.setattr(Batch, "forbid_stops", first_only)
+    right = LogitsProcessing.apply
+    monkeypatch.setattr(LogitsProcessing, "apply", all_but_the_bonus)
+    _schedules_fail("is excluded|another text")
+    _law_fails("penalties")
+
+
+def test_penalties_that_forget_the_tokens_drafted_before_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(logits_processing_module, "_earlier_counts", lambda *shape: 0.0)
+    _schedules_fail("is excluded|another text")
+    _law_fails("penalties")
+
+
+def test_penalties_that_forget_the_last_round_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(LogitsProcessing, "commit", lambda *emitted: None)
     _schedules_fail("is excluded|another text")
 
 
