@@ -97,11 +97,16 @@ def penalise(
     frequency: Tensor,
     presence: Tensor,
 ) -> Tensor:
-    """Steps 2 and 3 of the module's docstring, elementwise; `counts` in the output, all broadcast."""
-    in_output = counts > 0
-    repelled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(in_prompt | in_output, repelled, logits)
-    return logits - frequency * counts - presence * in_output
+    """Steps 2 and 3 of the module's docstring, elementwise; `counts` in the output, `in_prompt` 0 or 1.
+
+    Arithmetic instead of selection, which is ten times slower on a CPU; every operation rounds on its own, so
+    the same numbers give the same bits in any shape.
+    """
+    in_output = counts.clamp(max=1.0)
+    seen = torch.maximum(in_prompt, in_output)
+    factor = repetition * seen + (1.0 - seen)
+    repelled = logits.clamp(min=0.0).div_(factor).add_(logits.clamp(max=0.0).mul_(factor))
+    return repelled.sub_(frequency * counts + presence * in_output)
 
 
 class _Bias:
@@ -144,7 +149,7 @@ class _Penalties:
         outputs = [row.token_ids[row.prompt_len :] for row in rows]
         self._asking = asking
         self._rows_R = torch.tensor(asking, device=device)
-        self._in_prompt_RV = _counts(prompts, vocab_size, device) > 0
+        self._in_prompt_RV = _counts(prompts, vocab_size, device).clamp_(max=1.0)
         self._counts_RV = _counts(outputs, vocab_size, device)
         self._repetition_R11 = _column([param.repetition_penalty for param in params], device)
         self._frequency_R11 = _column([param.frequency_penalty for param in params], device)
