@@ -35,7 +35,7 @@ class LawCase:
     """One of them, in turn, beside each sampled request."""
     drafter: DrafterKind = "model"
     seed: int = 1
-    num_samples: int = 4000
+    num_samples: int = 3000
     num_slots: int = 16
 
 
@@ -46,7 +46,7 @@ MATES = (
 )
 
 LAW_CASES = {
-    "drafted": LawCase(SamplingParams(max_tokens=3)),
+    "drafted": LawCase(SamplingParams(max_tokens=3), draft_lengths=(1, 3, 2), num_samples=4000),
     "arbitrary drafts": LawCase(SamplingParams(temperature=1.5, max_tokens=3), drafter="arbitrary"),
     "mates, swaps, changing lengths": LawCase(
         SamplingParams(temperature=0.8, max_tokens=3),
@@ -64,7 +64,9 @@ LAW_CASES = {
             repetition_penalty=1.7,
             logit_bias={2: 1.0},
             max_tokens=3,
-        )
+        ),
+        draft_lengths=(1, 2),
+        num_samples=4000,
     ),
     "stop ids inside drafts": LawCase(
         SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(1, 3)), swap_every=20, draft_lengths=(4,)

@@ -21,7 +21,7 @@ from tests.support.rule_checks import FUZZ_FALSE_ALARM_RATE, check_rule, law_pai
 from tests.support.schedules import Schedule, examples, schedules
 
 
-@examples(300)
+@examples(250)
 @given(schedules())
 def test_every_text_is_the_targets_own_whatever_joins_leaves_and_is_swapped(schedule: Schedule) -> None:
     check_schedule(schedule)
@@ -38,7 +38,7 @@ def test_sampled_outputs_follow_the_law(name: str) -> None:
     check_law(LAW_CASES[name])
 
 
-@examples(6)
+@examples(5)
 @given(law_cases())
 def test_sampled_outputs_follow_the_law_in_any_case(case: LawCase) -> None:
     check_law(case, FUZZ_FALSE_ALARM_RATE)

@@ -44,7 +44,7 @@ def _fails(check: Callable[[Any], None], strategy: Any, count: int, words: str) 
 
 
 def _schedules_fail(words: str, **options: Any) -> None:
-    _fails(lambda schedule: check_schedule(schedule, **options), schedules(), 300, words)
+    _fails(lambda schedule: check_schedule(schedule, **options), schedules(), 250, words)
 
 
 def _twins_fail(words: str, **options: Any) -> None:
