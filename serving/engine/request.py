@@ -152,6 +152,8 @@ class Generation:
     """[i]: rounds that accepted exactly i draft tokens."""
     queued_s: float = 0.0
     """From submission to a slot."""
+    num_prompt_tokens_reused: int = 0
+    """Prompt tokens whose keys and values were copied from the prefix cache."""
     stop_token_id: int | None = None
     """The end-of-text or stop id that ended it, if one did."""
     error: str = ""

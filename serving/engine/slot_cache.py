@@ -33,6 +33,7 @@ class SlotCache(Cache):
         self.max_len = max_len
         self.trash_column = max_len
         self.num_bytes = self.kv_L2SHTD.numel() * self.kv_L2SHTD.element_size()
+        self.column_bytes = self.num_bytes // (num_slots * (max_len + 1))
         self._slot_layers = [_SlotLayer(layer_2SHTD) for layer_2SHTD in self.kv_L2SHTD]
         super().__init__(layers=list(self._slot_layers))
 
@@ -52,6 +53,10 @@ class SlotCache(Cache):
     def clear(self, slot: int, from_column: int = 0) -> None:
         """Zero a slot, or the columns from one on, so that nothing of an owner, NaN least of all, is left."""
         self.kv_L2SHTD[:, :, slot, :, from_column:].zero_()
+
+    def columns(self, slot: int, start: int, end: int) -> Tensor:
+        """A view [layers, 2, kv heads, end - start, head_dim] of one slot's columns."""
+        return self.kv_L2SHTD[:, :, slot, :, start:end]
 
     def clear_all(self) -> None:
         self.kv_L2SHTD.zero_()
