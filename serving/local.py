@@ -1,14 +1,21 @@
 """The library entry: an engine in this process, without Ray, Redis or HTTP."""
 
+import logging
+
 import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.runner import Runner
+from serving.free_memory import FreeMemory, free_memory
+from serving.memory_plan import MemoryPlan, ModelSize
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
+
+_log = logging.getLogger(__name__)
 
 _CHECK_TOKENS = 12
 _LEAST_LOGIT = -1e9
@@ -20,6 +27,7 @@ class LocalEngine(Engine):
 
     pair: ModelPair
     draft_weights: DraftWeights | None
+    memory_plan: MemoryPlan
 
 
 def load_engine(
@@ -31,26 +39,57 @@ def load_engine(
     num_slots: int = 8,
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
+    prefix_cache_mib: float | None = None,
+    export_queue_bytes: int = 0,
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it.
 
-    `num_draft_tokens`: None lets the controller choose, an int fixes the draft length. Raises
-    UnsupportedModelError for models that cannot work, with the reason.
+    `num_draft_tokens`: None lets the controller choose, an int fixes the draft length.
+    `prefix_cache_mib` bounds the keys and values kept of earlier prompts (0: none; None: one slot's
+    for every four). `export_queue_bytes`: what a recorder may hold, for the plan of memory. Raises
+    UnsupportedModelError for models that cannot work, and MemoryPlanError for sizes that do not fit, with
+    the reason.
     """
     pair = load_pair(target, draft, device=device, dtype=dtype)
-    return build_engine(pair, num_slots=num_slots, max_seq_len=max_seq_len, num_draft_tokens=num_draft_tokens)
+    return build_engine(
+        pair,
+        num_slots=num_slots,
+        max_seq_len=max_seq_len,
+        num_draft_tokens=num_draft_tokens,
+        prefix_cache_mib=prefix_cache_mib,
+        export_queue_bytes=export_queue_bytes,
+    )
 
 
 def build_engine(
-    pair: ModelPair, *, num_slots: int = 8, max_seq_len: int = 1024, num_draft_tokens: int | None = None
+    pair: ModelPair,
+    *,
+    num_slots: int = 8,
+    max_seq_len: int = 1024,
+    num_draft_tokens: int | None = None,
+    prefix_cache_mib: float | None = None,
+    export_queue_bytes: int = 0,
+    free: FreeMemory | None = None,
 ) -> LocalEngine:
-    """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold."""
+    """Start an engine on a loaded pair; see `load_engine`. `max_seq_len` is cut to what both models can hold.
+    `free` None: asks the device. Raises MemoryPlanError before anything is allocated."""
     max_seq_len = min(max_seq_len, pair.max_positions)
     if num_slots < 1 or max_seq_len < 2:
         raise ValueError(
             f"num_slots={num_slots} and max_seq_len={max_seq_len} leave no room for a token to continue; "
             "at least 1 and 2 are needed"
         )
+    plan = MemoryPlan(
+        num_slots=num_slots,
+        max_seq_len=max_seq_len,
+        target=ModelSize.of(pair.target),
+        draft=ModelSize.of(pair.draft) if pair.draft is not None else None,
+        prefix_cache_mib=prefix_cache_mib,
+        export_queue_bytes=export_queue_bytes,
+        weights_loaded=True,
+    )
+    plan.require_fit(free or free_memory(next(pair.target.parameters()).device))
+    _log.info("%s", "\n".join(plan.lines()))
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
     check_runner(target, pair.target_id)
     drafter = weights = None
@@ -75,8 +114,11 @@ def build_engine(
         costs=costs,
         eos_token_ids=pair.eos_token_ids,
         floor=weights.stage_floor if weights is not None else None,
+        prefix_cache=PrefixCache(target.cache, max_bytes=plan.prefix_cache_bytes)
+        if plan.prefix_cache_bytes
+        else None,
     )
-    engine.pair, engine.draft_weights = pair, weights
+    engine.pair, engine.draft_weights, engine.memory_plan = pair, weights, plan
     return engine
 
 

@@ -1,11 +1,11 @@
 """One model and its slot cache: tokens at positions in, logits out. Knows nothing of rounds or drafts."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from serving.engine.kv_shape import KvShape
 from serving.engine.slot_cache import SlotCache
 
 
@@ -17,20 +17,18 @@ class Runner:
     ) -> None:
         """`vocab_size`: of the pair, where the model's own differs by padding; its logits are cut to it,
         or padded with -inf."""
-        config: Any = model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        shape = KvShape.of(model)
         parameter = next(model.parameters())
         self.model = model
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.num_embedded = int(config.vocab_size)
+        self.num_embedded = shape.vocab_size
         self.vocab_size = vocab_size or self.num_embedded
         self.num_slots, self.max_seq_len = num_slots, max_seq_len
-        num_heads = int(config.num_attention_heads)
         self.cache = SlotCache(
-            num_layers=int(config.num_hidden_layers),
+            num_layers=shape.num_layers,
             num_slots=num_slots,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             max_len=max_seq_len,
             dtype=self.dtype,
             device=self.device,
