@@ -162,16 +162,11 @@ def _plan(subject: Subject, pair: "ModelPair") -> Check:
 
     from buffer.exporter import MAX_QUEUE_BYTES
     from serving.free_memory import free_memory
-    from serving.memory_plan import MemoryPlan, MemoryPlanError, ModelSize
+    from serving.local import plan_memory
+    from serving.memory_plan import MemoryPlanError
 
-    plan = MemoryPlan(
-        num_slots=subject.num_slots,
-        max_seq_len=min(subject.max_seq_len, pair.max_positions),
-        target=ModelSize.of(pair.target),
-        draft=ModelSize.of(pair.draft) if pair.draft is not None else None,
-        export_queue_bytes=MAX_QUEUE_BYTES if pair.draft is not None else 0,
-        weights_loaded=True,
-    )
+    queue_bytes = MAX_QUEUE_BYTES if pair.draft is not None else 0
+    plan = plan_memory(pair, subject.num_slots, subject.max_seq_len, export_queue_bytes=queue_bytes)
     found = "\n".join(plan.lines())
     try:
         plan.require_fit(free_memory(torch.device(subject.device)))

@@ -79,15 +79,7 @@ def build_engine(
             f"num_slots={num_slots} and max_seq_len={max_seq_len} leave no room for a token to continue; "
             "at least 1 and 2 are needed"
         )
-    plan = MemoryPlan(
-        num_slots=num_slots,
-        max_seq_len=max_seq_len,
-        target=ModelSize.of(pair.target),
-        draft=ModelSize.of(pair.draft) if pair.draft is not None else None,
-        prefix_cache_mib=prefix_cache_mib,
-        export_queue_bytes=export_queue_bytes,
-        weights_loaded=True,
-    )
+    plan = plan_memory(pair, num_slots, max_seq_len, prefix_cache_mib, export_queue_bytes)
     plan.require_fit(free or free_memory(next(pair.target.parameters()).device))
     _log.info("%s", "\n".join(plan.lines()))
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
@@ -114,12 +106,34 @@ def build_engine(
         costs=costs,
         eos_token_ids=pair.eos_token_ids,
         floor=weights.stage_floor if weights is not None else None,
-        prefix_cache=PrefixCache(target.cache, max_bytes=plan.prefix_cache_bytes)
-        if plan.prefix_cache_bytes
-        else None,
+        prefix_cache=new_prefix_cache(target, plan),
     )
     engine.pair, engine.draft_weights, engine.memory_plan = pair, weights, plan
     return engine
+
+
+def new_prefix_cache(target: Runner, plan: MemoryPlan) -> PrefixCache | None:
+    max_bytes = plan.prefix_cache_bytes
+    return PrefixCache(target.cache, max_bytes=max_bytes) if max_bytes else None
+
+
+def plan_memory(
+    pair: ModelPair,
+    num_slots: int,
+    max_seq_len: int,
+    prefix_cache_mib: float | None = None,
+    export_queue_bytes: int = 0,
+) -> MemoryPlan:
+    """What an engine on this pair, which is loaded, will hold."""
+    return MemoryPlan(
+        num_slots=num_slots,
+        max_seq_len=min(max_seq_len, pair.max_positions),
+        target=ModelSize.of(pair.target),
+        draft=ModelSize.of(pair.draft) if pair.draft is not None else None,
+        prefix_cache_mib=prefix_cache_mib,
+        export_queue_bytes=export_queue_bytes,
+        weights_loaded=True,
+    )
 
 
 @torch.inference_mode()

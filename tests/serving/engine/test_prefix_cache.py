@@ -15,9 +15,10 @@ from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
-from serving.engine.prefix_cache import PrefixCache
+from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.runner import Runner
 from serving.engine.slot_cache import SlotCache
+from serving.local import load_engine
 from tests.support.table_engine import MAX_LEN, PrefixCacheMaker, table_engine
 from tests.support.table_model import TableModel
 from tests.support.tiny_models import tiny_model
@@ -330,3 +331,14 @@ def test_prompts_of_one_token_and_of_the_whole_window_are_fine() -> None:
     one = SamplingParams(temperature=0.0, max_tokens=1)
     with table_engine(target, draft, num_draft_tokens=2, prefix_cache=pool) as engine:
         assert texts(engine.generate(prompts, one)) == [greedy(target, prompt, 1) for prompt in prompts]
+
+
+def test_an_engine_without_the_cache_looks_nothing_up(tiny_pair: tuple[str, str]) -> None:
+    prompt = list(range(20, 60))
+    with load_engine(*tiny_pair, num_slots=1, max_seq_len=64, prefix_cache_mib=0) as engine:
+        generations = engine.generate([prompt, prompt], GREEDY)
+        assert engine.stats().prefix_cache == PrefixCacheStats()
+    with load_engine(*tiny_pair, num_slots=1, max_seq_len=64) as engine:
+        reusing = engine.generate([prompt, prompt], GREEDY)
+    assert texts(reusing) == texts(generations)
+    assert [g.num_prompt_tokens_reused for g in (*generations, *reusing)] == [0, 0, 0, 32]
