@@ -108,6 +108,17 @@ def test_blocks_are_shared_and_the_one_used_longest_ago_gives_way() -> None:
     assert [prefixes.load(0, prompt) for prompt in (one, two, three, (7, 7))] == [4, 2, 4, 2]
 
 
+def test_a_longer_chain_never_pushes_out_its_own_beginning() -> None:
+    cache = slots()
+    prefixes = pool(cache, num_blocks=4)
+    for prompt in ((1, 1, 2, 2), (5, 5, 6, 6), (1, 1, 2, 2, 3, 3, 4, 4)):
+        fill(cache, 1, prompt)
+        prefixes.store(1, prompt)
+    cache.clear(0)
+    assert prefixes.load(0, prompt) == 8
+    assert torch.equal(cache.columns(0, 0, 8), cache.columns(1, 0, 8))
+
+
 def test_a_prefix_that_is_not_finite_is_not_kept() -> None:
     cache = slots()
     prefixes = pool(cache)
@@ -291,9 +302,9 @@ class _Failing(PrefixCache):
 
 
 def test_a_prefix_cache_that_fails_costs_speed_only() -> None:
-    target, draft = tables()
+    target, _ = tables()
     maker = partial(pool, kind=_Failing)
-    with table_engine(target, draft, num_draft_tokens=2, prefix_cache=maker) as engine:
+    with table_engine(target, None, num_draft_tokens=0, prefix_cache=maker) as engine:
         assert texts(engine.generate(SHARED, GREEDY)) == [
             greedy(target, prompt, GREEDY.max_tokens) for prompt in SHARED
         ]
