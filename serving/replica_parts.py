@@ -155,6 +155,7 @@ def _load(settings: ServingSettings) -> LocalEngine:
         num_slots=settings.num_slots,
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
+        compile=settings.compile,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -31,6 +31,9 @@ class ServingSettings(BaseModel):
     """Prompt and output together, tokens."""
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compiled passes: auto serves without until they are ready and keeps them for the next start; on waits
+    for them and fails where they cannot be had."""
     num_replicas: int = Field(default=1, ge=1)
 
     api_keys: tuple[SecretStr, ...] = ()

@@ -32,7 +32,7 @@ from serving.engine.request import (
     TokenEvent,
 )
 from serving.engine.round import run_round
-from serving.engine.runner import Runner
+from serving.engine.runner import Pass, Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import NO_ADVANCE, Batch, Sequence
 from serving.engine.stats import EngineStats, Meter, SwapReport
@@ -138,6 +138,10 @@ class Engine:
                 f"the engine is closed; draft_version={staged.draft_version} was not loaded"
             )
         return done
+
+    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        """Run these runners' passes by other code from the next round on, at newly measured costs."""
+        self._commands.put(lambda: self._use_passes(passes, costs))
 
     def seed(self, seed: int) -> None:
         """Make unseeded sampling repeatable from here on; only for a lone caller."""
@@ -326,6 +330,12 @@ class Engine:
 
     def _seed(self, seed: int) -> None:
         self.generator.manual_seed(seed)
+
+    def _use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        for runner, compiled in passes:
+            runner.compiled = compiled
+        if self.costs is not None:
+            self.costs.adopt(costs)
 
     def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
         if not done.set_running_or_notify_cancel():
