@@ -53,6 +53,7 @@ class ReplicaParts:
             replica_id=self._replica_id,
             at_s=time.time(),
             num_dropped_records=self._num_dropped_records(),
+            passes=self.engine.compiling.state,
             last_error="" if self._watcher is None else self._watcher.last_error,
         )
 
