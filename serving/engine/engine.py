@@ -22,6 +22,7 @@ from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
+from serving.engine.logits_processing import check_processing
 from serving.engine.proposal import Drafter
 from serving.engine.request import (
     EventCallback,
@@ -104,12 +105,7 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed the context of "
                 f"{limit} tokens (max_seq_len); shorten one of them"
             )
-
-        if sampling.min_tokens and len(self._stop_ids(sampling)) >= vocab_size:
-            raise ValueError(
-                f"min_tokens={sampling.min_tokens} with stop_token_ids that cover the whole vocabulary "
-                "leaves no token to draw"
-            )
+        check_processing(sampling, self._stop_ids(sampling), vocab_size)
 
     def generate(
         self,
@@ -259,7 +255,9 @@ class Engine:
 
     def _round(self) -> None:
         if self._batch is None:
-            self._batch = Batch(list(self._scheduler.running), self._target.device)
+            self._batch = Batch(
+                list(self._scheduler.running), self._target.device, vocab_size=self._target.vocab_size
+            )
         batch = self._batch
         lengths = self._draft.lengths(batch)
         began_s = time.perf_counter()

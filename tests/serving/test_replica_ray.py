@@ -108,7 +108,7 @@ def test_the_official_client_is_answered_whole_and_streamed(client: openai.OpenA
     }
     assert texts == {whole.choices[0].text}
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(**request, frequency_penalty=1.0)
+        client.completions.create(**request, frequency_penalty=2.1)
     assert refused.value.param == "frequency_penalty"
 
 
