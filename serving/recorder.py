@@ -116,14 +116,14 @@ def _segments(generation: Generation) -> Iterator[_Segment]:
 
 
 def _record_sampling(sampling: SamplingParams) -> RecordSampling:
-    """`min_tokens` forbids stop tokens at some positions, which the record's law does not know."""
+    """Penalties, bias and `min_tokens` change the logits, which the record's law does not know."""
     return RecordSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         mode=sampling.mode,
-        context_dependent=sampling.min_tokens > 0,
+        context_dependent=sampling.context_dependent,
     )
 
 

@@ -55,6 +55,7 @@ class ReplicaParts:
             replica_id=self._replica_id,
             at_s=time.time(),
             num_dropped_records=self._num_dropped_records(),
+            passes=self.engine.compiling.state,
             last_error="" if self._watcher is None else self._watcher.last_error,
         )
 
@@ -157,6 +158,7 @@ def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
         num_slots=settings.num_slots,
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
+        compile=settings.compile,
         prefix_cache_mib=settings.prefix_cache_mib,
         export_queue_bytes=export_queue_bytes,
     )

@@ -31,6 +31,9 @@ class ServingSettings(BaseModel):
     """Prompt and output together, tokens."""
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compiled passes: auto serves without until they are ready and keeps them for the next start; on waits
+    for them and fails where they cannot be had."""
     prefix_cache_mib: float | None = Field(default=None, ge=0)
     """Keys and values kept of earlier prompts; 0 turns prefix reuse off; None: one slot's for every four."""
     num_replicas: int = Field(default=1, ge=1)

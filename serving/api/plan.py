@@ -70,6 +70,11 @@ def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> 
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
         num_draft_tokens=body.num_draft_tokens,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
     )
 
 

@@ -5,6 +5,7 @@ is refused by name unless its value is the neutral one; null means unset everywh
 """
 
 import difflib
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,6 +24,7 @@ _TEMPLATE_CONTROLS = frozenset(
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
 def fault(param: str, message: str) -> PydanticCustomError:
@@ -94,6 +96,11 @@ class GenerationBody(StrictBody):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    """Token id to what its logit gains. -100 as good as bans a token, but is finite like any other;
+    `allowed_token_ids` is strict."""
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
@@ -101,6 +108,8 @@ class GenerationBody(StrictBody):
     top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 and -1 are off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
     include_stop_str_in_output: bool = False
@@ -109,6 +118,14 @@ class GenerationBody(StrictBody):
     return_weight_versions: bool = False
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Caps the draft length; 0 turns speculation off for this request."""
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, biases: dict[str, float]) -> dict[str, float]:
+        wrong = next((key for key in biases if not _TOKEN_ID.fullmatch(key)), None)
+        if wrong is not None:
+            raise ValueError(f"key {wrong[:20]!r} is no token id; the request was not started")
+        return biases
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -13,11 +13,7 @@ HARMLESS = frozenset(
 """Scheduling, billing, bookkeeping; `prediction` is a hint for speed, `parallel_tool_calls` needs tools."""
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -33,7 +29,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "use_beam_search": (False,),
     "prompt_logprobs": (),
-    "allowed_token_ids": ([],),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),

@@ -6,6 +6,7 @@ behind catches up by one chunk, alone, and drafts nothing in that round. After a
 legal (the law drawn from is the law verified) and are renewed one slot a round.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -56,18 +57,15 @@ class ModelDrafter:
             nothing = Proposal.empty(len(batch), self.draft_version, batch.device)
             return replace(nothing, num_chunks=num_chunks)
         logits_BV = self._first_pass(batch, wanted)
-        tokens, laws, token_logprobs = [], [], []
+        tokens: list[Tensor] = []
+        laws, token_logprobs = [], []
         num_broken = 0
         for position in range(num_drafts):
-            token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, position, noise_BEV, generator)
-            broken = [
-                row
-                for row, is_finite in enumerate(torch.isfinite(logprob_B).tolist())
-                if not is_finite and wanted[row] > position
-            ]
-            for row in broken:
-                wanted[row] = position
-            num_broken += len(broken)
+            token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, tokens, noise_BEV, generator)
+            for row, logprob in enumerate(logprob_B.tolist()):
+                if not math.isfinite(logprob) and wanted[row] > position:
+                    wanted[row] = position
+                    num_broken += math.isnan(logprob)
             tokens.append(token_B)
             token_logprobs.append(logprob_B)
             if law_BV is not None:
@@ -172,19 +170,28 @@ class ModelDrafter:
 
 def _draw_one(
     batch: Batch,
-    logits_BV: Tensor,
-    position: int,
+    raw_logits_BV: Tensor,
+    drafted: list[Tensor],
     noise_BEV: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Tokens [B], their law's log-probabilities [B, V] (None: greedy), and those of the tokens [B]."""
-    logits_BV = batch.forbid_stops(logits_BV[:, None], first_position=position)[:, 0]
+    """Tokens [B], their law's log-probabilities [B, V] (None: greedy), and those of the tokens [B]: NaN where
+    the draft is broken, -inf where it gives no token that the request allows.
+
+    `drafted`: the tokens [B] drawn before, in this round."""
+    position = len(drafted)
+    logits_BV = raw_logits_BV
+    if batch.processing is not None:
+        drafted_BD = torch.stack(drafted, dim=1) if drafted else logits_BV.new_zeros((len(batch), 0)).long()
+        logits_BV = batch.processing.apply(logits_BV[:, None], drafted_BD, position)[:, 0]
     if batch.law.all_greedy:
-        best_B = logits_BV.max(dim=-1)
-        return best_B.indices, None, torch.where(torch.isfinite(best_B.values), 0.0, torch.nan)
+        best = logits_BV.max(dim=-1)
+        logprob_B = torch.where(torch.isfinite(best.values), 0.0, torch.nan)
+        return best.indices, None, _none_allowed(batch, raw_logits_BV, best.values, logprob_B)
     law: SamplingLaw = batch.law
+    best_B = logits_BV.amax(-1)
     law_BV = law_logprobs(logits_BV[:, None], law)[:, 0]
-    law_BV = torch.where(torch.isfinite(logits_BV.amax(-1))[:, None], law_BV, torch.nan)
+    law_BV = torch.where(torch.isfinite(best_B)[:, None], law_BV, torch.nan)
     if batch.any_standard:
         token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
     else:
@@ -192,4 +199,13 @@ def _draw_one(
     if noise_BEV is not None:
         coupled_B = (law_BV + noise_BEV[:, position]).argmax(dim=-1)
         token_B = torch.where(batch.coupled_B, coupled_B, token_B)
-    return token_B, law_BV, law_BV.gather(-1, token_B[:, None])[:, 0]
+    logprob_B = law_BV.gather(-1, token_B[:, None])[:, 0]
+    return token_B, law_BV, _none_allowed(batch, raw_logits_BV, best_B, logprob_B)
+
+
+def _none_allowed(batch: Batch, raw_logits_BV: Tensor, best_B: Tensor, logprob_B: Tensor) -> Tensor:
+    """-inf for rows whose draft is sound, but cannot say any token that the request allows."""
+    if batch.processing is None:
+        return logprob_B
+    sound_B = torch.isfinite(raw_logits_BV.amax(dim=-1))
+    return logprob_B.masked_fill(sound_B & (best_B == -torch.inf), -torch.inf)

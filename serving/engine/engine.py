@@ -22,6 +22,7 @@ from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
+from serving.engine.logits_processing import check_processing
 from serving.engine.prefill import Prefill
 from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.proposal import Drafter
@@ -34,7 +35,7 @@ from serving.engine.request import (
     TokenEvent,
 )
 from serving.engine.round import run_round
-from serving.engine.runner import Runner
+from serving.engine.runner import Pass, Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import NO_ADVANCE, Batch, Sequence
 from serving.engine.stats import EngineStats, Meter, SwapReport
@@ -116,12 +117,7 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed the context of "
                 f"{limit} tokens (max_seq_len); shorten one of them"
             )
-
-        if sampling.min_tokens and len(self._stop_ids(sampling)) >= vocab_size:
-            raise ValueError(
-                f"min_tokens={sampling.min_tokens} with stop_token_ids that cover the whole vocabulary "
-                "leaves no token to draw"
-            )
+        check_processing(sampling, self._stop_ids(sampling), vocab_size)
 
     def generate(
         self,
@@ -150,6 +146,10 @@ class Engine:
                 f"the engine is closed; draft_version={staged.draft_version} was not loaded"
             )
         return done
+
+    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        """Run these runners' passes by other code from the next round on, at newly measured costs."""
+        self._commands.put(lambda: self._use_passes(passes, costs))
 
     def seed(self, seed: int) -> None:
         """Make unseeded sampling repeatable from here on; only for a lone caller."""
@@ -245,7 +245,9 @@ class Engine:
 
     def _round(self) -> None:
         if self._batch is None:
-            self._batch = Batch(list(self._scheduler.running), self._target.device)
+            self._batch = Batch(
+                list(self._scheduler.running), self._target.device, vocab_size=self._target.vocab_size
+            )
         batch = self._batch
         lengths = self._draft.lengths(batch)
         began_s = time.perf_counter()
@@ -317,6 +319,12 @@ class Engine:
 
     def _seed(self, seed: int) -> None:
         self.generator.manual_seed(seed)
+
+    def _use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        for runner, compiled in passes:
+            runner.compiled = compiled
+        if self.costs is not None:
+            self.costs.adopt(costs)
 
     def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
         if not done.set_running_or_notify_cancel():

@@ -5,7 +5,7 @@ field, its value and the consequence.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ class SamplingParams:
     `num_draft_tokens` caps the draft length (0: no speculation; None: no cap of the request's own).
     `logprobs` asks for that many of the target's most likely tokens beside each output token (raw,
     temperature 1).
+
+    The penalties, `logit_bias` (-inf bans an id) and `allowed_token_ids` change logits as
+    `logits_processing` says, draft and target alike; a mapping given as `logit_bias` is kept as pairs.
     """
 
     temperature: float = 1.0
@@ -41,6 +44,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     num_draft_tokens: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -59,6 +67,39 @@ class SamplingParams:
             _check("seed", self.seed, -(2**63) <= self.seed < 2**64, "an integer of at most 64 bits")
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
+        self._check_processing()
+
+    def _check_processing(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            penalty = getattr(self, name)
+            _check(name, penalty, -2.0 <= penalty <= 2.0, "between -2 and 2")
+        repetition = self.repetition_penalty
+        _check("repetition_penalty", repetition, 0.01 <= repetition <= 100.0, "between 0.01 and 100")
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
+        allowed = self.allowed_token_ids
+        if allowed is not None:
+            _check("allowed_token_ids", allowed, bool(allowed), "one id or more, or there is nothing to draw")
+            object.__setattr__(self, "allowed_token_ids", tuple(sorted(set(allowed))))
+
+    @property
+    def bias_pairs(self) -> tuple[tuple[int, float], ...]:
+        """`logit_bias`, ordered by token id."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
+    def biases_logits(self) -> bool:
+        return bool(self.logit_bias) or self.allowed_token_ids is not None
+
+    @property
+    def penalises(self) -> bool:
+        neutral = (0.0, 0.0, 1.0)
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != neutral
+
+    @property
+    def context_dependent(self) -> bool:
+        """Whether the law at a position is more than temperature, top-k, top-p and min-p of its logits."""
+        return self.min_tokens > 0 or self.biases_logits or self.penalises
 
     @property
     def mode(self) -> SamplingMode:
@@ -70,6 +111,19 @@ class SamplingParams:
 def _check(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name}={value!r} must be {expected}; the request was not started")
+
+
+def _bias_pairs(
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...],
+) -> tuple[tuple[int, float], ...]:
+    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
+    biases = {int(token): float(bias) for token, bias in pairs}
+    for token, bias in biases.items():
+        if not (-100.0 <= bias <= 100.0 or bias == -math.inf):
+            raise ValueError(
+                f"logit_bias of token id {token} is {bias!r}; it must be -inf or between -100 and 100"
+            )
+    return tuple(sorted(biases.items()))
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,16 @@ def run_round(
         torch.cuda.synchronize(target.device)
     verified_s = time.perf_counter()
 
-    logits_BEV = batch.forbid_stops(raw_logits_BEV)
+    logits_BEV = raw_logits_BEV
+    if batch.processing is not None:
+        logits_BEV = batch.processing.apply(raw_logits_BEV, proposal.token_ids_BG)
     law_BEV, choice_BE = _target_choice(batch, logits_BEV, noise_BEV)
     verification = _verify(batch, proposal, law_BEV, choice_BE, generator)
 
     logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
     finite_B = torch.isfinite(logsumexp_BE).all(dim=-1)
+    if batch.processing is not None:  # what is allowed may be what the target's own padding excludes
+        finite_B &= torch.isfinite(logits_BEV.amax(dim=-1)).all(dim=-1)
     verification = replace(verification, num_accepted_B=verification.num_accepted_B * finite_B)
     capture = None
     if batch.any_capture:
@@ -80,6 +84,8 @@ def run_round(
     if drafter is not None:
         drafter.observe(list(proposal.num_drafted_B), verification.num_accepted_B.tolist())
     advances = commit(batch, proposal, verification, finite_B, raw_logits_BEV, logsumexp_BE, capture)
+    if batch.processing is not None:
+        batch.processing.commit([advance.token_ids for advance in advances])
     return RoundReport(
         draft_version=proposal.draft_version,
         num_draft_tokens=proposal.max_drafted,

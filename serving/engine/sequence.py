@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.draft_length import AcceptanceBelief
+from serving.engine.logits_processing import LogitsProcessing, RowContext
 from serving.engine.noise import noise_key
 from serving.engine.request import (
     CapturedRound,
@@ -93,11 +94,6 @@ class Sequence:
         cap = self.request.sampling.num_draft_tokens if self.drafts_next else 0
         return max(0, min(limit, self.num_remaining - 1, limit if cap is None else cap))
 
-    @property
-    def num_forbidden_positions(self) -> int:
-        """Coming output positions at which min_tokens forbids to stop."""
-        return max(0, self.request.sampling.min_tokens - self.num_output)
-
     def count(self, advance: Advance, draft_version: int) -> None:
         """Add a round's counters and log-probabilities, after its tokens were appended."""
         self.num_rounds += 1
@@ -143,7 +139,9 @@ class Sequence:
 class Batch:
     """The sequences of a round, row = slot, and the tensors that last as long as they do."""
 
-    def __init__(self, sequences: list[Sequence], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, sequences: list[Sequence], device: torch.device | str = "cpu", *, vocab_size: int
+    ) -> None:
         params = [sequence.request.sampling for sequence in sequences]
         modes = [param.mode for param in params]
         self.sequences = sequences
@@ -161,6 +159,11 @@ class Batch:
         self.any_capture = any(sequence.request.capture for sequence in sequences)
         self.any_logprobs = any(param.logprobs is not None for param in params)
         self.max_top_logprobs = max(param.logprobs or 0 for param in params)
+        contexts = [
+            RowContext(sequence.request.sampling, sequence.token_ids, sequence.prompt_len, sequence.stop_ids)
+            for sequence in sequences
+        ]
+        self.processing = LogitsProcessing.stack(contexts, vocab_size, device)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -172,14 +175,3 @@ class Batch:
         """Output index of the next `num_positions` tokens of each row."""
         starts_B = torch.tensor([sequence.num_output for sequence in self.sequences], device=self.device)
         return starts_B[:, None] + torch.arange(num_positions, device=self.device)
-
-    def forbid_stops(self, logits_BXV: Tensor, first_position: int = 0) -> Tensor:
-        """Where min_tokens is not reached yet, a stop token cannot be drawn. Copies only if it must."""
-        copied = False
-        for row, sequence in enumerate(self.sequences):
-            num_forbidden = sequence.num_forbidden_positions - first_position
-            if num_forbidden > 0 and sequence.stop_ids:
-                logits_BXV = logits_BXV if copied else logits_BXV.clone()
-                copied = True
-                logits_BXV[row, :num_forbidden, list(sequence.stop_ids)] = -torch.inf
-        return logits_BXV

@@ -1,6 +1,7 @@
 """Finished generations become records: whole, self-contained, sampled by request id, never in the way."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def engine(tiny_pair: tuple[str, str]) -> Iterator[Engine]:
         yield running
 
 
-def generated(engine: Engine, *, capture: bool = True, **sampling: float) -> Generation:
+def generated(engine: Engine, *, capture: bool = True, **sampling: Any) -> Generation:
     params = SamplingParams(**{"temperature": 0.7, "max_tokens": 30, "ignore_eos": True} | sampling)
     request = GenerationRequest("cmpl-1-0", (5, 6, 7), params, 1, "sql", capture)
     return engine.submit(request).result(timeout_s=30)
@@ -77,8 +78,21 @@ def test_a_record_says_what_was_generated_and_how(engine: Engine) -> None:
     assert encode(decode(GenerationRecord, encode(record))) == encode(record)
 
 
-def test_min_tokens_marks_a_law_that_depends_on_the_position(engine: Engine) -> None:
-    [record] = records_of(generated(engine, min_tokens=5))
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"min_tokens": 5},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {5: 1.0}},
+        {"allowed_token_ids": (5, 6)},
+    ],
+)
+def test_what_changes_logits_marks_a_law_that_depends_on_the_context(
+    engine: Engine, asked: dict[str, Any]
+) -> None:
+    [record] = records_of(generated(engine, **asked))
     assert record.sampling.context_dependent
 
 

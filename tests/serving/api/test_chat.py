@@ -1,5 +1,7 @@
 """`POST /v1/chat/completions` as the official client sees it."""
 
+from typing import Any
+
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
@@ -93,11 +95,33 @@ def test_neutral_values_of_unsupported_fields_are_fine(client: openai.OpenAI) ->
         client,
         response_format={"type": "text"},
         tool_choice="none",
-        frequency_penalty=0,
-        presence_penalty=0.0,
-        logit_bias={},
         service_tier="auto",
         parallel_tool_calls=False,
         user="me",
         metadata={"a": "b"},
     )
+
+
+def test_penalties_and_bias_change_the_text_the_same_with_and_without_speculation(
+    client: openai.OpenAI,
+) -> None:
+    fields = {"temperature": 0, "max_tokens": 40}
+    plain = chat(client, **fields, frequency_penalty=0, presence_penalty=0.0, logit_bias={})
+    asked: list[dict[str, Any]] = [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 2},
+        {"extra_body": {"repetition_penalty": 1.8}},
+        {"logit_bias": {"70": 100}},
+    ]
+    for change in asked:
+        body = {"ignore_eos": True, **change.pop("extra_body", {})}
+        drafted = chat(client, **fields, **change, extra_body=body)
+        alone = chat(client, **fields, **change, extra_body={**body, "num_draft_tokens": 0})
+        assert drafted.choices[0].message.content == alone.choices[0].message.content
+        assert drafted.choices[0].message.content != plain.choices[0].message.content
+
+
+def test_only_allowed_ids_are_emitted_and_a_bias_of_minus_100_as_good_as_bans(client: openai.OpenAI) -> None:
+    body = {"allowed_token_ids": [70, 71, 72], "return_token_ids": True}
+    answer = chat(client, temperature=2, logit_bias={"71": -100}, extra_body=body)
+    assert set(answer.choices[0].model_extra["token_ids"]) == {70, 72}

@@ -59,10 +59,24 @@ def refusal(server: LiveServer, body: object, path: str = COMPLETIONS) -> dict[s
         ("prompt", ["a", 1]),
         ("prompt", [-1]),
         ("prompt", {"text": "a"}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", "1"),
+        ("presence_penalty", -2.5),
+        ("presence_penalty", float("nan")),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 1e9),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": float("-inf")}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"the": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+        ("logit_bias", {"100000": 1}),
+        ("logit_bias", [[5, 1]]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("allowed_token_ids", [5, 100000]),
         ("suffix", "end"),
         ("use_beam_search", True),
         ("guided_json", {}),
@@ -82,8 +96,13 @@ def test_half_a_surrogate_pair_is_no_text(server: LiveServer, body: dict[str, ob
 
 
 def test_what_is_not_supported_yet_says_so(server: LiveServer) -> None:
-    for field, value in (("frequency_penalty", 1), ("logit_bias", {"1": 2})):
+    for field, value in (("use_beam_search", True), ("bad_words", ["a"])):
         assert "not supported yet" in (refusal(server, {"prompt": "a", field: value})["message"] or "")
+
+
+def test_stops_that_cover_all_that_is_allowed_cannot_be_held_back(server: LiveServer) -> None:
+    body = {"prompt": "a", "allowed_token_ids": [7, 8], "stop_token_ids": [7, 8], "min_tokens": 2}
+    assert refusal(server, body)["param"] == "min_tokens"
 
 
 def test_a_misspelt_field_is_answered_with_the_nearest(server: LiveServer) -> None:
@@ -119,7 +138,8 @@ json_values = st.recursive(
 )
 fields = st.sampled_from(
     "prompt max_tokens n stop stream seed temperature top_p top_k logprobs echo metadata stop_token_ids "
-    "messages stream_options logit_bias tokens min_tokens whatever".split()
+    "messages stream_options logit_bias allowed_token_ids presence_penalty repetition_penalty tokens "
+    "min_tokens whatever".split()
 )
 
 
