@@ -25,7 +25,14 @@ MAX_TOKENS = 64
 def measure(target: str, draft: str, *, device: str, dtype: str, repeats: int) -> dict[str, Any]:
     """Figures by batch size; seconds, tokens a second, and plain ratios."""
     metrics: dict[str, Any] = {"device": device, "dtype": dtype, "repeats": repeats}
-    with load_engine(target, draft, device=device, dtype=dtype, num_slots=max(BATCHES)) as engine:
+    with load_engine(
+        target,
+        draft,
+        device=device,
+        dtype=dtype,
+        num_slots=max(BATCHES),
+        prefix_cache_mib=0,  # every turn sends the same prompts
+    ) as engine:
         for batch in BATCHES:
             metrics[f"batch_{batch}"] = _passes(engine, batch, repeats) | _generation(engine, batch, repeats)
     return metrics

@@ -28,7 +28,7 @@ _KINDS: dict[type, int] = {
     GenerationRecord: 1,
     AdapterManifest: 2,
     AdapterEvent: 3,
-    ServingStatus: 4,
+    ServingStatus: 5,
     RouteState: 5,
 }
 _RECORD_HINTS = get_type_hints(GenerationRecord)

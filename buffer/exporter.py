@@ -18,7 +18,10 @@ from buffer.records import GenerationRecord
 from buffer.store import RecordStore, StreamKey
 
 RecordMaker = Callable[[], GenerationRecord]
-Submission = tuple[StreamKey, GenerationRecord | RecordMaker]
+Submission = tuple[StreamKey, GenerationRecord | RecordMaker, int]
+"""Key, record, and the bytes it holds."""
+
+MAX_QUEUE_BYTES = 64 * 2**20
 
 QUEUE_FULL = "queue_full"
 STORE_UNAVAILABLE = "store_unavailable"
@@ -41,6 +44,7 @@ class RecordExporter:
         store: RecordStore,
         *,
         max_queue_records: int = 2_048,
+        max_queue_bytes: int = MAX_QUEUE_BYTES,
         max_batch_records: int = 64,
         breaker: CircuitBreaker | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -50,6 +54,8 @@ class RecordExporter:
         self._breaker = breaker or CircuitBreaker()
         self._clock = clock
         self._queue: queue.Queue[Submission] = queue.Queue(max_queue_records)
+        self._max_queue_bytes = max_queue_bytes
+        self._held_bytes = 0
         self._lock = threading.Lock()
         self._num_submitted = 0
         self._num_exported = 0
@@ -81,17 +87,21 @@ class RecordExporter:
     def breaker_open(self) -> bool:
         return self._breaker.is_open
 
-    def submit(self, key: StreamKey, record: GenerationRecord | RecordMaker) -> bool:
-        """Queue a record, or a callable that makes it on the exporter's thread. False: dropped."""
+    def submit(self, key: StreamKey, record: GenerationRecord | RecordMaker, num_bytes: int = 0) -> bool:
+        """Queue a record, or a callable that makes it on the exporter's thread; until it is exported it
+        holds `num_bytes`. False: dropped."""
         with self._lock:
             self._num_submitted += 1
         if self._closing.is_set():
             return self._drop(CLOSED)
         if not self._breaker.allows(self._clock()):
             return self._drop(BREAKER_OPEN)
+        if not self._hold(num_bytes):
+            return self._drop(QUEUE_FULL)
         try:
-            self._queue.put_nowait((key, record))
+            self._queue.put_nowait((key, record, num_bytes))
         except queue.Full:
+            self._hold(-num_bytes)
             return self._drop(QUEUE_FULL)
         return True
 
@@ -112,7 +122,17 @@ class RecordExporter:
                 first = self._queue.get(timeout=_POLL_S)
             except queue.Empty:
                 continue
-            self._export([first, *self._drain(self._max_batch_records - 1)])
+            batch = [first, *self._drain(self._max_batch_records - 1)]
+            self._export(batch)
+            self._hold(-sum(num_bytes for *_, num_bytes in batch))
+
+    def _hold(self, num_bytes: int) -> bool:
+        """Count bytes in (negative: out). False: they would exceed the bound, and nothing was counted."""
+        with self._lock:
+            if num_bytes > 0 and self._held_bytes + num_bytes > self._max_queue_bytes:
+                return False
+            self._held_bytes += num_bytes
+            return True
 
     def _drain(self, max_records: int) -> list[Submission]:
         drained: list[Submission] = []
@@ -125,7 +145,7 @@ class RecordExporter:
 
     def _export(self, batch: Sequence[Submission]) -> None:
         by_key: defaultdict[StreamKey, list[GenerationRecord]] = defaultdict(list)
-        for key, submitted in batch:
+        for key, submitted, _ in batch:
             record = self._made(submitted)
             if record is not None:
                 by_key[key].append(record)

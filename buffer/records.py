@@ -174,4 +174,6 @@ class ServingStatus:
     num_swaps_under_load: int = 0
     swap_pause_s_max: float = 0.0
     round_s_median: float = 0.0
+    passes: str = ""
+    """What runs the models' passes: compiled, or eager and why."""
     last_error: str = ""

@@ -4,17 +4,21 @@ Starts nothing that stays and changes nothing. Invariant: a check never raises; 
 is its finding.
 """
 
+import functools
 import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from deploy.ports import port_is_free
+
+if TYPE_CHECKING:
+    from serving.models.loading import ModelPair
 
 Verdict = Literal["ok", "warning", "failure"]
 
@@ -44,6 +48,9 @@ class Subject:
     target: str | None = None
     draft: str | None = None
     device: str = "cpu"
+    dtype: str = "float32"
+    num_slots: int = 8
+    max_seq_len: int = 1024
 
 
 def examine(subject: Subject) -> Iterator[Check]:
@@ -59,7 +66,9 @@ def examine(subject: Subject) -> Iterator[Check]:
         ("disk", _disk),
     ]
     if subject.target is not None:
-        checks.append(("models", _models))
+        pair = functools.cache(lambda: _load(subject))
+        checks.append(("models", lambda _: _models(pair())))
+        checks.append(("plan", lambda _: _plan(subject, pair())))
     for name, check in checks:
         yield _safely(name, check, subject)
 
@@ -140,11 +149,33 @@ def _disk(subject: Subject) -> Check:
     return Check("disk", "warning", found, "checkpoints and MLflow may run out of space")
 
 
-def _models(subject: Subject) -> Check:
+def _load(subject: Subject) -> "ModelPair":
     from serving.models.loading import load_pair
 
     assert subject.target is not None
-    pair = load_pair(subject.target, subject.draft, device=subject.device)
+    return load_pair(subject.target, subject.draft, device=subject.device, dtype=subject.dtype)
+
+
+def _plan(subject: Subject, pair: "ModelPair") -> Check:
+    """The memory that serving would hold, beside the models just loaded."""
+    import torch
+
+    from buffer.exporter import MAX_QUEUE_BYTES
+    from serving.free_memory import free_memory
+    from serving.local import plan_memory
+    from serving.memory_plan import MemoryPlanError
+
+    queue_bytes = MAX_QUEUE_BYTES if pair.draft is not None else 0
+    plan = plan_memory(pair, subject.num_slots, subject.max_seq_len, export_queue_bytes=queue_bytes)
+    found = "\n".join(plan.lines())
+    try:
+        plan.require_fit(free_memory(torch.device(subject.device)))
+    except MemoryPlanError as error:
+        return Check("plan", "failure", found, str(error))
+    return Check("plan", "ok", found)
+
+
+def _models(pair: "ModelPair") -> Check:
     sizes = [("target", pair.target), ("draft", pair.draft)]
     found = ", ".join(
         f"{role} of {sum(weights.numel() for weights in model.parameters()) / 1e6:.1f} M parameters"

@@ -27,6 +27,7 @@ from learner.settings import LearnerSettings
 
 if TYPE_CHECKING:
     from deploy.learner_process import LearnerHandle
+    from serving.memory_plan import MemoryPlan
 
 Narrate = Callable[[str], None]
 """Told what is being done, in words for a person."""
@@ -77,6 +78,7 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         parts.enter_context(claimed_folder(settings.state_dir))
         require_free_port(cluster.host, cluster.port)
         check_models(settings)
+        narrate("\n".join(check_memory(settings).lines()))
         redis_url = parts.enter_context(_redis(settings, narrate))
         learner = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
         system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner)
@@ -130,6 +132,35 @@ def _check_configuration(name: str) -> None:
     from serving.models.loading import check_config
 
     check_config(name, AutoConfig.from_pretrained(name))
+
+
+def check_memory(settings: Settings) -> "MemoryPlan":
+    """What one replica will hold, from the configurations alone. Raises SettingsError for what cannot fit.
+
+    A CUDA device is asked by the replica that opens it, and machines behind a given Ray by theirs.
+    """
+    import torch
+
+    from buffer.exporter import MAX_QUEUE_BYTES
+    from serving.free_memory import FreeMemory, host_free_bytes
+    from serving.memory_plan import MemoryPlan, MemoryPlanError
+
+    serving = settings.serving
+    plan = MemoryPlan.outlined(
+        serving.target,
+        serving.draft,
+        dtype=serving.dtype,
+        num_slots=serving.num_slots,
+        max_seq_len=serving.max_seq_len,
+        prefix_cache_mib=serving.prefix_cache_mib,
+        export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0,
+    )
+    if settings.cluster.ray_address is None and torch.device(serving.device).type != "cuda":
+        try:
+            plan.require_fit(FreeMemory(host_free_bytes() // serving.num_replicas))
+        except MemoryPlanError as error:
+            raise SettingsError(f"serving: {error}; nothing was started") from None
+    return plan
 
 
 def with_absolute_paths(settings: Settings) -> Settings:

@@ -25,6 +25,10 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Cached tokens over the tokens that all slots hold together; 1 is full.",
         lambda s: s.num_cached_tokens / s.max_cached_tokens if s.max_cached_tokens else 0.0,
     ),
+    "prefix_cache_bytes": (
+        "Keys and values held of earlier prompts.",
+        lambda s: s.prefix_cache.num_bytes,
+    ),
     "draft_version": ("Version of the draft that serves now; 0 is the floor.", lambda s: s.draft_version),
     "num_draft_tokens": ("Draft length in use now.", lambda s: s.num_draft_tokens),
     "mean_batch_size": ("Sequences in a round, mean of the last rounds.", lambda s: s.mean_batch_size),
@@ -36,8 +40,23 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "draft_disabled": ("1 while the draft is switched off.", lambda s: float(bool(s.draft_disabled_reason))),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
-    "prompt_tokens": ("Prompt tokens prefilled.", lambda s: s.num_prompt_tokens),
+    "prompt_tokens": (
+        "Prompt tokens taken in, those reused from the prefix cache included.",
+        lambda s: s.num_prompt_tokens,
+    ),
     "generation_tokens": ("Output tokens emitted.", lambda s: s.num_output_tokens),
+    "prefix_cache_queries": (
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_cache.num_query_tokens,
+    ),
+    "prefix_cache_hits": (
+        "Of these, tokens whose keys and values were there. Over the queries it is the hit rate.",
+        lambda s: s.prefix_cache.num_hit_tokens,
+    ),
+    "prefix_cache_evictions": (
+        "Blocks that gave way to others.",
+        lambda s: s.prefix_cache.num_evicted_blocks,
+    ),
     "draft_swaps": ("Drafts swapped in.", lambda s: s.num_swaps),
     "draft_swaps_under_load": ("Drafts swapped in while sequences ran.", lambda s: s.num_swaps_under_load),
 }

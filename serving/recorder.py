@@ -28,7 +28,7 @@ class RecordSink(Protocol):
     """Where records go: the buffer's exporter. `submit` returns at once and drops when it is full."""
 
     def submit(
-        self, key: StreamKey, record: GenerationRecord | Callable[[], GenerationRecord], /
+        self, key: StreamKey, record: GenerationRecord | Callable[[], GenerationRecord], num_bytes: int, /
     ) -> object: ...
 
 
@@ -71,7 +71,9 @@ class Recorder:
             key = StreamKey(self._target_revision, generation.route)
             now_s = self._clock()
             for segment in _segments(generation):
-                self._sink.submit(key, partial(self._build, generation, segment, now_s))
+                rounds = generation.captured_rounds[segment.first : segment.end]
+                num_bytes = sum(captured.num_bytes for captured in rounds)
+                self._sink.submit(key, partial(self._build, generation, segment, now_s), num_bytes)
         except Exception:
             _log.exception(
                 "request %s could not be recorded; its answer is unaffected", generation.request_id

@@ -6,7 +6,7 @@ Invariant: a store or feed that is away at start costs a bounded wait, never the
 import importlib.metadata
 import time
 
-from buffer.exporter import RecordExporter
+from buffer.exporter import MAX_QUEUE_BYTES, RecordExporter
 from buffer.records import ServingStatus
 from buffer.store import AdapterFeed, RecordStore
 from serving.adapter_watcher import AdapterWatcher
@@ -36,10 +36,12 @@ class ReplicaParts:
         feed: AdapterFeed | None,
         replica_id: str,
     ) -> None:
-        """Loads the models. Raises UnsupportedModelError, or OSError for a path that is none."""
+        """Loads the models. Raises UnsupportedModelError, MemoryPlanError for sizes that do not fit, or
+        OSError for a path that is none."""
         self._settings, self._replica_id = settings, replica_id
         self._store, self._feed = store, feed
-        self.engine = _load(settings)
+        records = store is not None and settings.records
+        self.engine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
         self._exporter = None if store is None else RecordExporter(store)
         self._watcher = None if feed is None else self._new_watcher(feed)
         if self._watcher is not None:
@@ -53,6 +55,7 @@ class ReplicaParts:
             replica_id=self._replica_id,
             at_s=time.time(),
             num_dropped_records=self._num_dropped_records(),
+            passes=self.engine.compiling.state,
             last_error="" if self._watcher is None else self._watcher.last_error,
         )
 
@@ -112,7 +115,7 @@ class ReplicaParts:
     def _new_recorder(self, engine: LocalEngine) -> Recorder | None:
         """None where records would be useless: no store, no draft to teach, or a rate of 0."""
         settings = self._settings
-        if self._exporter is None or engine.pair.draft is None or settings.capture_rate == 0.0:
+        if self._exporter is None or not settings.records:
             return None
         return Recorder(
             self._exporter,
@@ -146,7 +149,7 @@ def software_version() -> str:
         return "0"
 
 
-def _load(settings: ServingSettings) -> LocalEngine:
+def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
     engine = load_engine(
         settings.target,
         settings.draft,
@@ -155,6 +158,9 @@ def _load(settings: ServingSettings) -> LocalEngine:
         num_slots=settings.num_slots,
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
+        compile=settings.compile,
+        prefix_cache_mib=settings.prefix_cache_mib,
+        export_queue_bytes=export_queue_bytes,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -31,6 +31,11 @@ class ServingSettings(BaseModel):
     """Prompt and output together, tokens."""
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compiled passes: auto serves without until they are ready and keeps them for the next start; on waits
+    for them and fails where they cannot be had."""
+    prefix_cache_mib: float | None = Field(default=None, ge=0)
+    """Keys and values kept of earlier prompts; 0 turns prefix reuse off; None: one slot's for every four."""
     num_replicas: int = Field(default=1, ge=1)
 
     api_keys: tuple[SecretStr, ...] = ()
@@ -63,6 +68,11 @@ class ServingSettings(BaseModel):
     def served_name(self) -> str:
         """The model's name as clients write it."""
         return self.model_name or PurePath(self.target).name or self.target
+
+    @property
+    def records(self) -> bool:
+        """Whether records would be of use: there is a draft to teach, and some requests are captured."""
+        return self.draft is not None and self.capture_rate > 0.0
 
     def revealed_api_keys(self) -> tuple[str, ...]:
         return tuple(key.get_secret_value() for key in self.api_keys)

@@ -9,7 +9,13 @@ from serving.engine.engine import Engine
 
 
 def serving_status(
-    engine: Engine, *, replica_id: str, at_s: float, num_dropped_records: int, last_error: str = ""
+    engine: Engine,
+    *,
+    replica_id: str,
+    at_s: float,
+    num_dropped_records: int,
+    passes: str = "",
+    last_error: str = "",
 ) -> ServingStatus:
     """First version: one draft, so one route holds all counters."""
     stats = engine.stats()
@@ -26,6 +32,7 @@ def serving_status(
         num_swaps_under_load=stats.num_swaps_under_load,
         swap_pause_s_max=stats.swap_pause_s_max,
         round_s_median=stats.round_s_median,
+        passes=passes,
         last_error=last_error or stats.draft_disabled_reason,
     )
 

@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    # A minute of compiling for each tiny pair would slow every test down; those that want it say so.
+    "EVERDRAFT__SERVING__COMPILE": "off",
     # Ray reads its token once a process, whichever test starts it first.
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }

@@ -15,6 +15,9 @@ def doctor(
     target: Annotated[str | None, typer.Option(help="Also load this target …")] = None,
     draft: Annotated[str | None, typer.Option(help="… and this draft, and see whether they fit.")] = None,
     device: Annotated[str, typer.Option(help="Where they would run.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    num_slots: Annotated[int, typer.Option(help="Sequences that would run at once.")] = 8,
+    max_seq_len: Annotated[int, typer.Option(help="Prompt and output together, tokens.")] = 1024,
     host: Annotated[str, typer.Option(help="Where the endpoint would listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.")] = 8000,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
@@ -31,6 +34,9 @@ def doctor(
         target=target,
         draft=draft,
         device=device,
+        dtype=dtype,
+        num_slots=num_slots,
+        max_seq_len=max_seq_len,
     )
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     failed = False

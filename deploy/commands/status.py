@@ -118,7 +118,8 @@ def _replica_lines(status: ServingStatus) -> Iterator[str]:
     )
     yield f"replica {status.replica_id}, {ago(status.at_s, time.time())}: serves {serves or 'the floor'}"
     yield (
-        f"  draft length {status.num_draft_tokens}, round {milliseconds(status.round_s_median)}, "
+        f"  passes {status.passes or 'eager'}, draft length {status.num_draft_tokens}, "
+        f"round {milliseconds(status.round_s_median)}, "
         f"{status.num_swaps} swaps ({status.num_swaps_under_load} under load, longest pause "
         f"{milliseconds(status.swap_pause_s_max)}), {status.num_dropped_records} records dropped"
     )

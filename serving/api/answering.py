@@ -109,4 +109,5 @@ def _says_something(delta: ChoiceDelta, plan: Plan) -> bool:
 
 
 def _figures(run: Run, plan: Plan) -> tuple[Usage, Metrics]:
-    return usage(plan.num_prompt_tokens, run.num_output_tokens), metrics(run.generations)
+    generations = run.generations
+    return usage(plan.num_prompt_tokens, run.num_output_tokens, generations), metrics(generations)

@@ -2,17 +2,28 @@
 
 from collections.abc import Sequence
 
-from serving.api.response_schema import Metrics, SpeculativeDecoding, Usage, WeightVersion
+from serving.api.response_schema import (
+    Metrics,
+    PromptTokensDetails,
+    SpeculativeDecoding,
+    Usage,
+    WeightVersion,
+)
 from serving.engine.counters import acceptance_rate, draft_utilization
 from serving.engine.request import Generation
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> Usage:
-    """A prompt counts once, however many choices it has."""
+def usage(num_prompt_tokens: int, num_output_tokens: int, generations: Sequence[Generation]) -> Usage:
+    """A prompt counts once, however many choices it has; so does what was reused of it."""
+    reused: dict[str, int] = {}
+    for generation in generations:  # the choices of a prompt share their request id
+        num_tokens = generation.num_prompt_tokens_reused
+        reused[generation.request_id] = min(num_tokens, reused.get(generation.request_id, num_tokens))
     return Usage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_output_tokens,
         total_tokens=num_prompt_tokens + num_output_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(reused.values())),
     )
 
 

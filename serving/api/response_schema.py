@@ -18,10 +18,16 @@ class Body(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
+class PromptTokensDetails(Body):
+    cached_tokens: int
+    """Prompt tokens that were not computed for any choice: an earlier request had the same beginning."""
+
+
 class Usage(Body):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class SpeculativeDecoding(Body):

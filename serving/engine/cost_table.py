@@ -7,7 +7,7 @@ pull the whole of it (a start on an idle machine flatters).
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -28,6 +28,11 @@ class CostTable:
     draft_start_s: tuple[float, ...]
     target_scale: float = field(default=1.0)
     draft_scale: float = field(default=1.0)
+
+    def adopt(self, other: "CostTable") -> None:
+        """Become a newer measurement, in place: everyone who prices rounds by this table sees it."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(other, each.name))
 
     def target_s(self, batch_size: int, num_tokens: int) -> float:
         by_tokens = [_interpolate(self.token_counts, row, num_tokens) for row in self.target_pass_s]

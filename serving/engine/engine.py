@@ -23,6 +23,8 @@ from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.logits_processing import check_processing
+from serving.engine.prefill import Prefill
+from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.proposal import Drafter
 from serving.engine.request import (
     EventCallback,
@@ -33,7 +35,7 @@ from serving.engine.request import (
     TokenEvent,
 )
 from serving.engine.round import run_round
-from serving.engine.runner import Runner
+from serving.engine.runner import Pass, Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import NO_ADVANCE, Batch, Sequence
 from serving.engine.stats import EngineStats, Meter, SwapReport
@@ -58,17 +60,27 @@ class Engine:
         eos_token_ids: SequenceOf[int] = (),
         floor: Callable[[], StagedWeights] | None = None,
         prefill_chunk_tokens: int = 256,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks."""
+        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks.
+        `prefix_cache` stands beside the target's slots; None computes every prompt."""
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
         self._target = target
         self._draft = LiveDraft(drafter, controller, floor)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._chunk_tokens = prefill_chunk_tokens
         self._scheduler = Scheduler(target.num_slots)
         self._meter = Meter()
+        self._prefix_cache = prefix_cache
+        self._prefill = Prefill(
+            target,
+            self._draft,
+            self._scheduler,
+            self._meter,
+            chunk_tokens=prefill_chunk_tokens,
+            prefix_cache=prefix_cache,
+        )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batch: Batch | None = None
         self._request_numbers = itertools.count()
@@ -135,6 +147,10 @@ class Engine:
             )
         return done
 
+    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        """Run these runners' passes by other code from the next round on, at newly measured costs."""
+        self._commands.put(lambda: self._use_passes(passes, costs))
+
     def seed(self, seed: int) -> None:
         """Make unseeded sampling repeatable from here on; only for a lone caller."""
         self._commands.put(lambda: self._seed(seed))
@@ -172,6 +188,7 @@ class Engine:
                 num_swaps_under_load=meter.num_swaps_under_load,
                 swap_pause_s_max=meter.swap_pause_s_max,
                 draft_disabled_reason=self._draft.disabled_reason,
+                prefix_cache=self._prefix_cache.stats() if self._prefix_cache else PrefixCacheStats(),
             )
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -205,7 +222,8 @@ class Engine:
     def _work(self) -> None:
         """A chunk of prefill and a round. What fails ends the sequences in it; the engine goes on."""
         try:
-            self._prefill()
+            if self._prefill.advance():
+                self._batch = None
             if self._scheduler.running:
                 self._round()
         except Exception as error:
@@ -224,30 +242,6 @@ class Engine:
                 command()
             except Exception:
                 _log.exception("a command failed; the engine goes on")
-
-    def _prefill(self) -> None:
-        """Cache prompts, all but their last token, at most one chunk's worth between two rounds."""
-        budget = self._chunk_tokens
-        while budget > 0:
-            slot = self._scheduler.admit()
-            sequence = self._scheduler.prefilling
-            if slot is not None and sequence is not None:
-                sequence.queued_s = time.perf_counter() - sequence.submitted_at_s
-                self._target.cache.clear(slot)
-                if self._draft.drafter is not None:
-                    self._draft.drafter.clear(slot)
-            if sequence is None:
-                return
-            start = sequence.num_cached
-            chunk = sequence.token_ids[start : min(start + budget, sequence.prompt_len - 1)]
-            if chunk:
-                self._target.prefill(len(self._scheduler.running), chunk, start)
-                sequence.num_cached += len(chunk)
-                budget -= len(chunk)
-            if sequence.num_cached == sequence.prompt_len - 1:
-                self._meter.count_prompt(sequence.prompt_len)
-                self._scheduler.finish_prefill()
-                self._batch = None
 
     def _round(self) -> None:
         if self._batch is None:
@@ -277,6 +271,7 @@ class Engine:
 
     def _retire(self) -> None:
         """Free the slots of finished sequences, close the gaps, deliver their last events."""
+        self._prefill.keep_finished()
         left, moves = self._scheduler.retire()
         if left:
             self._batch = None
@@ -324,6 +319,12 @@ class Engine:
 
     def _seed(self, seed: int) -> None:
         self.generator.manual_seed(seed)
+
+    def _use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+        for runner, compiled in passes:
+            runner.compiled = compiled
+        if self.costs is not None:
+            self.costs.adopt(costs)
 
     def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
         if not done.set_running_or_notify_cancel():

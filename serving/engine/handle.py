@@ -1,6 +1,11 @@
-"""What `Engine.submit` returns: follow a generation, wait for it, or cancel it."""
+"""What `Engine.submit` returns: follow a generation, wait for it, or cancel it.
 
-import queue
+Waking a waiting thread costs the engine's thread more than a round's bookkeeping, so whoever waits for the
+result is woken once, at the end; only who iterates is woken for each event.
+"""
+
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from serving.engine.request import EventCallback, Generation, TokenEvent
@@ -15,7 +20,10 @@ class GenerationHandle:
         self.request_id = request_id
         self._cancel = cancel
         self._callback = on_event
-        self._events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._events: deque[TokenEvent] = deque()
+        self._num_delivered = 0
+        self._is_followed = False
+        self._woken = threading.Event()
         self._generation: Generation | None = None
 
     def cancel(self) -> None:
@@ -28,22 +36,28 @@ class GenerationHandle:
             if self._callback is not None:
                 self._callback(event)
         finally:
-            self._events.put(event)
+            self._events.append(event)
+            self._num_delivered += 1
+            if event.generation is not None:
+                self._generation = event.generation
+            if self._is_followed or event.generation is not None:
+                self._woken.set()
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        while self._generation is None:
-            event = self._events.get()
-            self._generation = event.generation
-            yield event
+        self._is_followed = True
+        while self._events or self._generation is None:
+            self._woken.clear()
+            while self._events:
+                yield self._events.popleft()
+            if self._generation is None:
+                self._woken.wait()
 
     def result(self, timeout_s: float | None = None) -> Generation:
         """The finished generation. Raises TimeoutError; the generation then still runs."""
         while self._generation is None:
-            try:
-                event = self._events.get(timeout=timeout_s)
-            except queue.Empty:
+            num_delivered = self._num_delivered
+            if not self._woken.wait(timeout_s) and self._num_delivered == num_delivered:
                 raise TimeoutError(
                     f"generation {self.request_id!r} was silent for {timeout_s} s; it still runs"
-                ) from None
-            self._generation = event.generation
+                )
         return self._generation

@@ -166,6 +166,12 @@ class TokenEvent:
     """Set on the last event only."""
 
 
+def captured_round_bytes(num_positions: int, num_kept: int) -> int:
+    """At most, of a captured round of so many verified positions and kept entries at each."""
+    objects = 1_400  # seven arrays and what holds them
+    return objects + num_positions * (num_kept * (4 + 2) + 5 * 4)
+
+
 @dataclass(eq=False)
 class CapturedRound:
     """Raw material of a buffer RoundTrace; same fields, same legend, see there."""
@@ -181,6 +187,11 @@ class CapturedRound:
     topk_token_ids_EK: NDArray[np.int32]
     topk_logprobs_EK: NDArray[np.float16]
     retemper_E: NDArray[np.float32]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds at most, its Python objects included."""
+        return captured_round_bytes(*self.topk_token_ids_EK.shape)
 
 
 @dataclass(eq=False)
@@ -206,6 +217,8 @@ class Generation:
     """[i]: rounds that accepted exactly i draft tokens."""
     queued_s: float = 0.0
     """From submission to a slot."""
+    num_prompt_tokens_reused: int = 0
+    """Prompt tokens whose keys and values were copied from the prefix cache."""
     stop_token_id: int | None = None
     """The end-of-text or stop id that ended it, if one did."""
     error: str = ""

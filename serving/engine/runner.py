@@ -1,12 +1,16 @@
 """One model and its slot cache: tokens at positions in, logits out. Knows nothing of rounds or drafts."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from serving.engine.kv_shape import KvShape
 from serving.engine.slot_cache import SlotCache
+from serving.engine.slot_pass import additive_mask
+
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+"""As SlotPass.forward; what a compiled pass offers."""
 
 
 class Runner:
@@ -17,25 +21,31 @@ class Runner:
     ) -> None:
         """`vocab_size`: of the pair, where the model's own differs by padding; its logits are cut to it,
         or padded with -inf."""
-        config: Any = model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        shape = KvShape.of(model)
         parameter = next(model.parameters())
         self.model = model
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.num_embedded = int(config.vocab_size)
+        self.num_embedded = shape.vocab_size
         self.vocab_size = vocab_size or self.num_embedded
         self.num_slots, self.max_seq_len = num_slots, max_seq_len
-        num_heads = int(config.num_attention_heads)
         self.cache = SlotCache(
-            num_layers=int(config.num_hidden_layers),
+            num_layers=shape.num_layers,
             num_slots=num_slots,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
             max_len=max_seq_len,
             dtype=self.dtype,
             device=self.device,
         )
+        self.compiled: Pass | None = None
+        """Runs the passes instead of the model's own code, once there is one. Set between two rounds."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
+
+    def twin(self) -> "Runner":
+        """The same model over a cache of its own, with the model's own code."""
+        return Runner(
+            self.model, num_slots=self.num_slots, max_seq_len=self.max_seq_len, vocab_size=self.vocab_size
+        )
 
     @torch.inference_mode()
     def forward(
@@ -53,17 +63,35 @@ class Runner:
         column. `kv_len` is one more than the largest real position.
         """
         assert token_ids_BT.shape == positions_BT.shape
+        embedded_BT = token_ids_BT.clamp(max=self.num_embedded - 1)
+        if self.compiled is None:
+            logits_BTV = self._model_pass(embedded_BT, positions_BT, kv_len, first_slot, logits_to_keep)
+        else:
+            num_rows, num_tokens = token_ids_BT.shape
+            logits_BTV = self.compiled(
+                embedded_BT,
+                positions_BT,
+                additive_mask(positions_BT, kv_len, self.dtype),
+                self._columns_T[num_tokens - logits_to_keep if logits_to_keep else 0 : num_tokens],
+                self.cache.rows(first_slot, num_rows),
+            )
+        return self.fit_vocabulary(logits_BTV)
+
+    def _model_pass(
+        self, token_ids_BT: Tensor, positions_BT: Tensor, kv_len: int, first_slot: int, logits_to_keep: int
+    ) -> Tensor:
         self.cache.window(first_slot, positions_BT, kv_len)
         mask_B1TK = (self._columns_T[:kv_len] <= positions_BT[..., None])[:, None]
         output = self.model(
-            input_ids=token_ids_BT.clamp(max=self.num_embedded - 1),
+            input_ids=token_ids_BT,
             position_ids=positions_BT.clamp(max=self.max_seq_len - 1),
             attention_mask=mask_B1TK,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        return self.fit_vocabulary(output.logits.float())
+        logits_BTV: Tensor = output.logits.float()
+        return logits_BTV
 
     def fit_vocabulary(self, logits: Tensor) -> Tensor:
         """[..., own vocabulary] to [..., vocab_size]."""

@@ -52,6 +52,8 @@ class Sequence:
     queued_s: float = 0.0
     num_cached: int = 0
     """Columns of the target's slot that hold this sequence's tokens."""
+    num_reused: int = 0
+    """Of them, prompt columns that were copied instead of computed."""
     belief: AcceptanceBelief = field(default_factory=AcceptanceBelief)
     drafts_next: bool = True
     """False for the round after one whose drafts may have made the target overflow."""
@@ -127,6 +129,7 @@ class Sequence:
             draft_versions=self.draft_versions,
             accepted_histogram=self.accepted_histogram,
             queued_s=self.queued_s,
+            num_prompt_tokens_reused=self.num_reused,
             stop_token_id=self.stop_token_id,
             error=self.error,
             captured_rounds=self.captured_rounds,

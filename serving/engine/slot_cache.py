@@ -33,7 +33,9 @@ class SlotCache(Cache):
         self.max_len = max_len
         self.trash_column = max_len
         self.num_bytes = self.kv_L2SHTD.numel() * self.kv_L2SHTD.element_size()
-        self._slot_layers = [_SlotLayer(layer_2SHTD) for layer_2SHTD in self.kv_L2SHTD]
+        self.column_bytes = self.num_bytes // (num_slots * (max_len + 1))
+        self._slot_layers = [SlotLayer(keys_SHTD, values_SHTD) for keys_SHTD, values_SHTD in self.kv_L2SHTD]
+        self._rows: dict[tuple[int, int], list[Tensor]] = {}
         super().__init__(layers=list(self._slot_layers))
 
     def window(self, first_slot: int, positions_BT: Tensor, kv_len: int) -> None:
@@ -49,9 +51,21 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             layer.aim(first_slot, num_rows, rows_B1, positions_BT, span, kv_len)
 
+    def rows(self, first_slot: int, num_rows: int) -> list[Tensor]:
+        """Keys and values in turn, by layer, of the slots [first_slot, first_slot + num_rows); views."""
+        where = first_slot, num_rows
+        if where not in self._rows:
+            rows_L2BHTD = self.kv_L2SHTD[:, :, first_slot : first_slot + num_rows]
+            self._rows[where] = list(rows_L2BHTD.flatten(0, 1).unbind())
+        return self._rows[where]
+
     def clear(self, slot: int, from_column: int = 0) -> None:
         """Zero a slot, or the columns from one on, so that nothing of an owner, NaN least of all, is left."""
         self.kv_L2SHTD[:, :, slot, :, from_column:].zero_()
+
+    def columns(self, slot: int, start: int, end: int) -> Tensor:
+        """A view [layers, 2, kv heads, end - start, head_dim] of one slot's columns."""
+        return self.kv_L2SHTD[:, :, slot, :, start:end]
 
     def clear_all(self) -> None:
         self.kv_L2SHTD.zero_()
@@ -62,14 +76,19 @@ class SlotCache(Cache):
             self.kv_L2SHTD[:, :, destination, :, :length] = self.kv_L2SHTD[:, :, source, :, :length]
 
 
-class _SlotLayer(CacheLayerMixin):
+def cache_of(layers: "list[SlotLayer]") -> Cache:
+    """Layers that are aimed already, as transformers wants them."""
+    return Cache(layers=list(layers))
+
+
+class SlotLayer(CacheLayerMixin):
     """One layer's share of the cache; transformers calls `update` in each attention."""
 
     is_sliding = False
 
-    def __init__(self, kv_2SHTD: Tensor) -> None:
+    def __init__(self, keys_SHTD: Tensor, values_SHTD: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._keys_SHTD, self._values_SHTD = kv_2SHTD[0], kv_2SHTD[1]
+        self._keys_SHTD, self._values_SHTD = keys_SHTD, values_SHTD
         self.is_initialized = True
 
     def aim(

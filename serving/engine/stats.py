@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from serving.engine.counters import RoundCounters
+from serving.engine.prefix_cache import PrefixCacheStats
 from serving.engine.round import RoundReport
 
 _MEMORY_ROUNDS = 512
@@ -46,6 +47,7 @@ class EngineStats:
     """The most that a swap under load and the round after it took beyond a median round of that batch size
     and draft length (a longer draft is work, not a pause)."""
     draft_disabled_reason: str
+    prefix_cache: PrefixCacheStats
 
 
 @dataclass

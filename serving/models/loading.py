@@ -46,10 +46,10 @@ def load_pair(
     target_model = load_model(target, device=device, dtype=dtype)
     draft_model = load_draft(draft, device=device, dtype=dtype) if draft else None
     tokenizer = _load_tokenizer(target)
-    max_positions = _max_positions(target_model)
+    longest = max_positions(target_model)
     if draft is not None and draft_model is not None:
         _check_same_vocabulary(target, target_model, tokenizer, draft, draft_model)
-        max_positions = min(max_positions, _max_positions(draft_model))
+        longest = min(longest, max_positions(draft_model))
     return ModelPair(
         target=target_model,
         draft=draft_model,
@@ -60,7 +60,7 @@ def load_pair(
         draft_revision=weights_revision(draft_model) if draft_model is not None else "",
         eos_token_ids=_eos_token_ids(target_model, tokenizer),
         vocab_size=_config(target_model).vocab_size,
-        max_positions=max_positions,
+        max_positions=longest,
     )
 
 
@@ -86,6 +86,15 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> nn.
     check_attention(name, model)
     loaded: nn.Module = model.to(device).eval().requires_grad_(False)
     return loaded
+
+
+def load_outline(name: str, *, dtype: str = "float32") -> nn.Module:
+    """The model's shapes without its weights, on the meta device: reads its configuration alone."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(name), dtype=_DTYPES[dtype]
+        )
+    return model
 
 
 def check_attention(name: str, model: nn.Module) -> None:
@@ -143,7 +152,8 @@ def _config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _max_positions(model: nn.Module) -> int:
+def max_positions(model: nn.Module) -> int:
+    """Longest context that the model takes."""
     return int(getattr(_config(model), "max_position_embeddings", 0) or 2**20)
 
 

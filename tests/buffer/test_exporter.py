@@ -154,6 +154,33 @@ def test_a_full_queue_drops_the_newest_and_counts_it() -> None:
     assert_nothing_uncounted(exporter)
 
 
+def test_records_that_would_hold_too_many_bytes_are_dropped_until_others_are_exported() -> None:
+    store, release, began = MemoryRecordStore(clock=FakeClock()), threading.Event(), threading.Event()
+    exporter = RecordExporter(store, max_queue_bytes=100)
+
+    def hold_back() -> GenerationRecord:
+        began.set()
+        release.wait(10.0)
+        return make_record("first")
+
+    assert exporter.submit(KEY, hold_back, 60)
+    assert began.wait(10.0)
+    sizes = [50, 40, 1, 0]
+    assert [exporter.submit(KEY, make_record(str(i)), size) for i, size in enumerate(sizes)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert exporter.dropped_by_reason[QUEUE_FULL] == 2
+    release.set()
+    deadline_s = time.monotonic() + 10.0
+    while not exporter.submit(KEY, make_record("whole"), 100):
+        assert time.monotonic() < deadline_s, "what was exported still counts as held"
+    exporter.close()
+    assert_nothing_uncounted(exporter)
+
+
 def test_a_closed_exporter_refuses_and_counts() -> None:
     exporter = RecordExporter(MemoryRecordStore())
     exporter.close()

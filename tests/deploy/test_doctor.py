@@ -41,6 +41,16 @@ def test_a_pair_that_fits_is_told_with_its_sizes(tmp_path: Path) -> None:
     assert "target of" in check.finding and "draft of" in check.finding
 
 
+def test_the_memory_of_a_pair_is_planned_and_one_that_is_too_large_is_a_failure(tmp_path: Path) -> None:
+    target, draft = save_tiny_pair(tmp_path)
+    check = found(tmp_path, "plan", target=target, draft=draft)
+    assert check.verdict == "ok", check
+    assert "keys and values of the target" in check.finding and "in all" in check.finding
+    check = found(tmp_path, "plan", target=target, draft=draft, num_slots=10**9)
+    assert check.verdict == "failure"
+    assert "num_slots=1000000000" in check.consequence and "fits" in check.consequence
+
+
 def test_a_target_alone_is_a_warning(tmp_path: Path) -> None:
     target, _ = save_tiny_pair(tmp_path)
     check = found(tmp_path, "models", target=target)

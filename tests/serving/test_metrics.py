@@ -14,7 +14,8 @@ VLLM_TAILS = (
     "generation_tokens_total request_success_total "
     "time_to_first_token_seconds_count inter_token_latency_seconds_count request_queue_time_seconds_count "
     "e2e_request_latency_seconds_count spec_decode_num_drafts_total spec_decode_num_draft_tokens_total "
-    "spec_decode_num_accepted_tokens_total spec_decode_num_accepted_tokens_per_pos_total"
+    "spec_decode_num_accepted_tokens_total spec_decode_num_accepted_tokens_per_pos_total "
+    "prefix_cache_queries_total prefix_cache_hits_total"
 ).split()
 
 
@@ -66,6 +67,17 @@ def test_acceptance_is_counted_by_draft_version(engine: LocalEngine) -> None:
     ):
         assert value(metrics, name, draft_version="0") == expected
     assert counters.num_drafted > 0
+
+
+def test_reuse_of_prefixes_is_counted_in_tokens(engine: LocalEngine) -> None:
+    metrics, names = new_metrics(engine), ("prefix_cache_queries_total", "prefix_cache_hits_total")
+    prompt = list(range(60, 100))
+    engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1))
+    before = [value(metrics, name) for name in names]
+    engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=1))
+    after = [value(metrics, name) for name in names]
+    assert [late - early for early, late in zip(before, after, strict=True)] == [39, 32]
+    assert 0 < value(metrics, "prefix_cache_bytes") <= engine.memory_plan.prefix_cache_bytes
 
 
 def test_drops_and_refusals_are_counters(engine: LocalEngine) -> None:

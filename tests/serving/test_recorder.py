@@ -22,12 +22,15 @@ class ListSink:
     def __init__(self) -> None:
         self.submitted: list[tuple[StreamKey, GenerationRecord]] = []
 
-    def submit(self, key: StreamKey, record: GenerationRecord | Callable[[], GenerationRecord]) -> None:
+    def submit(
+        self, key: StreamKey, record: GenerationRecord | Callable[[], GenerationRecord], num_bytes: int
+    ) -> None:
+        assert num_bytes > 0
         self.submitted.append((key, record() if callable(record) else record))
 
 
 class BrokenSink:
-    def submit(self, key: StreamKey, record: object) -> None:
+    def submit(self, key: StreamKey, record: object, num_bytes: int) -> None:
         raise RuntimeError("full of water")
 
 

@@ -37,7 +37,13 @@ def answer(parts: ReplicaParts) -> list[int]:
 def test_a_replica_outlives_its_redis_in_every_order(tiny_pair: tuple[str, str]) -> None:
     target, draft = tiny_pair
     settings = ServingSettings(
-        target=target, draft=draft, num_slots=2, max_seq_len=64, boot_timeout_s=0.2, status_interval_s=0.05
+        compile="off",
+        target=target,
+        draft=draft,
+        num_slots=2,
+        max_seq_len=64,
+        boot_timeout_s=0.2,
+        status_interval_s=0.05,
     )
     redis = EmbeddedRedis().start()
     redis.stop()
@@ -72,7 +78,9 @@ def test_without_redis_nothing_is_recorded_and_the_draft_as_loaded_serves(
     tiny_pair: tuple[str, str],
 ) -> None:
     parts = open_parts(
-        ServingSettings(target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=64), None, "r0"
+        ServingSettings(compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=64),
+        None,
+        "r0",
     )
     assert parts.context.recorder is None
     assert parts.context.is_ready
@@ -85,4 +93,6 @@ def test_a_target_without_a_tokenizer_is_refused_at_start(tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp("bare")
     tiny_model("llama", 1, 320).save_pretrained(folder)
     with pytest.raises(UnsupportedModelError, match="no tokenizer"):
-        open_parts(ServingSettings(target=str(folder), num_slots=1, max_seq_len=64), None, "r0")
+        open_parts(
+            ServingSettings(compile="off", target=str(folder), num_slots=1, max_seq_len=64), None, "r0"
+        )

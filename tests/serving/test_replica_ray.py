@@ -52,6 +52,7 @@ def redis_url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
     settings = ServingSettings(
+        compile="off",
         target=tiny_pair[0],
         draft=tiny_pair[1],
         model_name="tiny",

@@ -1,5 +1,6 @@
 """An engine over table models, and drafters that are wrong on purpose."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,12 +9,16 @@ from torch import Tensor
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.proposal import Proposal
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch
+from serving.engine.slot_cache import SlotCache
 from tests.support.table_model import TableModel
 
 MAX_LEN = 48
+
+PrefixCacheMaker = Callable[[SlotCache], PrefixCache]
 
 
 def table_engine(
@@ -24,6 +29,7 @@ def table_engine(
     num_slots: int = 4,
     drafter_class: type[ModelDrafter] = ModelDrafter,
     prefill_chunk_tokens: int = 3,
+    prefix_cache: PrefixCacheMaker | None = None,
 ) -> Engine:
     """Small chunks and slots, so that every path is walked."""
     runner = Runner(target, num_slots=num_slots, max_seq_len=MAX_LEN)
@@ -37,6 +43,7 @@ def table_engine(
         drafter,
         controller=DraftLengthController(None, fixed=num_draft_tokens),
         prefill_chunk_tokens=prefill_chunk_tokens,
+        prefix_cache=prefix_cache(runner.cache) if prefix_cache is not None else None,
     )
 
 

@@ -13,7 +13,13 @@ from tests.support.live_server import LiveServer, live_server
 def server(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
     target, draft = tiny_pair
     settings = ServingSettings(
-        target=target, draft=draft, model_name="tiny", num_slots=4, max_seq_len=256, num_draft_tokens=3
+        compile="off",
+        target=target,
+        draft=draft,
+        model_name="tiny",
+        num_slots=4,
+        max_seq_len=256,
+        num_draft_tokens=3,
     )
     with live_server(settings) as live:
         yield live

@@ -32,6 +32,19 @@ def test_an_answer_has_openais_shape_and_counts_its_tokens(client: openai.OpenAI
     assert answer.usage.total_tokens == num_prompt + 7
 
 
+def test_an_answer_says_how_much_of_its_prompts_was_known_before(client: openai.OpenAI) -> None:
+    beginning = [7] * 40
+
+    def cached(prompts: list[list[int]], n: int = 1) -> int:
+        usage = complete(client, prompts, n=n, max_tokens=1).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached([[*beginning, 1, 2, 3]]) == 0
+    assert cached([[*beginning, 4, 5, 6]], n=2) == 32
+    assert cached([[*beginning, 7, 8, 9], [*beginning, 1, 2, 3], [11] * 20]) == 64
+
+
 def test_a_seed_repeats_the_text_and_another_seed_does_not(client: openai.OpenAI) -> None:
     first, again, other = (text_of(complete(client, seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
@@ -171,6 +184,7 @@ def test_the_context_is_filled_but_never_overrun(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         complete(client, [5] * 200, max_tokens=57)
     assert (refused.value.param, refused.value.code) == ("max_tokens", "context_length_exceeded")
+    assert "200 tokens, max_tokens=57" in str(refused.value) and "holds 256 tokens" in str(refused.value)
     answer = complete(client, [5] * 200, max_tokens=56, extra_body={"ignore_eos": True})
     assert answer.usage.total_tokens == 256
     short = client.completions.create(model=MODEL, prompt=[5] * 250, extra_body={"ignore_eos": True})
@@ -178,3 +192,4 @@ def test_the_context_is_filled_but_never_overrun(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         complete(client, [5] * 256)
     assert refused.value.param == "prompt"
+    assert "256 tokens" in str(refused.value)

@@ -50,7 +50,12 @@ async def test_a_client_that_leaves_frees_its_slot(server: LiveServer, stream: b
 
 def test_a_deadline_ends_the_request_with_408(tiny_pair: tuple[str, str]) -> None:
     settings = ServingSettings(
-        target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=512, request_timeout_s=0.05
+        compile="off",
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=512,
+        request_timeout_s=0.05,
     )
     with live_server(settings) as server:
         body = LONG | {"max_tokens": 500}
@@ -66,7 +71,12 @@ def test_a_deadline_ends_the_request_with_408(tiny_pair: tuple[str, str]) -> Non
 
 def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple[str, str]) -> None:
     settings = ServingSettings(
-        target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=256, max_queued_requests=1
+        compile="off",
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=256,
+        max_queued_requests=1,
     )
     with live_server(settings) as server:
         url = f"{server.url}/v1/completions"
@@ -94,7 +104,9 @@ def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple
 
 
 def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[str, str]) -> None:
-    settings = ServingSettings(target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256)
+    settings = ServingSettings(
+        compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256
+    )
     with live_server(settings) as server:
         answers: list[httpx.Response] = []
         url = f"{server.url}/v1/completions"
@@ -112,7 +124,9 @@ def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[
 
 
 def test_an_engine_that_closes_ends_open_requests_with_an_error(tiny_pair: tuple[str, str]) -> None:
-    settings = ServingSettings(target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256)
+    settings = ServingSettings(
+        compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256
+    )
     with live_server(settings) as server:
         answers: list[httpx.Response] = []
         url = f"{server.url}/v1/completions"

@@ -15,6 +15,7 @@ from tests.support.live_server import LiveServer, live_server
 def locked(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
     """A server with keys."""
     settings = ServingSettings(
+        compile="off",
         target=tiny_pair[0],
         draft=tiny_pair[1],
         num_slots=1,

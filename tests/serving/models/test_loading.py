@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, Qwen3Config
 
 from serving.engine.runner import Runner
-from serving.local import check_runner
+from serving.local import prepare_runner
 from serving.models.loading import (
     UnsupportedModelError,
     check_attention,
@@ -84,8 +84,8 @@ def test_eager_attention_is_refused_by_name_and_by_what_it_computes(tmp_path: Pa
     with pytest.raises(UnsupportedModelError, match="'eager'"):
         check_attention(target, eager)
     with pytest.raises(UnsupportedModelError, match="differently through the slot cache"):
-        check_runner(Runner(eager, num_slots=1, max_seq_len=64), target)
-    check_runner(Runner(load_model(target), num_slots=1, max_seq_len=64), target)
+        prepare_runner(Runner(eager, num_slots=1, max_seq_len=64), target)
+    prepare_runner(Runner(load_model(target), num_slots=1, max_seq_len=64), target)
 
 
 def test_the_revision_is_of_values_not_of_the_dtype_that_holds_them(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Time to the first token of prompts that share their beginning, with prefix reuse and without, in turn.
+
+`python -m benchmarks.prefix`. Two engines on one pair, one idle while the other answers; every turn asks a
+question of its own after the same system prompt, so only the system prompt can be reused. Medians.
+"""
+
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy.commands.demo import PAIR
+from deploy.demo.corpus import DOMAINS, prompts
+from deploy.demo.report import write_report
+from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.request import Generation, TokenEvent
+from serving.local import LocalEngine, build_engine
+from serving.models.loading import ModelPair, load_pair
+
+RESULTS = Path(__file__).parent / "results"
+QUESTION_TOKENS = 24
+MAX_TOKENS = 4
+
+
+def measure(
+    pair: ModelPair, *, system_tokens: int, repeats: int, num_draft_tokens: int | None
+) -> dict[str, Any]:
+    """Seconds by arm, and their ratio: the median of the turns' own ratios."""
+    texts = _Texts(pair, system_tokens)
+    firsts: dict[str, list[float]] = {"off": [], "on": []}
+    reused = 0
+    new_engine = partial(
+        build_engine,
+        pair,
+        num_slots=1,
+        max_seq_len=2 * (system_tokens + QUESTION_TOKENS),
+        num_draft_tokens=num_draft_tokens,
+    )
+    with new_engine(prefix_cache_mib=0) as off, new_engine() as on:
+        for turn in range(repeats + 1):
+            question = texts.next_prompt()
+            for name, engine in (("off", off), ("on", on)):
+                first_s, generation = _first_token_s(engine, question)
+                if turn == 0:
+                    continue  # warm-up, and the one that fills the cache
+                firsts[name].append(first_s)
+                reused = max(reused, generation.num_prompt_tokens_reused)
+        held_bytes = on.stats().prefix_cache.num_bytes
+    return {
+        "prompt_tokens": system_tokens + QUESTION_TOKENS,
+        "prompt_tokens_reused": reused,
+        "prefix_cache_bytes": held_bytes,
+        "first_token_s_off": statistics.median(firsts["off"]),
+        "first_token_s_on": statistics.median(firsts["on"]),
+        "off_over_on": statistics.median(
+            without / having for without, having in zip(firsts["off"], firsts["on"], strict=True)
+        ),
+    }
+
+
+class _Texts:
+    """One system prompt of held-out text, and a new question behind it every time."""
+
+    def __init__(self, pair: ModelPair, system_tokens: int) -> None:
+        assert pair.tokenizer is not None, "this measurement needs text"
+        streams = [prompts(domain, "heldout", seed=1) for domain in DOMAINS]
+        self._encode = pair.tokenizer.encode
+        self._contents = (
+            message["content"] for turn in zip(*streams, strict=False) for p in turn for message in p.messages
+        )
+        self._system = self._tokens(system_tokens)
+
+    def next_prompt(self) -> tuple[int, ...]:
+        return (*self._system, *self._tokens(QUESTION_TOKENS))
+
+    def _tokens(self, count: int) -> list[int]:
+        found: list[int] = []
+        while len(found) < count:
+            found += self._encode(next(self._contents))
+        return found[:count]
+
+
+def _first_token_s(engine: LocalEngine, prompt: tuple[int, ...]) -> tuple[float, Generation]:
+    arrivals: list[float] = []
+
+    def note(event: TokenEvent) -> None:
+        if event.token_ids:
+            arrivals.append(time.perf_counter())
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    began_s = time.perf_counter()
+    generation = engine.submit(GenerationRequest("first", prompt, sampling), note).result()
+    return arrivals[0] - began_s, generation
+
+
+def prefix(
+    target: Annotated[str, typer.Option(help="Path or hub id.")] = str(PAIR / "target"),
+    draft: Annotated[str, typer.Option(help="Path or hub id.")] = str(PAIR / "draft"),
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option()] = "float32",
+    threads: Annotated[int, typer.Option(help="Of one forward pass.")] = 1,
+    system_tokens: Annotated[int, typer.Option(help="What the prompts share.")] = 800,
+    repeats: Annotated[int, typer.Option(help="Turns of both arms.")] = 9,
+    report: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "prefix.json",
+) -> None:
+    """Time to the first token after a shared system prompt, with and without prefix reuse."""
+    torch.set_num_threads(threads)
+    pair = load_pair(target, draft, device=device, dtype=dtype)
+    modes = {"no_speculation": 0, "adaptive": None}
+    metrics = {
+        mode: measure(pair, system_tokens=system_tokens, repeats=repeats, num_draft_tokens=length)
+        for mode, length in modes.items()
+    }
+    shown = Table("figure", *modes, box=None, padding=(0, 2, 0, 0))
+    for name in metrics["adaptive"]:
+        shown.add_row(name, *(f"{metrics[mode][name]:.4g}" for mode in modes))
+    Console().print(shown)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "prefix", {"threads": threads, "dtype": dtype, "repeats": repeats, **metrics}, {})
+
+
+if __name__ == "__main__":
+    typer.run(prefix)

@@ -1,0 +1,202 @@
+"""What serving will hold at most, by part, from the settings and the models' shapes: planned, not found out.
+
+Allocates nothing and reads no device (`serving.free_memory` does). Worst cases: every slot runs a generation
+of `max_seq_len` tokens that is captured and whose drafts are all rejected. Not in it: one pass's activations,
+the libraries themselves, staged adapters, compiled code, and what the learner takes. Invariant: weights,
+keys and values and the prefix cache are exactly the bytes that are allocated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from serving.engine.capture import TOP_K
+from serving.engine.draft_length import MAX_DRAFT_TOKENS
+from serving.engine.kv_shape import KvShape
+from serving.engine.prefix_cache import BLOCK_TOKENS
+from serving.engine.request import captured_round_bytes
+from serving.free_memory import FreeMemory
+from serving.models.loading import load_outline, max_positions
+
+_ROUND_POSITIONS = MAX_DRAFT_TOKENS + 1
+_LOGITS_COPIES = 4
+"""Raw logits, the law, noise, and one intermediate: float32."""
+_SLOTS_FOR_PREFIXES = 4
+"""Unless it is set, the prefix cache gets one slot's keys and values for so many slots, one at least."""
+
+
+class MemoryPlanError(ValueError):
+    """What the settings ask for does not fit; the message names numbers that do."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model takes, whether or not its weights are there yet."""
+
+    weights_bytes: int
+    column_bytes: int
+    """Keys and values of one token."""
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ModelSize":
+        """Of a model, or of its outline on the meta device."""
+        weights = [*model.parameters(), *model.buffers()]
+        shape = KvShape.of(model)
+        return cls(
+            weights_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+            column_bytes=shape.num_values * next(model.parameters()).element_size(),
+            vocab_size=shape.vocab_size,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that takes memory."""
+
+    name: str
+    num_bytes: int
+    on_host: bool = False
+    """In the host's memory, wherever the models run."""
+    is_held: bool = False
+    """Taken already."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """`prefix_cache_mib` None: a slot's keys and values for every four slots; `export_queue_bytes` 0: nothing
+    is recorded."""
+
+    num_slots: int
+    max_seq_len: int
+    target: ModelSize
+    draft: ModelSize | None = None
+    prefix_cache_mib: float | None = None
+    export_queue_bytes: int = 0
+    weights_loaded: bool = False
+    """As at the moment between loading and allocating: the target and the draft as shipped are held."""
+
+    @classmethod
+    def outlined(
+        cls,
+        target: str,
+        draft: str | None,
+        *,
+        dtype: str,
+        num_slots: int,
+        max_seq_len: int,
+        prefix_cache_mib: float | None,
+        export_queue_bytes: int,
+    ) -> "MemoryPlan":
+        """Of models that are not loaded yet (paths or hub ids)."""
+        models = [load_outline(name, dtype=dtype) for name in (target, draft) if name is not None]
+        sizes = [ModelSize.of(model) for model in models]
+        return cls(
+            num_slots=num_slots,
+            max_seq_len=min([max_seq_len, *(max_positions(model) for model in models)]),
+            target=sizes[0],
+            draft=sizes[1] if draft is not None else None,
+            prefix_cache_mib=prefix_cache_mib,
+            export_queue_bytes=export_queue_bytes,
+        )
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Whole blocks."""
+        block_bytes = BLOCK_TOKENS * self.target.column_bytes
+        if self.prefix_cache_mib is None:
+            num_columns = max(self.num_slots, _SLOTS_FOR_PREFIXES) * self.max_seq_len // _SLOTS_FOR_PREFIXES
+            return num_columns // BLOCK_TOKENS * block_bytes
+        return int(self.prefix_cache_mib * 2**20) // block_bytes * block_bytes
+
+    @property
+    def capture_bytes(self) -> int:
+        """A round for every token, each of the longest draft."""
+        if self.export_queue_bytes == 0:
+            return 0
+        num_kept = min(TOP_K, self.target.vocab_size)
+        return self.num_slots * self.max_seq_len * captured_round_bytes(_ROUND_POSITIONS, num_kept)
+
+    def parts(self) -> tuple[Part, ...]:
+        """Those that take anything."""
+        logits = self.num_slots * _ROUND_POSITIONS * self.target.vocab_size * 4 * _LOGITS_COPIES
+        held = self.weights_loaded
+        parts = [Part("weights of the target", self.target.weights_bytes, is_held=held)]
+        if self.draft is not None:
+            parts += [
+                Part("weights of the draft as shipped (floor)", self.draft.weights_bytes, is_held=held),
+                Part("weights of the live draft", self.draft.weights_bytes),
+                Part("keys and values of the draft", self._kv_bytes(self.draft)),
+            ]
+        parts += [
+            Part("keys and values of the target", self._kv_bytes(self.target)),
+            Part("prefix cache", self.prefix_cache_bytes),
+            Part("logits of a round", logits),
+            Part("capture of running generations", self.capture_bytes, on_host=True),
+            Part("records on their way to the buffer", self.export_queue_bytes, on_host=True),
+        ]
+        return tuple(part for part in parts if part.num_bytes)
+
+    def lines(self) -> list[str]:
+        """For people: a line for each part and one for all."""
+        parts = self.parts()
+        total = sum(part.num_bytes for part in parts)
+        head = f"memory planned for num_slots={self.num_slots}, max_seq_len={self.max_seq_len}:"
+        rows = [f"  {_mib(part.num_bytes):>10} MiB  {part.name}" for part in parts]
+        return [head, *rows, f"  {_mib(total):>10} MiB  in all"]
+
+    def fits(self, free: FreeMemory) -> bool:
+        on_host, on_device = self._to_come()
+        if free.host_bytes is None:
+            return on_host + on_device <= free.device_bytes
+        return on_device <= free.device_bytes and on_host <= free.host_bytes
+
+    def require_fit(self, free: FreeMemory) -> None:
+        """Raises MemoryPlanError with the most slots, and the longest context, that would fit."""
+        if self.fits(free):
+            return
+        on_host, on_device = self._to_come()
+        there = f"{_mib(free.device_bytes)} MiB are free"
+        needed = f"{_mib(on_host + on_device)} MiB more"
+        if free.host_bytes is not None:
+            needed = (
+                f"{_mib(on_device)} MiB more of the device's memory and {_mib(on_host)} MiB of the host's"
+            )
+            there = f"{_mib(free.device_bytes)} and {_mib(free.host_bytes)} MiB are free"
+        raise MemoryPlanError(
+            f"num_slots={self.num_slots} with max_seq_len={self.max_seq_len} takes {needed}, and {there}; "
+            f"{self._advice(free)}"
+        )
+
+    def _advice(self, free: FreeMemory) -> str:
+        slots = _largest(self.num_slots, lambda count: replace(self, num_slots=count).fits(free))
+        length = _largest(self.max_seq_len, lambda tokens: replace(self, max_seq_len=tokens).fits(free))
+        fitting = [f"num_slots={slots} at this max_seq_len"] if slots >= 1 else []
+        fitting += [f"max_seq_len={length} at this num_slots"] if length >= 2 else []
+        if not fitting:
+            return "no num_slots or max_seq_len alone makes it fit: a smaller model or dtype=bfloat16 may"
+        return f"{' or '.join(fitting)} fits"
+
+    def _kv_bytes(self, model: ModelSize) -> int:
+        """One column more than tokens: the trash column."""
+        return self.num_slots * (self.max_seq_len + 1) * model.column_bytes
+
+    def _to_come(self) -> tuple[int, int]:
+        """(on the host whatever the device, where the models run), without what is held."""
+        coming: list[Part] = [part for part in self.parts() if not part.is_held]
+        on_host = sum(part.num_bytes for part in coming if part.on_host)
+        return on_host, sum(part.num_bytes for part in coming) - on_host
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `limit` that fits, 0 if none; more never fits where less does not."""
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"

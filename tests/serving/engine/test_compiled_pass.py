@@ -1,0 +1,121 @@
+"""Compiled passes say what the model says, see swapped weights, and cost nothing where they cannot be had."""
+
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.compiling import Compiling
+from serving.engine import SamplingParams
+from serving.engine.compiled_pass import CompiledPass, agrees
+from serving.engine.pass_compiler import CompileError, compile_spec, load_compiled, package_path
+from serving.engine.runner import Runner
+from serving.engine.slot_pass import SlotPass
+from serving.local import LocalEngine, load_engine, prepare_runner
+from serving.models.loading import load_model
+
+PROMPTS = [[5, 9, 14], [40, 3, 7, 7, 7, 21, 30], [11]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, num_draft_tokens=3)
+SHAPE = {"num_slots": 4, "max_seq_len": 96}
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def runner_of(path: str) -> Runner:
+    runner = Runner(load_model(path), **SHAPE)
+    prepare_runner(runner, path)
+    return runner
+
+
+def texts(engine: LocalEngine) -> list[list[int]]:
+    return [generation.output_token_ids for generation in engine.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pair: tuple[str, str]) -> str:
+    """One layer; as target and draft at once it needs a single package."""
+    return tiny_pair[1]
+
+
+@pytest.fixture(scope="module")
+def package(model: str) -> Path:
+    """Waits for the compiler, some twenty seconds."""
+    with load_engine(model, model, **SHAPE, compile="on") as engine:
+        assert engine.compiling.state == "compiled"
+    path = package_path(compile_spec(runner_of(model)))
+    assert path.exists()
+    return path
+
+
+def test_compiled_passes_give_the_same_greedy_text(model: str, package: Path) -> None:
+    with load_engine(model, model, **SHAPE, compile="auto") as compiled, load_engine(model, **SHAPE) as eager:
+        assert compiled.compiling.state == "compiled", "the package of an earlier start serves at once"
+        assert texts(compiled) == texts(eager)
+
+
+def test_weights_changed_in_place_are_seen_by_compiled_passes(model: str, package: Path) -> None:
+    runner = runner_of(model)
+    slot_pass = SlotPass(runner.model, runner.max_seq_len)
+    compiled = CompiledPass(package, slot_pass)
+    before = copy.deepcopy(slot_pass)
+    with torch.inference_mode():
+        for weight in runner.model.parameters():
+            weight.mul_(1.5)
+    assert agrees(compiled, slot_pass, runner)
+    assert not agrees(compiled, before, runner), "the comparison notices other weights"
+
+
+def test_a_package_that_disagrees_or_is_damaged_is_not_used(
+    model: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = runner_of(model)
+    damaged = tmp_path / "damaged.pt2"
+    damaged.write_bytes(package.read_bytes()[:1000])
+    with pytest.raises(CompileError, match=r"damaged\.pt2 cannot be used"):
+        load_compiled(runner, damaged)
+    monkeypatch.setattr("serving.engine.pass_compiler.agrees", lambda *_: False)
+    with pytest.raises(CompileError, match="disagree with the model"):
+        load_compiled(runner, package)
+
+
+def test_a_package_is_for_one_shape_of_model_and_cache(model: str, package: Path) -> None:
+    longer = Runner(load_model(model), num_slots=4, max_seq_len=97)
+    assert package_path(compile_spec(longer)) != package
+    more_slots = Runner(load_model(model), num_slots=7, max_seq_len=96)
+    prepare_runner(more_slots, model)
+    assert package_path(compile_spec(more_slots)) == package, "the number of slots is not baked in"
+
+
+def test_serving_starts_eagerly_and_takes_the_package_when_it_is_ready(model: str, package: Path) -> None:
+    with torch.inference_mode():
+        aside = package.rename(package.with_suffix(".aside"))
+        with load_engine(model, model, **SHAPE, compile="auto") as engine:
+            assert engine.compiling.state == "eager (compiling)"
+            first = texts(engine)
+            aside.rename(package)  # another process finished it: the child finds it and leaves
+            deadline_s = time.monotonic() + 300
+            while "compiling" in engine.compiling.state and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+            assert engine.compiling.state in ("compiled", "eager (compiled passes were not faster)")
+            assert texts(engine) == first
+
+
+def test_without_a_compiler_auto_serves_eagerly_and_on_refuses(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    runner = runner_of(model)
+    assert Compiling(runner, None, "auto").state == "eager (no C++ compiler is installed)"
+    with pytest.raises(CompileError, match=r"compile='on' cannot be had: no C\+\+ compiler"):
+        Compiling(runner, None, "on")

@@ -1,0 +1,179 @@
+"""What is planned is what is taken; too much is refused before anything is taken, with what would fit."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.errors import SettingsError
+from deploy.settings import Settings
+from deploy.wiring import check_memory
+from serving.drafters.model_drafter import ModelDrafter
+from serving.engine import GenerationRequest, SamplingParams
+from serving.free_memory import FreeMemory, free_memory, host_free_bytes
+from serving.local import LocalEngine, build_engine, load_engine
+from serving.memory_plan import MemoryPlan, MemoryPlanError, ModelSize
+from serving.models.loading import load_pair
+
+GIB = 2**30
+SMALL = ModelSize(weights_bytes=1_000_000, column_bytes=96, vocab_size=1000)
+LARGE = ModelSize(weights_bytes=8_000_000, column_bytes=4096, vocab_size=1000)
+PLANS = [
+    MemoryPlan(num_slots=8, max_seq_len=1024, target=LARGE),
+    MemoryPlan(num_slots=3, max_seq_len=333, target=LARGE, draft=SMALL, export_queue_bytes=2**20),
+    MemoryPlan(num_slots=64, max_seq_len=64, target=SMALL, draft=SMALL, prefix_cache_mib=1.5),
+    MemoryPlan(num_slots=8, max_seq_len=4096, target=LARGE, draft=SMALL, weights_loaded=True),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
+    with load_engine(
+        *tiny_pair, num_slots=3, max_seq_len=100, num_draft_tokens=8, export_queue_bytes=5_000
+    ) as running:
+        yield running
+
+
+def planned(plan: MemoryPlan, name: str) -> int:
+    return sum(part.num_bytes for part in plan.parts() if part.name.startswith(name))
+
+
+def weights_bytes(module: torch.nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_the_plan_is_what_the_engine_took(engine: LocalEngine) -> None:
+    plan, drafter = engine.memory_plan, engine._draft.drafter
+    assert engine.pair.draft is not None and engine.draft_weights is not None
+    assert isinstance(drafter, ModelDrafter) and engine._prefix_cache is not None
+    assert planned(plan, "keys and values of the target") == engine._target.cache.num_bytes
+    assert planned(plan, "keys and values of the draft") == drafter.runner.cache.num_bytes
+    assert planned(plan, "prefix cache") == engine._prefix_cache.num_bytes > 0
+    assert planned(plan, "weights of the target") == weights_bytes(engine.pair.target)
+    assert planned(plan, "weights of the draft as") == weights_bytes(engine.pair.draft)
+    assert planned(plan, "weights of the live") == weights_bytes(engine.draft_weights.module)
+    assert planned(plan, "records on their way") == 5_000
+
+
+def test_the_outline_of_a_pair_plans_what_the_loaded_pair_does(
+    tiny_pair: tuple[str, str], engine: LocalEngine
+) -> None:
+    outlined = MemoryPlan.outlined(
+        *tiny_pair,
+        dtype="float32",
+        num_slots=3,
+        max_seq_len=100,
+        prefix_cache_mib=None,
+        export_queue_bytes=5_000,
+    )
+    assert replace(outlined, weights_loaded=True) == engine.memory_plan
+    half = MemoryPlan.outlined(
+        *tiny_pair,
+        dtype="bfloat16",
+        num_slots=3,
+        max_seq_len=10**9,
+        prefix_cache_mib=0,
+        export_queue_bytes=0,
+    )
+    assert half.target.column_bytes * 2 == outlined.target.column_bytes
+    assert (half.max_seq_len, half.prefix_cache_bytes) == (512, 0)
+
+
+def test_a_captured_generation_holds_no_more_than_was_planned_for_a_slot(engine: LocalEngine) -> None:
+    sampling = SamplingParams(seed=1, max_tokens=90, ignore_eos=True)
+    generation = engine.submit(GenerationRequest("c", (5, 6), sampling, capture=True)).result(30)
+    of_slot = engine.memory_plan.capture_bytes // engine.memory_plan.num_slots
+    assert 0 < sum(captured.num_bytes for captured in generation.captured_rounds) <= of_slot
+    for captured in generation.captured_rounds:
+        arrays = [value for value in vars(captured).values() if hasattr(value, "nbytes")]
+        assert sum(array.nbytes for array in arrays) + len(arrays) * 100 < captured.num_bytes
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.999])
+def test_a_refusal_names_numbers_that_fit_and_no_larger_ones(plan: MemoryPlan, share: float) -> None:
+    held = sum(part.num_bytes for part in plan.parts() if part.is_held)
+    free = FreeMemory(int(share * (sum(part.num_bytes for part in plan.parts()) - held)))
+    with pytest.raises(MemoryPlanError) as refused:
+        plan.require_fit(free)
+    message = str(refused.value)
+    assert f"num_slots={plan.num_slots} with max_seq_len={plan.max_seq_len}" in message
+    offers = re.findall(r"(num_slots|max_seq_len)=(\d+) at this", message)
+    least = [replace(plan, num_slots=1), replace(plan, max_seq_len=2)]
+    assert len(offers) == sum(smaller.fits(free) for smaller in least)
+    for name, number in offers:
+        fitting = replace(plan, **{name: int(number)})
+        fitting.require_fit(free)
+        assert not replace(plan, **{name: int(number) + 1}).fits(free)
+
+
+def test_what_fits_is_not_refused_and_host_and_device_are_looked_at_apart() -> None:
+    plan = replace(PLANS[1], weights_loaded=True)
+    plan.require_fit(FreeMemory(GIB))
+    plan.require_fit(FreeMemory(GIB, host_bytes=GIB))
+    on_host = sum(part.num_bytes for part in plan.parts() if part.on_host)
+    plan.require_fit(FreeMemory(GIB, host_bytes=on_host))
+    for free in (FreeMemory(GIB, host_bytes=on_host - 1), FreeMemory(1000, host_bytes=GIB)):
+        with pytest.raises(MemoryPlanError, match="of the device's memory and"):
+            plan.require_fit(free)
+
+
+def test_where_nothing_alone_helps_the_refusal_says_so() -> None:
+    with pytest.raises(MemoryPlanError, match="a smaller model or dtype=bfloat16"):
+        PLANS[0].require_fit(FreeMemory(1000))
+
+
+def test_an_engine_that_does_not_fit_takes_nothing_and_the_number_it_names_starts(
+    tiny_pair: tuple[str, str],
+) -> None:
+    pair, free = load_pair(*tiny_pair), FreeMemory(2_000_000)
+    with pytest.raises(MemoryPlanError) as refused:
+        build_engine(pair, num_slots=1000, max_seq_len=64, free=free)
+    found = re.search(r"num_slots=(\d+) at this max_seq_len", str(refused.value))
+    assert found is not None
+    with build_engine(pair, num_slots=int(found[1]), max_seq_len=64, free=free) as engine:
+        [generation] = engine.generate([[5]], SamplingParams(temperature=0.0, max_tokens=4))
+    assert generation.finish_reason in {"length", "stop"}
+
+
+def test_serve_refuses_before_it_starts_anything(tiny_pair: tuple[str, str]) -> None:
+    def settings(**changes: int) -> Settings:
+        return Settings.model_validate(
+            {"serving": {"target": tiny_pair[0], "draft": tiny_pair[1], **changes}}
+        )
+
+    assert "in all" in check_memory(settings()).lines()[-1]
+    with pytest.raises(SettingsError, match=r"serving: num_slots=1000000000 .* fits; nothing was started"):
+        check_memory(settings(num_slots=10**9))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 200\n"}, 500),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": ""}, None),
+        ({"memory.max": "500", "memory.current": "700", "memory.stat": ""}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "total_inactive_file 50",
+            },
+            150,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_counts_where_it_is_lower(
+    tmp_path: Path, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = host_free_bytes(tmp_path)
+    assert found == expected if expected is not None else found > 1000
+    assert free_memory(torch.device("cpu")).host_bytes is None
