@@ -34,6 +34,7 @@ class LawCase:
     mates: tuple[SamplingParams, ...] = ()
     """One of them, in turn, beside each sampled request."""
     drafter: DrafterKind = "model"
+    num_prefix_blocks: int = 0
     seed: int = 1
     num_samples: int = 3000
     num_slots: int = 16
@@ -52,6 +53,7 @@ LAW_CASES = {
         SamplingParams(temperature=0.8, max_tokens=3),
         draft_lengths=(2, 0, 1, 8),
         swap_every=3,
+        num_prefix_blocks=4,
         mates=MATES,
         num_slots=8,
         num_samples=2500,
@@ -137,6 +139,7 @@ def _schedule(case: LawCase) -> Schedule:
         num_slots=case.num_slots,
         chunk_tokens=64,
         draft_chunk_tokens=64,
+        num_prefix_blocks=case.num_prefix_blocks,
         drafter=case.drafter,
         has_floor=False,
         eos_token_ids=(),

@@ -16,6 +16,7 @@ from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import StagedWeights
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.proposal import Drafter, Proposal
 from serving.engine.runner import Runner
 from serving.engine.sampling import draw, exponential_race
@@ -26,6 +27,7 @@ from tests.support.table_engine import StagedTable
 from tests.support.table_model import NUM_ROWS, TableModel
 
 POISON = 1e30
+_BLOCK_TOKENS = 2
 _PATIENCE_S = 120.0
 
 
@@ -109,13 +111,15 @@ class ScheduledEngine(Engine):
         def floor() -> StagedWeights:
             return StagedTable(0, draft, floor_table)
 
+        runner = Runner(target, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len)
         super().__init__(
-            Runner(target, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len),
+            runner,
             _drafter(schedule, draft, drafter_class),
             controller=ScriptedLength(schedule.draft_lengths),
             eos_token_ids=schedule.eos_token_ids,
             floor=floor if schedule.has_floor and schedule.drafter == "model" else None,
             prefill_chunk_tokens=schedule.chunk_tokens,
+            prefix_cache=_prefix_cache(schedule, runner),
         )
 
     def play(self) -> dict[str, Generation]:
@@ -221,6 +225,13 @@ def _drafter(schedule: Schedule, draft: TableModel, drafter_class: type[ModelDra
         return None
     runner = Runner(draft, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len)
     return drafter_class(runner, chunk_tokens=schedule.draft_chunk_tokens)
+
+
+def _prefix_cache(schedule: Schedule, target: Runner) -> PrefixCache | None:
+    if schedule.num_prefix_blocks == 0:
+        return None
+    max_bytes = schedule.num_prefix_blocks * _BLOCK_TOKENS * target.cache.column_bytes
+    return PrefixCache(target.cache, max_bytes=max_bytes, block_tokens=_BLOCK_TOKENS)
 
 
 def _keys(token_ids: list[int]) -> list[float]:

@@ -20,6 +20,7 @@ import serving.engine.round as round_module
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import SamplingParams
 from serving.engine.logits_processing import LogitsProcessing
+from serving.engine.prefix_cache import PrefixCache
 from serving.engine.proposal import Proposal
 from serving.engine.sampling import SamplingLaw, draw, law_logprobs
 from serving.engine.sequence import Batch
@@ -196,6 +197,12 @@ def test_a_boolean_mask_that_is_added_is_caught() -> None:
 
 def test_a_slot_that_does_not_move_with_its_sequence_is_caught(monkeypatch: Patch) -> None:
     monkeypatch.setattr(SlotCache, "move", lambda *moved: None)
+    _schedules_fail("another text's keys")
+    _schedules_fail("another text|another context|is excluded", checks_caches=False)
+
+
+def test_a_prefix_that_is_found_by_less_than_its_tokens_is_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(PrefixCache, "_key", lambda cache, parent, tokens: (parent, tokens[:1]))
     _schedules_fail("another text's keys")
     _schedules_fail("another text|another context|is excluded", checks_caches=False)
 
