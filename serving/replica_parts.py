@@ -155,6 +155,7 @@ def _load(settings: ServingSettings) -> LocalEngine:
         num_slots=settings.num_slots,
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
+        speculation=settings.speculation,
     )
     if engine.pair.tokenizer is None:
         engine.close()

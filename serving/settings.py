@@ -31,6 +31,9 @@ class ServingSettings(BaseModel):
     """Prompt and output together, tokens."""
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    speculation: Literal["auto", "model", "ngram", "off"] = "auto"
+    """Who drafts: `model` the draft alone, `ngram` copying from the text so far alone, `off` nobody; `auto`
+    has both and takes in every round what measured costs and acceptance say is fastest, nobody included."""
     num_replicas: int = Field(default=1, ge=1)
 
     api_keys: tuple[SecretStr, ...] = ()

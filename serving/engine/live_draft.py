@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serving.engine.draft_length import DraftLengthController
-from serving.engine.proposal import Drafter
+from serving.engine.proposal import Drafter, DraftPlan, LookupDrafter, Share
 from serving.engine.sequence import Batch
 from serving.engine.stats import SwapReport
 
@@ -33,15 +33,17 @@ class StagedWeights(Protocol):
 
 
 class LiveDraft:
-    """A drafter, its draft length, and its version."""
+    """The drafters, how far they draft, and the version that is loaded."""
 
     def __init__(
         self,
         drafter: Drafter | None,
         controller: DraftLengthController,
         floor: Callable[[], StagedWeights] | None,
+        ngram: LookupDrafter | None = None,
     ) -> None:
         self.drafter = drafter
+        self.ngram = ngram
         self.controller = controller
         self.disabled_reason = ""
         self._floor = floor
@@ -54,16 +56,26 @@ class LiveDraft:
     @property
     def num_draft_tokens(self) -> int:
         """Draft length in use."""
-        return self.controller.current if self._can_draft else 0
+        return self.controller.current if self._can_draft or self.ngram is not None else 0
 
-    def lengths(self, batch: Batch) -> list[int]:
-        """How many tokens each row may draft in the next round."""
-        limit = (
-            self.controller.choose([sequence.belief for sequence in batch.sequences])
-            if self._can_draft
-            else 0
-        )
-        return [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
+    def plan(self, batch: Batch) -> DraftPlan:
+        """Who drafts how many tokens for each row in the next round."""
+        drafter = self.drafter if self._can_draft else self.ngram
+        if drafter is None:
+            return DraftPlan(self.draft_version)
+        limit = self.controller.choose([sequence.belief for sequence in batch.sequences])
+        lengths = [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
+        return DraftPlan(self.draft_version, (Share(drafter, lengths),) if any(lengths) else ())
+
+    def clear(self, slot: int) -> None:
+        """A new sequence owns the slot."""
+        for drafter in self._drafters:
+            drafter.clear(slot)
+
+    def move(self, source: int, destination: int) -> None:
+        """A sequence changed its slot."""
+        for drafter in self._drafters:
+            drafter.move(source, destination)
 
     def swap(self, staged: StagedWeights, *, under_load: bool) -> SwapReport:
         """Make staged weights live. Raises BrokenDraftError, and then nothing changed; whatever else
@@ -93,6 +105,10 @@ class LiveDraft:
             return self.swap(self._floor(), under_load=True)
         self.disabled_reason = f"draft_version={draft_version} gave logits that are not finite"
         return None
+
+    @property
+    def _drafters(self) -> list[Drafter]:
+        return [drafter for drafter in (self.drafter, self.ngram) if drafter is not None]
 
     @property
     def _can_draft(self) -> bool:

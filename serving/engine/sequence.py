@@ -30,6 +30,8 @@ class Advance:
     num_drafted: int = 0
     num_attempted: int = 0
     num_accepted: int = 0
+    num_matched: int = 0
+    """As in `Proposal.num_matched_B`."""
 
 
 NO_ADVANCE = Advance()
