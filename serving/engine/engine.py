@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from serving.engine.cost_table import CostTable
-from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
+from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.proposal import Drafter, LookupDrafter
@@ -268,7 +268,7 @@ class Engine:
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
             if advance is NO_ADVANCE:
                 self._target.cache.clear(row, from_column=sequence.num_cached)
-            self._draft.controller.observe(sequence.belief, advance.num_attempted, advance.num_accepted)
+            self._draft.observe(sequence, advance)
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
@@ -335,6 +335,6 @@ class Engine:
             done.set_exception(error)
             return
         for sequence in self._scheduler.running:
-            sequence.belief = AcceptanceBelief()
+            sequence.belief.forget_model()
         self._meter.count_swap(report)
         done.set_result(report)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from serving.engine.draft_length import DraftLengthController
+from serving.engine.draft_length import DraftLengthController, Row
 from serving.engine.proposal import Drafter, DraftPlan, LookupDrafter, Share
-from serving.engine.sequence import Batch
+from serving.engine.sequence import Advance, Batch, Sequence
 from serving.engine.stats import SwapReport
 
 _log = logging.getLogger(__name__)
@@ -56,16 +56,37 @@ class LiveDraft:
     @property
     def num_draft_tokens(self) -> int:
         """Draft length in use."""
-        return self.controller.current if self._can_draft or self.ngram is not None else 0
+        return self.controller.current if self._can_draft else self.controller.num_copied
 
     def plan(self, batch: Batch) -> DraftPlan:
         """Who drafts how many tokens for each row in the next round."""
-        drafter = self.drafter if self._can_draft else self.ngram
-        if drafter is None:
+        if not self._can_draft and self.ngram is None:
             return DraftPlan(self.draft_version)
-        limit = self.controller.choose([sequence.belief for sequence in batch.sequences])
-        lengths = [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
-        return DraftPlan(self.draft_version, (Share(drafter, lengths),) if any(lengths) else ())
+        matches = [0] * len(batch) if self.ngram is None else self.ngram.matches(batch)
+        rows = [
+            Row(
+                route=sequence.request.route,
+                belief=sequence.belief,
+                num_tokens=len(sequence.token_ids),
+                max_draft_tokens=sequence.max_draft_tokens(self.controller.longest),
+                num_matched=num_matched,
+            )
+            for sequence, num_matched in zip(batch.sequences, matches, strict=True)
+        ]
+        lengths = self.controller.choose(rows, can_draft=self._can_draft)
+        asked = ((self.drafter, lengths.by_model_B), (self.ngram, lengths.copied_B))
+        shares = (Share(drafter, each) for drafter, each in asked if drafter is not None and any(each))
+        return DraftPlan(self.draft_version, tuple(shares))
+
+    def observe(self, sequence: Sequence, advance: Advance) -> None:
+        """How a sequence's drafts fared in the last round."""
+        self.controller.observe(
+            sequence.request.route,
+            sequence.belief,
+            advance.num_matched,
+            advance.num_attempted,
+            advance.num_accepted,
+        )
 
     def clear(self, slot: int) -> None:
         """A new sequence owns the slot."""
@@ -92,6 +113,7 @@ class LiveDraft:
                 self.drafter.refresh(FLOOR_VERSION)
             raise
         self.drafter.refresh(staged.draft_version)
+        self.controller.forget_model()
         self.disabled_reason = ""
         return SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
 

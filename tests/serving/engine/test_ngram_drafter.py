@@ -1,13 +1,18 @@
 """N-gram lookup: the longest and most recent match, kept up by token and by slot, at work in the engine."""
 
 import pytest
+import torch
 
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import NGRAM_VERSION
+from serving.engine.cost_table import CostTable
+from serving.engine.draft_length import DraftLengthController
+from serving.engine.engine import Engine
+from serving.engine.proposal import NGRAM_VERSION, Proposal
+from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
 from serving.local import Speculation, load_engine
-from tests.support.table_engine import table_engine
+from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
 
 
@@ -107,3 +112,44 @@ def test_an_operator_chooses_who_drafts(
         counts = engine.stats().counts
         assert (engine.draft_weights is not None) is knows_the_draft
     assert {version for version, counters in counts.items() if counters.num_drafted} == versions
+
+
+def test_copying_takes_over_from_a_draft_that_broke_until_another_is_swapped_in() -> None:
+    target, draft = TableModel(3, seed=4, sharpness=2.0), TableModel(3, seed=5)
+    params = SamplingParams(temperature=0.0, max_tokens=20)
+    with table_engine(target, draft, num_draft_tokens=2, ngram=NgramDrafter(4)) as engine:
+        expected = engine.generate([[1, 2, 0, 1, 2]], params)[0].output_token_ids
+        assert NGRAM_VERSION not in engine.stats().counts
+        engine.swap(StagedTable(1, draft, torch.full_like(draft.table, torch.nan))).result(5)
+        assert engine.generate([[1, 2, 0, 1, 2]] * 2, params)[1].output_token_ids == expected
+        copied = engine.stats().counts[NGRAM_VERSION].num_accepted
+        assert copied > 0 and engine.stats().draft_disabled_reason
+        engine.swap(StagedTable(2, draft, TableModel(3, seed=5).table)).result(5)
+        assert engine.generate([[1, 2, 0, 1, 2]], params)[0].output_token_ids == expected
+        assert engine.stats().counts[NGRAM_VERSION].num_accepted == copied
+        assert engine.stats().counts[2].num_drafted > 0
+
+
+class _RaisingCopier(NgramDrafter):
+    def propose(self, *args: object) -> Proposal:
+        raise RuntimeError("injected")
+
+
+def test_a_copier_that_raises_costs_no_answer_and_no_draft_its_place() -> None:
+    target = TableModel(3, seed=4, sharpness=2.0)
+    with table_engine(target, None, num_draft_tokens=2, ngram=_RaisingCopier(4)) as engine:
+        [generation] = engine.generate([[1, 2, 0, 1, 2]], SamplingParams(max_tokens=9))
+        assert generation.finish_reason == "length"
+        assert engine.stats().draft_disabled_reason == ""
+
+
+def test_the_free_controller_copies_a_text_that_repeats_itself() -> None:
+    target = TableModel(3, seed=4)
+    target.table[:, 1] = 9.0
+    costs = CostTable((1, 2), (1, 9), ((1.0, 2.0), (1.5, 3.0)), (0.0, 0.0), (0.0, 0.0))
+    runner, controller = Runner(target, num_slots=2, max_seq_len=128), DraftLengthController(costs)
+    with Engine(runner, None, controller=controller, ngram=NgramDrafter(2)) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=100)
+        [generation] = engine.generate([[2, 0]], params)
+    assert generation.output_token_ids == [1] * 100
+    assert generation.num_rounds < 25
