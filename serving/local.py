@@ -6,6 +6,7 @@ import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import StoppingName, stopping_rule
 from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
@@ -38,6 +39,8 @@ def load_engine(
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
     speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it.
 
@@ -51,6 +54,8 @@ def load_engine(
         max_seq_len=max_seq_len,
         num_draft_tokens=num_draft_tokens,
         speculation=speculation,
+        stopping=stopping,
+        stopping_threshold=stopping_threshold,
     )
 
 
@@ -61,6 +66,8 @@ def build_engine(
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
     speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
 ) -> LocalEngine:
     """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold. A draft that may
     not speak (`ngram`, `off`) takes no memory, and no adapter is swapped in."""
@@ -82,7 +89,7 @@ def build_engine(
             weights.module, num_slots=num_slots, max_seq_len=max_seq_len, vocab_size=target.vocab_size
         )
         check_runner(draft_runner, pair.draft_id)
-        drafter = ModelDrafter(draft_runner)
+        drafter = ModelDrafter(draft_runner, stopping=stopping_rule(stopping, stopping_threshold))
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
         if runner is not None:

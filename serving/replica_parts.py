@@ -156,6 +156,8 @@ def _load(settings: ServingSettings) -> LocalEngine:
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
         speculation=settings.speculation,
+        stopping=settings.stopping,
+        stopping_threshold=settings.stopping_threshold,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -208,10 +208,10 @@ class DraftLengthController:
         known = self._seconds.get(batch_size)
         if known is None:
             lengths = range(self._longest + 1)
-            known = (
-                [self._costs.target_s(batch_size, length + 1) for length in lengths],
-                [self._costs.propose_s(batch_size, length) for length in lengths],
-            )
+            target_s = [self._costs.target_s(batch_size, length + 1) for length in lengths]
+            for length in reversed(lengths[:-1]):  # what else ran at start can only have slowed a measurement
+                target_s[length] = min(target_s[length], target_s[length + 1])
+            known = target_s, [self._costs.propose_s(batch_size, length) for length in lengths]
             self._seconds[batch_size] = known
         return known
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import StoppingRule
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.proposal import LookupDrafter, Proposal, combine
@@ -27,13 +28,16 @@ def table_engine(
     drafter_class: type[ModelDrafter] = ModelDrafter,
     prefill_chunk_tokens: int = 3,
     ngram: LookupDrafter | None = None,
+    stopping: StoppingRule | None = None,
 ) -> Engine:
     """Small chunks and slots, so that every path is walked."""
     runner = Runner(target, num_slots=num_slots, max_seq_len=MAX_LEN)
     drafter = None
     if draft is not None:
         drafter = drafter_class(
-            Runner(draft, num_slots=num_slots, max_seq_len=MAX_LEN), chunk_tokens=prefill_chunk_tokens
+            Runner(draft, num_slots=num_slots, max_seq_len=MAX_LEN),
+            chunk_tokens=prefill_chunk_tokens,
+            stopping=stopping,
         )
     return Engine(
         runner,
