@@ -50,7 +50,7 @@ class Plan:
     settings: tuple[Setting, ...]
     turns: int = 3
     num_output_tokens: int = 48
-    """About as long as the demo's answers: what comes after the end of one is noise that no draft can learn."""
+    """About as long as the demo's answers: what follows the end of one is noise that no draft can learn."""
     data: Path | None = None
     """A folder of prompts; None: the demo's."""
     adapter: Path | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.modes import MODES
@@ -35,11 +36,12 @@ def table(rows: Sequence[Row]) -> Table:
         title_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
+        caption="\n".join(f"{row['mode']}: {escape(row['note'])}" for row in rows if "note" in row) or None,
+        caption_justify="left",
     )
-    shown.add_column("mode")
-    for column in ("tokens/s", "accepted", "tokens a round", "speed-up", "predicted"):
-        shown.add_column(column, justify="right")
-    shown.add_column("")
+    shown.add_column("mode", no_wrap=True)
+    for column in ("tokens/s", "accepted", "a round", "speed-up", "predicted"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row["mode"],
@@ -48,7 +50,6 @@ def table(rows: Sequence[Row]) -> Table:
             _number(row["block_efficiency"], ".2f"),
             _number(row["measured_speedup"], ".2f", "x"),
             _number(row["predicted_speedup"], ".2f", "x"),
-            f"[dim]{row.get('note', '')[:60]}[/]",
         )
     return shown
 
