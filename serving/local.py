@@ -1,14 +1,21 @@
 """The library entry: an engine in this process, without Ray, Redis or HTTP."""
 
+from typing import Literal
+
 import torch
 
 from serving.drafters.model_drafter import ModelDrafter
+from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import StoppingName, stopping_rule
 from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.runner import Runner
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
+
+Speculation = Literal["auto", "model", "ngram", "off"]
+"""Who drafts: whatever pays, by measurement; the draft model alone; n-gram lookup alone; nobody."""
 
 _CHECK_TOKENS = 12
 _LEAST_LOGIT = -1e9
@@ -31,6 +38,9 @@ def load_engine(
     num_slots: int = 8,
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
+    speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it.
 
@@ -38,13 +48,29 @@ def load_engine(
     UnsupportedModelError for models that cannot work, with the reason.
     """
     pair = load_pair(target, draft, device=device, dtype=dtype)
-    return build_engine(pair, num_slots=num_slots, max_seq_len=max_seq_len, num_draft_tokens=num_draft_tokens)
+    return build_engine(
+        pair,
+        num_slots=num_slots,
+        max_seq_len=max_seq_len,
+        num_draft_tokens=num_draft_tokens,
+        speculation=speculation,
+        stopping=stopping,
+        stopping_threshold=stopping_threshold,
+    )
 
 
 def build_engine(
-    pair: ModelPair, *, num_slots: int = 8, max_seq_len: int = 1024, num_draft_tokens: int | None = None
+    pair: ModelPair,
+    *,
+    num_slots: int = 8,
+    max_seq_len: int = 1024,
+    num_draft_tokens: int | None = None,
+    speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
 ) -> LocalEngine:
-    """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold."""
+    """Start an engine on a loaded pair. `max_seq_len` is cut to what both models can hold. A draft that may
+    not speak (`ngram`, `off`) takes no memory, and no adapter is swapped in."""
     max_seq_len = min(max_seq_len, pair.max_positions)
     if num_slots < 1 or max_seq_len < 2:
         raise ValueError(
@@ -55,7 +81,7 @@ def build_engine(
     check_runner(target, pair.target_id)
     drafter = weights = None
     draft_runner = None
-    if pair.draft is not None:
+    if pair.draft is not None and speculation in ("auto", "model"):
         weights = DraftWeights(
             pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
         )
@@ -63,7 +89,7 @@ def build_engine(
             weights.module, num_slots=num_slots, max_seq_len=max_seq_len, vocab_size=target.vocab_size
         )
         check_runner(draft_runner, pair.draft_id)
-        drafter = ModelDrafter(draft_runner)
+        drafter = ModelDrafter(draft_runner, stopping=stopping_rule(stopping, stopping_threshold))
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
         if runner is not None:
@@ -75,6 +101,7 @@ def build_engine(
         costs=costs,
         eos_token_ids=pair.eos_token_ids,
         floor=weights.stage_floor if weights is not None else None,
+        ngram=NgramDrafter(num_slots) if speculation in ("auto", "ngram") else None,
     )
     engine.pair, engine.draft_weights = pair, weights
     return engine

@@ -155,6 +155,9 @@ def _load(settings: ServingSettings) -> LocalEngine:
         num_slots=settings.num_slots,
         max_seq_len=settings.max_seq_len,
         num_draft_tokens=settings.num_draft_tokens,
+        speculation=settings.speculation,
+        stopping=settings.stopping,
+        stopping_threshold=settings.stopping_threshold,
     )
     if engine.pair.tokenizer is None:
         engine.close()

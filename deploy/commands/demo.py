@@ -13,7 +13,14 @@ from deploy.commands.console import DEFAULT_STATE_DIR, ConfigOption, errors, out
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 PAIR = Path(str(files("deploy"))) / "demo" / "pair"
-SERVING = {"model_name": "everdraft-demo", "num_threads": 1, "max_seq_len": 512, "status_interval_s": 0.25}
+SERVING = {
+    "model_name": "everdraft-demo",
+    "num_threads": 1,
+    "max_seq_len": 512,
+    "speculation": "model",
+    "status_interval_s": 0.25,
+}
+"""The demo shows a draft learn: copying from the text would blur what it is worth."""
 LEARNER = {
     "lora_rank": 32,
     "lora_alpha": 64.0,
