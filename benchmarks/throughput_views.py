@@ -97,7 +97,7 @@ def _draw_panel(axes, kind, panel) -> None:  # type: ignore[no-untyped-def]  # m
     axes.set_title(f"{dtype}, {drawn}, prompts of {prompt_tokens} tokens", loc="left", fontsize=11)
     axes.set_xticks(
         range(len(concurrencies)),
-        [f"{count} request{'s'[: count > 1]} at once" for count in concurrencies],
+        [f"{count} request{'s'[: count > 1]}" for count in concurrencies],
     )
     axes.set_ylabel("output tokens a second")
     axes.margins(x=0.02, y=0.16)

@@ -61,6 +61,7 @@ def throughput(
 ) -> None:
     """Tokens a second of our engine and of transformers, on the same work."""
     import torch
+    from transformers.utils import logging
 
     from benchmarks.adapted import check_adapter
     from benchmarks.prompts import check_folder
@@ -72,6 +73,8 @@ def throughput(
     with plain_faults():
         check_folder(data)
         check_adapter(adapter)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     plan = Plan(
         target=target,
