@@ -46,7 +46,7 @@ check: setup
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
 
 bench: setup
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/everdraft bench $(or $(ARGS),engine)
 
 format: setup
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 FLOOR_VERSION = 0
 """The draft as it was loaded, never adapted; always one step away."""
 
+NGRAM_VERSION = -1
+"""Stands for a draft_version where no draft drafted: the round copied from the text before it."""
+
 DEFAULT_ROUTE = "default"
 
 
@@ -27,13 +30,14 @@ class RoundTrace:
 
     start: int
     draft_version: int
+    """Whose drafts these are; NGRAM_VERSION if they were copied from the text."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
     drafted_target_logprobs_G: NDArray[np.float32]
     """Final law of the target at the drafted tokens; -inf where it excludes them."""
     drafted_draft_logprobs_G: NDArray[np.float32]
-    """The law that the drafted tokens were drawn from, at them."""
+    """The law that the drafted tokens were drawn from, at them; 0 where certain (greedy, copied)."""
     emitted_target_logprobs_C: NDArray[np.float32]
     """Final law of the target at the tokens the round emitted."""
     topk_token_ids_EK: NDArray[np.int32]
@@ -164,7 +168,7 @@ class ServingStatus:
     serving_versions: Mapping[str, int]
     """route -> draft_version that serves now."""
     counts: Mapping[str, Mapping[int, VersionCounts]]
-    """route -> draft_version -> counters."""
+    """route -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0

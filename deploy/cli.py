@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands import demo, doctor, drafts, learn, serve, status
+from deploy.commands import bench, demo, doctor, drafts, learn, serve, status
 from deploy.environment import quieten_libraries
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(serve.serve)
 app.command()(learn.learn)
 app.command()(status.status)
 app.add_typer(drafts.app, name="drafts")
+app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from buffer.records import GenerationRecord
+from buffer.records import NGRAM_VERSION, GenerationRecord
 from learner.evaluation import RecordScore
 
 BETS = (0.05, 0.1, 0.2, 0.4)
@@ -126,6 +126,6 @@ class SwapCheck:
 
 
 def drafted_by(record: GenerationRecord, draft_version: int) -> bool:
-    """Did this version draft every round that drafted anything?"""
+    """Did this version draft every round that drafted anything? Rounds that copied speak of no draft."""
     versions = {trace.draft_version for trace in record.rounds if trace.num_drafted}
-    return versions == {draft_version}
+    return versions - {NGRAM_VERSION} == {draft_version}

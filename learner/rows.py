@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import GenerationRecord, RecordSampling, RoundTrace
+from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling, RoundTrace
 
 NO_TOKEN = -1
 """Emitted token of an off-trajectory position, and id of a padded kept entry."""
@@ -34,6 +34,7 @@ class Positions:
     emitted_logprob_N: NDArray[np.float32]
     """Final law of the target at the emitted token."""
     attempted_N: NDArray[np.bool_]
+    """The draft's own only: of a round that copied, none is attempted, accepted or rejected."""
     accepted_N: NDArray[np.bool_]
     first_rejected_N: NDArray[np.bool_]
 
@@ -57,7 +58,10 @@ class Positions:
         return finite_N & np.isfinite(best_N) & ~np.isnan(self.topk_logprobs_NK).any(1)
 
     def _widened(self, num_kept: int) -> "Positions":
-        missing = ((0, 0), (0, num_kept - self.topk_token_ids_NK.shape[1]))
+        num_missing = num_kept - self.topk_token_ids_NK.shape[1]
+        if num_missing == 0:
+            return self  # nearly always; padding by nothing took a third of a learner's time
+        missing = ((0, 0), (0, num_missing))
         arrays = dict(vars(self))
         arrays["topk_token_ids_NK"] = np.pad(self.topk_token_ids_NK, missing, constant_values=NO_TOKEN)
         arrays["topk_logprobs_NK"] = np.pad(self.topk_logprobs_NK, missing, constant_values=-np.inf)
@@ -129,7 +133,9 @@ def _sequence(record: GenerationRecord) -> NDArray[np.int64]:
 
 
 def _rejection(trace: RoundTrace, sequence_T: NDArray[np.int64]) -> int | None:
-    """Index in the round of the rejected draft token; None for a full or cut round."""
+    """Index in the round of the draft's rejected token; None for a full or cut round, or one that copied."""
+    if trace.draft_version == NGRAM_VERSION:
+        return None
     index = trace.num_accepted
     position = trace.start + index
     if index >= min(trace.num_drafted, trace.num_attempted) or position >= len(sequence_T):
@@ -169,6 +175,7 @@ def _positions(
 ) -> Positions:
     """Verified positions `index_N` of one round; past a rejection none is attempted or accepted."""
     position_N = trace.start + index_N.astype(np.int64)
+    by_draft = trace.draft_version != NGRAM_VERSION
     return Positions(
         position_N=position_N,
         topk_token_ids_NK=trace.topk_token_ids_EK[index_N].astype(np.int64),
@@ -176,8 +183,8 @@ def _positions(
         retemper_N=trace.retemper_E[index_N].astype(np.float32),
         emitted_token_id_N=emitted(position_N),
         emitted_logprob_N=emitted_logprobs_C[index_N].astype(np.float32),
-        attempted_N=index_N < trace.num_attempted,
-        accepted_N=index_N < trace.num_accepted,
+        attempted_N=(index_N < trace.num_attempted) & by_draft,
+        accepted_N=(index_N < trace.num_accepted) & by_draft,
         first_rejected_N=index_N == rejected,
     )
 

@@ -1,11 +1,14 @@
 """The library entry: an engine in this process, without Ray, Redis or HTTP."""
 
 import logging
+from typing import Literal
 
 import torch
 
 from serving.compiling import CompileChoice, Compiling
 from serving.drafters.model_drafter import ModelDrafter
+from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import StoppingName, stopping_rule
 from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
@@ -18,6 +21,9 @@ from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
 
 _log = logging.getLogger(__name__)
+
+Speculation = Literal["auto", "model", "ngram", "off"]
+"""Who drafts: whatever pays, by measurement; the draft model alone; n-gram lookup alone; nobody."""
 
 _CHECK_TOKENS = 12
 _LEAST_LOGIT = -1e9
@@ -47,6 +53,9 @@ def load_engine(
     num_slots: int = 8,
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
+    speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
     compile: CompileChoice = "off",
     prefix_cache_mib: float | None = None,
     export_queue_bytes: int = 0,
@@ -65,6 +74,9 @@ def load_engine(
         num_slots=num_slots,
         max_seq_len=max_seq_len,
         num_draft_tokens=num_draft_tokens,
+        speculation=speculation,
+        stopping=stopping,
+        stopping_threshold=stopping_threshold,
         compile=compile,
         prefix_cache_mib=prefix_cache_mib,
         export_queue_bytes=export_queue_bytes,
@@ -77,13 +89,17 @@ def build_engine(
     num_slots: int = 8,
     max_seq_len: int = 1024,
     num_draft_tokens: int | None = None,
+    speculation: Speculation = "auto",
+    stopping: StoppingName = "controller",
+    stopping_threshold: float | None = None,
     compile: CompileChoice = "off",
     prefix_cache_mib: float | None = None,
     export_queue_bytes: int = 0,
     free: FreeMemory | None = None,
 ) -> LocalEngine:
     """Start an engine on a loaded pair; see `load_engine`. `max_seq_len` is cut to what both models can hold.
-    `free` None: asks the device. Raises MemoryPlanError before anything is allocated."""
+    A draft that may not speak (`ngram`, `off`) takes no memory, and no adapter is swapped in. `free` None:
+    asks the device. Raises MemoryPlanError before anything is allocated."""
     max_seq_len = min(max_seq_len, pair.max_positions)
     if num_slots < 1 or max_seq_len < 2:
         raise ValueError(
@@ -96,7 +112,7 @@ def build_engine(
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
     prepare_runner(target, pair.target_id)
     drafter = weights = draft_runner = None
-    if pair.draft is not None:
+    if pair.draft is not None and speculation in ("auto", "model"):
         weights = DraftWeights(
             pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
         )
@@ -104,7 +120,7 @@ def build_engine(
             weights.module, num_slots=num_slots, max_seq_len=max_seq_len, vocab_size=target.vocab_size
         )
         prepare_runner(draft_runner, pair.draft_id)
-        drafter = ModelDrafter(draft_runner)
+        drafter = ModelDrafter(draft_runner, stopping=stopping_rule(stopping, stopping_threshold))
     compiling = Compiling(target, draft_runner, compile)
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
@@ -117,6 +133,7 @@ def build_engine(
         costs=costs,
         eos_token_ids=pair.eos_token_ids,
         floor=weights.stage_floor if weights is not None else None,
+        ngram=NgramDrafter(num_slots) if speculation in ("auto", "ngram") else None,
         prefix_cache=new_prefix_cache(target, plan),
     )
     engine.pair, engine.draft_weights, engine.memory_plan = pair, weights, plan

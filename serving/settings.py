@@ -31,6 +31,14 @@ class ServingSettings(BaseModel):
     """Prompt and output together, tokens."""
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
+    speculation: Literal["auto", "model", "ngram", "off"] = "auto"
+    """Who drafts: `model` the draft alone, `ngram` copying from the text so far alone, `off` nobody; `auto`
+    has both and takes in every round what measured costs and acceptance say is fastest, nobody included."""
+    stopping: Literal["controller", "top_prob", "entropy"] = "controller"
+    """When the draft stops within the draft length: not at all; after a token drawn where its likeliest token
+    was below the threshold; before a draw whose law has more nats of entropy than the threshold."""
+    stopping_threshold: float | None = Field(default=None, ge=0)
+    """Of `stopping`; None: .4 for `top_prob`, 2 nats for `entropy`."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compiled passes: auto serves without until they are ready and keeps them for the next start; on waits
     for them and fails where they cannot be had."""

@@ -17,10 +17,12 @@ SERVING = {
     "model_name": "everdraft-demo",
     "num_threads": 1,
     "max_seq_len": 512,
+    "speculation": "model",
     "status_interval_s": 0.25,
     "prefix_cache_mib": 0,
 }
-"""No prefix reuse: the measurement sends each prompt to three arms, and only the first would compute it."""
+"""The demo shows a draft learn: copying from the text would blur what it is worth. No prefix reuse either:
+the measurement sends each prompt to three arms, and only the first would compute it."""
 LEARNER = {
     "lora_rank": 32,
     "lora_alpha": 64.0,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from buffer.records import FLOOR_VERSION, ServingStatus, VersionCounts
+from buffer.records import FLOOR_VERSION, NGRAM_VERSION, ServingStatus, VersionCounts
 from buffer.store import AdapterFeed, RecordStore
 from deploy.commands.console import (
     DEFAULT_STATE_DIR,
@@ -25,6 +25,8 @@ from deploy.commands.console import (
 )
 from deploy.commands.words import ago, milliseconds, percentage
 from deploy.running import RunningNote
+
+_NAMES = {FLOOR_VERSION: "0 (floor)", NGRAM_VERSION: "copied"}
 
 
 def status(
@@ -135,7 +137,7 @@ def _drafts(statuses: list[ServingStatus]) -> Table:
         per_pass = f"{counts.num_output_tokens / counts.num_rounds:.2f}" if counts.num_rounds else "-"
         table.add_row(
             route,
-            "0 (floor)" if version == FLOOR_VERSION else str(version),
+            _NAMES.get(version, str(version)),
             percentage(counts.num_accepted, counts.num_attempted),
             per_pass,
             str(counts.num_output_tokens),

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from serving.drafters.stopping import LimitOnly, StoppingRule
 from serving.engine.proposal import Proposal
 from serving.engine.runner import Runner
 from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
@@ -27,8 +28,17 @@ takes much longer than its neighbours."""
 class ModelDrafter:
     """Drafts with a causal language model that shares the target's vocabulary."""
 
-    def __init__(self, runner: Runner, *, draft_version: int = 0, chunk_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        draft_version: int = 0,
+        chunk_tokens: int = 256,
+        stopping: StoppingRule | None = None,
+    ) -> None:
+        """`stopping` None: as far as asked."""
         self.runner = runner
+        self._stopping = stopping or LimitOnly()
         self.draft_version = draft_version
         self._chunk_tokens = chunk_tokens
         self._cached = [0] * runner.num_slots
@@ -61,6 +71,9 @@ class ModelDrafter:
         laws, token_logprobs = [], []
         num_broken = 0
         for position in range(num_drafts):
+            _cut(wanted, position, self._stopping.before_draw(logits_BV))
+            if position >= max(wanted):
+                break
             token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, tokens, noise_BEV, generator)
             for row, logprob in enumerate(logprob_B.tolist()):
                 if not math.isfinite(logprob) and wanted[row] > position:
@@ -70,9 +83,13 @@ class ModelDrafter:
             token_logprobs.append(logprob_B)
             if law_BV is not None:
                 laws.append(law_BV)
+            _cut(wanted, position + 1, self._stopping.after_draw(logits_BV))
             if position + 1 >= max(wanted):
                 break
             logits_BV = self._next_pass(token_B, wanted, position)
+        if not tokens:
+            nothing = Proposal.empty(len(batch), self.draft_version, batch.device)
+            return replace(nothing, num_chunks=num_chunks)
         return Proposal(
             draft_version=self.draft_version,
             token_ids_BG=torch.stack(tokens, dim=1)[:, : max(wanted)],
@@ -149,6 +166,9 @@ class ModelDrafter:
             torch.tensor(positions, device=device),
             kv_len=max(length for length, lag in zip(self._lengths, lags, strict=True) if lag),
         )
+        for row, count in enumerate(wanted):
+            if count:
+                self._cached[row] = self._lengths[row]
         if width == 1:
             return logits_BTV[:, 0]
         last_B = torch.tensor([max(lag - 1, 0) for lag in lags], device=device)
@@ -166,6 +186,14 @@ class ModelDrafter:
             torch.tensor(columns, device=self.runner.device)[:, None],
             kv_len=max(column for column in columns if column != trash) + 1,
         )[:, 0]
+
+
+def _cut(wanted: list[int], length: int, stops: list[bool] | None) -> None:
+    """Rows that stop draft no more than `length` tokens."""
+    if stops is not None:
+        for row, stop in enumerate(stops):
+            if stop:
+                wanted[row] = min(wanted[row], length)
 
 
 def _draw_one(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.engine.proposal import Proposal
+from serving.engine.proposal import NGRAM_VERSION, Proposal
 from serving.engine.request import CapturedRound
 from serving.engine.sequence import Advance, Batch
 
@@ -39,7 +39,7 @@ class RoundCapture:
         emitted = np.append(drafted_target[: advance.num_accepted], self.next_target_logprobs_B[row])
         return CapturedRound(
             start=start,
-            draft_version=self.draft_version,
+            draft_version=NGRAM_VERSION if advance.num_matched else self.draft_version,
             num_accepted=advance.num_accepted,
             num_attempted=advance.num_attempted,
             drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),

@@ -52,6 +52,7 @@ def commit(
             num_drafted=proposal.num_drafted_B[row],
             num_attempted=min(kept, accepted_B[row] + 1, proposal.num_drafted_B[row]),
             num_accepted=min(kept, accepted_B[row]),
+            num_matched=proposal.num_matched(row),
         )
         sequence.count(advance, proposal.draft_version)
         if capture is not None and sequence.request.capture:

@@ -1,82 +1,233 @@
-"""How many tokens to draft, 0 included: the length with the most expected tokens a second.
+"""Who drafts how many tokens in a round, nobody included: the plan with the most expected tokens a second.
 
-Requests differ more than rounds do, so acceptance is believed by sequence: what its own rounds showed, over
-a prior of one half, worth three attempts. A hopeless sequence costs two or three drafts, a good one is
-drafted for at once. Expected tokens are summed over the batch and divided by the cost
-table's seconds at its size (arXiv 2310.18813). A new length must win by a margin; while speculation is off, a
-probe now and then notices when it would pay again.
+Expected tokens, from what is believed of each row (see acceptance_belief), are summed over the batch and
+divided by the cost table's seconds at its size (arXiv 2310.18813), so that load shortens drafts by itself.
+Three kinds of plan compete: the model drafts for all rows; rows copy where that promises more, the model
+drafts for the rest; rows copy, and no model runs. A new length must win by a margin. A way to draft that
+does not pay is probed now and then in one row, the one with the least text to catch up with; the more probes
+fail, the rarer they are.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serving.engine.acceptance_belief import MODEL, Rates, RouteBeliefs, SequenceBelief
 from serving.engine.cost_table import CostTable
-from serving.engine.counters import expected_block_efficiency
 
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
-_PROBE_EVERY = 16
-_PRIOR_ACCEPTANCE = 0.5
-_PRIOR_ATTEMPTS = 3.0
-_MEMORY_ATTEMPTS = 40.0
+_LEAST_INTERVAL = 16
+_MOST_INTERVAL = 512
+_PROBE_KEEP = 0.5
+"""What older evidence is worth after a probe that succeeded: something has changed."""
+_SECONDS_KEPT_ROUNDS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence, as far as drafting goes."""
+
+    route: str
+    belief: SequenceBelief
+    num_tokens: int
+    max_draft_tokens: int
+    """By what it may still emit and what its request allows."""
+    num_matched: int = 0
+    """Of what it could copy; 0: nothing."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Draft tokens of a round, by row; no row has both."""
+
+    by_model_B: list[int]
+    copied_B: list[int]
 
 
 @dataclass
-class AcceptanceBelief:
-    """Attempts of one sequence, old ones fading."""
+class _Probe:
+    """When to try again what does not pay: rounds between two tries double while they fail."""
 
-    attempted: float = 0.0
-    accepted: float = 0.0
+    interval: int = _LEAST_INTERVAL
+    num_waited: int = 0
+    pending: bool = False
 
-    def observe(self, num_attempted: int, num_accepted: int) -> None:
-        keep = (1.0 - 1.0 / _MEMORY_ATTEMPTS) ** num_attempted
-        self.attempted = keep * self.attempted + num_attempted
-        self.accepted = keep * self.accepted + num_accepted
+    def is_due(self, in_use: bool) -> bool:
+        self.pending = False
+        self.num_waited = 0 if in_use else self.num_waited + 1
+        self.pending = self.num_waited >= self.interval
+        return self.pending
 
-    @property
-    def acceptance(self) -> float:
-        """Expected of the next draft token, whatever its position."""
-        prior = _PRIOR_ACCEPTANCE * _PRIOR_ATTEMPTS
-        return (self.accepted + prior) / (self.attempted + _PRIOR_ATTEMPTS)
+    def judge(self, num_accepted: int) -> None:
+        """Called for what was drafted in a probe; one that drafted nothing stays due."""
+        self.pending, self.num_waited = False, 0
+        self.interval = _LEAST_INTERVAL if num_accepted else min(_MOST_INTERVAL, 2 * self.interval)
 
 
 class DraftLengthController:
-    """Chooses the draft length of a round. A `fixed` length is returned as it is."""
+    """Chooses the draft lengths of a round. A `fixed` length goes to the model, where there is one."""
 
     def __init__(
         self, costs: CostTable | None, *, fixed: int | None = None, max_draft_tokens: int = MAX_DRAFT_TOKENS
     ) -> None:
         self._costs = costs
         self._fixed = fixed
-        self._lengths = range(max_draft_tokens + 1)
+        self._longest = max_draft_tokens
         self._current = 3 if fixed is None else fixed
-        self._rounds_at_zero = 0
+        self.num_copied = 0
+        """The longest copy of the last round."""
+        self._routes = RouteBeliefs()
+        self._model_probe, self._copy_probe = _Probe(), _Probe()
+        self._seconds: dict[int, tuple[list[float], list[float]]] = {}
+        self._num_rounds = 0
 
     @property
     def current(self) -> int:
-        """The length in use, probes aside."""
+        """The model's length in use, probes aside."""
         return self._current
 
-    def choose(self, beliefs: Sequence[AcceptanceBelief]) -> int:
-        """The length for the next round of these sequences."""
+    @property
+    def longest(self) -> int:
+        """No row is ever asked for more."""
+        return self._longest if self._fixed is None else self._fixed
+
+    def choose(self, rows: Sequence[Row], *, can_draft: bool = True) -> Lengths:
+        """The lengths for the next round of these rows; `can_draft`: a model is there to draft."""
         if self._fixed is not None or self._costs is None:
-            return self._current
-        rates = [belief.acceptance for belief in beliefs]
-        tokens_per_s = [self._tokens_per_s(rates, length) for length in self._lengths]
-        best = max(self._lengths, key=tokens_per_s.__getitem__)
-        if tokens_per_s[best] > _MARGIN * tokens_per_s[self._current]:
-            self._current = best
-        self._rounds_at_zero = 0 if self._current else self._rounds_at_zero + 1
-        return 1 if self._rounds_at_zero >= _PROBE_EVERY else self._current
+            return self._fixed_lengths(rows, can_draft)
+        by_model, by_copy = self._expected(rows, can_draft)
+        target_s, propose_s = self._round_seconds(len(rows))
+        if can_draft:
+            speeds = [
+                sum(row[length] for row in by_model) / (target_s[length] + propose_s[length])
+                for length in range(self._longest + 1)
+            ]
+            best = max(range(len(speeds)), key=speeds.__getitem__)
+            if speeds[best] > _MARGIN * speeds[self._current]:
+                self._current = best
+            base, current = speeds[self._current], self._current
+        else:
+            base, current = len(rows) / target_s[0], 0
+        lengths = self._with_copies(rows, current, base, by_model, by_copy, target_s, propose_s)
+        self.num_copied = max(lengths.copied_B)
+        return self._with_probes(rows, lengths, can_draft)
 
-    def observe(self, belief: AcceptanceBelief, num_attempted: int, num_accepted: int) -> None:
+    def observe(
+        self, route: str, belief: SequenceBelief, num_matched: int, num_attempted: int, num_accepted: int
+    ) -> None:
         """How one sequence's drafts fared in a round."""
-        if num_attempted:
-            belief.observe(num_attempted, num_accepted)
-            if self._current == 0:
-                self._rounds_at_zero = 0
+        if not num_attempted:
+            return
+        probe = self._model_probe if num_matched == MODEL else self._copy_probe
+        keep = _PROBE_KEEP if probe.pending and num_accepted else 1.0
+        self._routes.observe(route, belief, num_matched, num_attempted, num_accepted, keep)
+        if probe.pending:
+            probe.judge(num_accepted)
 
-    def _tokens_per_s(self, rates: list[float], length: int) -> float:
+    def forget_model(self) -> None:
+        """Another draft serves; its acceptance is unknown, and worth finding out."""
+        self._routes.forget_model()
+        self._model_probe = _Probe()
+
+    def _fixed_lengths(self, rows: Sequence[Row], can_draft: bool) -> Lengths:
+        copies = [not can_draft and row.num_matched > 0 for row in rows]
+        lengths = _split(rows, self._current if can_draft else 0, copies, self._current)
+        self.num_copied = max(lengths.copied_B)
+        return lengths
+
+    def _expected(
+        self, rows: Sequence[Row], can_draft: bool
+    ) -> tuple[list[list[float]], list[list[float] | None]]:
+        """[row][length]: expected tokens if the model drafts (nothing without one), and if the row copies."""
+        by_model, by_copy = [], []
+        for row in rows:
+            rates = self._routes.rates(row.route, row.belief, MODEL) if can_draft else (0.0, 0.0)
+            by_model.append(_expected_tokens(rates, row.max_draft_tokens, self._longest))
+            copied = None
+            if row.num_matched:
+                rates = self._routes.rates(row.route, row.belief, row.num_matched)
+                copied = _expected_tokens(rates, row.max_draft_tokens, self._longest)
+            by_copy.append(copied)
+        return by_model, by_copy
+
+    def _with_copies(
+        self,
+        rows: Sequence[Row],
+        current: int,
+        base: float,
+        by_model: list[list[float]],
+        by_copy: list[list[float] | None],
+        target_s: list[float],
+        propose_s: list[float],
+    ) -> Lengths:
+        """The model's plan of length `current` and speed `base`, or a better one that copies."""
+        best_speed, best_length, alone = _MARGIN * base, 0, False
+        if not any(copied is not None for copied in by_copy):
+            return _split(rows, current, [False] * len(rows), current)
+        for length in range(1, self._longest + 1):
+            tokens = sum(1.0 if copied is None else copied[length] for copied in by_copy)
+            if tokens / target_s[length] > best_speed:
+                best_speed, best_length, alone = tokens / target_s[length], length, True
+        wins = [
+            copied is not None and copied[current] > model[current]
+            for model, copied in zip(by_model, by_copy, strict=True)
+        ]
+        if current and any(wins):
+            tokens = sum(
+                max(model[current], 0.0 if copied is None else copied[current])
+                for model, copied in zip(by_model, by_copy, strict=True)
+            )
+            speed = tokens / (target_s[current] + (0.0 if all(wins) else propose_s[current]))
+            if speed > best_speed:
+                return _split(rows, current, wins, current)
+        if alone:
+            return _split(rows, 0, [copied is not None for copied in by_copy], best_length)
+        return _split(rows, current, [False] * len(rows), current)
+
+    def _with_probes(self, rows: Sequence[Row], lengths: Lengths, can_draft: bool) -> Lengths:
+        """One row may be asked to try what does not seem to pay."""
+        able = [index for index, row in enumerate(rows) if row.max_draft_tokens]
+        if not able:
+            return lengths
+        matched = [index for index in able if rows[index].num_matched]
+        if can_draft and self._model_probe.is_due(in_use=any(lengths.by_model_B)):
+            row = min(able, key=lambda index: rows[index].num_tokens)
+            lengths.by_model_B[row], lengths.copied_B[row] = 1, 0
+        elif matched and self._copy_probe.is_due(in_use=any(lengths.copied_B)):
+            row = max(matched, key=lambda index: rows[index].num_matched)
+            length = max(1, min(lengths.by_model_B[row], rows[row].max_draft_tokens))
+            lengths.copied_B[row], lengths.by_model_B[row] = length, 0
+        return lengths
+
+    def _round_seconds(self, batch_size: int) -> tuple[list[float], list[float]]:
+        """By draft length: the target's pass, and the model's proposal. Looked up anew now and then."""
         assert self._costs is not None
-        expected = sum(expected_block_efficiency([rate] * length) for rate in rates)
-        return expected / self._costs.round_s(len(rates), length)
+        self._num_rounds += 1
+        if self._num_rounds % _SECONDS_KEPT_ROUNDS == 0:
+            self._seconds.clear()
+        known = self._seconds.get(batch_size)
+        if known is None:
+            lengths = range(self._longest + 1)
+            target_s = [self._costs.target_s(batch_size, length + 1) for length in lengths]
+            for length in reversed(lengths[:-1]):  # what else ran at start can only have slowed a measurement
+                target_s[length] = min(target_s[length], target_s[length + 1])
+            known = target_s, [self._costs.propose_s(batch_size, length) for length in lengths]
+            self._seconds[batch_size] = known
+        return known
+
+
+def _expected_tokens(rates: Rates, max_draft_tokens: int, longest: int) -> list[float]:
+    """[length]: output tokens of a round with that many drafts, the bonus or recovered one included."""
+    expected, reached = [1.0], 1.0
+    for position in range(longest):
+        reached *= 0.0 if position >= max_draft_tokens else rates[min(position, 1)]
+        expected.append(expected[-1] + reached)
+    return expected
+
+
+def _split(rows: Sequence[Row], by_model: int, copies: list[bool], by_copy: int) -> Lengths:
+    each = list(zip(rows, copies, strict=True))
+    return Lengths(
+        [0 if copied else min(by_model, row.max_draft_tokens) for row, copied in each],
+        [min(by_copy, row.max_draft_tokens) if copied else 0 for row, copied in each],
+    )

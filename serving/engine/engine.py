@@ -19,13 +19,13 @@ from typing import Self
 import torch
 
 from serving.engine.cost_table import CostTable
-from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
+from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.logits_processing import check_processing
 from serving.engine.prefill import Prefill
 from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
-from serving.engine.proposal import Drafter
+from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import (
     EventCallback,
     FinishReason,
@@ -59,16 +59,18 @@ class Engine:
         costs: CostTable | None = None,
         eos_token_ids: SequenceOf[int] = (),
         floor: Callable[[], StagedWeights] | None = None,
+        ngram: LookupDrafter | None = None,
         prefill_chunk_tokens: int = 256,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks.
-        `prefix_cache` stands beside the target's slots; None computes every prompt."""
+        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks. `ngram`
+        copies where the model drafter is absent, broken or worth less. `prefix_cache` stands beside the
+        target's slots; None computes every prompt."""
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
         self._target = target
-        self._draft = LiveDraft(drafter, controller, floor)
+        self._draft = LiveDraft(drafter, controller, floor, ngram)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._scheduler = Scheduler(target.num_slots)
         self._meter = Meter()
@@ -249,18 +251,17 @@ class Engine:
                 list(self._scheduler.running), self._target.device, vocab_size=self._target.vocab_size
             )
         batch = self._batch
-        lengths = self._draft.lengths(batch)
         began_s = time.perf_counter()
-        report = run_round(batch, lengths, self._target, self._draft.drafter, self.generator)
+        report = run_round(batch, self._draft.plan(batch), self._target, self.generator)
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
             self.costs.observe_target(len(batch), report.num_draft_tokens, report.target_pass_s)
-            if report.num_draft_tokens and not report.num_chunks:
-                self.costs.observe_draft(len(batch), report.num_draft_tokens, report.propose_s)
+            if report.num_draft_passes and not report.num_chunks:
+                self.costs.observe_draft(len(batch), report.num_draft_passes, report.propose_s)
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
             if advance is NO_ADVANCE:
                 self._target.cache.clear(row, from_column=sequence.num_cached)
-            self._draft.controller.observe(sequence.belief, advance.num_attempted, advance.num_accepted)
+            self._draft.observe(sequence, advance)
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
@@ -277,8 +278,7 @@ class Engine:
             self._batch = None
         for move in moves:
             self._target.cache.move(move.source, move.destination, move.length)
-            if self._draft.drafter is not None:
-                self._draft.drafter.move(move.source, move.destination)
+            self._draft.move(move.source, move.destination)
         for sequence in left:
             self._deliver(sequence)
 
@@ -335,6 +335,6 @@ class Engine:
             done.set_exception(error)
             return
         for sequence in self._scheduler.running:
-            sequence.belief = AcceptanceBelief()
+            sequence.belief.forget_model()
         self._meter.count_swap(report)
         done.set_result(report)

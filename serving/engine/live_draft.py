@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from serving.engine.draft_length import DraftLengthController
-from serving.engine.proposal import Drafter
-from serving.engine.sequence import Batch
+from serving.engine.draft_length import DraftLengthController, Row
+from serving.engine.proposal import Drafter, DraftPlan, LookupDrafter, Share
+from serving.engine.sequence import Advance, Batch, Sequence
 from serving.engine.stats import SwapReport
 
 _log = logging.getLogger(__name__)
@@ -33,15 +33,17 @@ class StagedWeights(Protocol):
 
 
 class LiveDraft:
-    """A drafter, its draft length, and its version."""
+    """The drafters, how far they draft, and the version that is loaded."""
 
     def __init__(
         self,
         drafter: Drafter | None,
         controller: DraftLengthController,
         floor: Callable[[], StagedWeights] | None,
+        ngram: LookupDrafter | None = None,
     ) -> None:
         self.drafter = drafter
+        self.ngram = ngram
         self.controller = controller
         self.disabled_reason = ""
         self._floor = floor
@@ -54,16 +56,47 @@ class LiveDraft:
     @property
     def num_draft_tokens(self) -> int:
         """Draft length in use."""
-        return self.controller.current if self._can_draft else 0
+        return self.controller.current if self._can_draft else self.controller.num_copied
 
-    def lengths(self, batch: Batch) -> list[int]:
-        """How many tokens each row may draft in the next round."""
-        limit = (
-            self.controller.choose([sequence.belief for sequence in batch.sequences])
-            if self._can_draft
-            else 0
+    def plan(self, batch: Batch) -> DraftPlan:
+        """Who drafts how many tokens for each row in the next round."""
+        if not self._can_draft and self.ngram is None:
+            return DraftPlan(self.draft_version)
+        matches = [0] * len(batch) if self.ngram is None else self.ngram.matches(batch)
+        rows = [
+            Row(
+                route=sequence.request.route,
+                belief=sequence.belief,
+                num_tokens=len(sequence.token_ids),
+                max_draft_tokens=sequence.max_draft_tokens(self.controller.longest),
+                num_matched=num_matched,
+            )
+            for sequence, num_matched in zip(batch.sequences, matches, strict=True)
+        ]
+        lengths = self.controller.choose(rows, can_draft=self._can_draft)
+        asked = ((self.drafter, lengths.by_model_B), (self.ngram, lengths.copied_B))
+        shares = (Share(drafter, each) for drafter, each in asked if drafter is not None and any(each))
+        return DraftPlan(self.draft_version, tuple(shares))
+
+    def observe(self, sequence: Sequence, advance: Advance) -> None:
+        """How a sequence's drafts fared in the last round."""
+        self.controller.observe(
+            sequence.request.route,
+            sequence.belief,
+            advance.num_matched,
+            advance.num_attempted,
+            advance.num_accepted,
         )
-        return [sequence.max_draft_tokens(limit) for sequence in batch.sequences]
+
+    def clear(self, slot: int) -> None:
+        """A new sequence owns the slot."""
+        for drafter in self._drafters:
+            drafter.clear(slot)
+
+    def move(self, source: int, destination: int) -> None:
+        """A sequence changed its slot."""
+        for drafter in self._drafters:
+            drafter.move(source, destination)
 
     def swap(self, staged: StagedWeights, *, under_load: bool) -> SwapReport:
         """Make staged weights live. Raises BrokenDraftError, and then nothing changed; whatever else
@@ -80,6 +113,7 @@ class LiveDraft:
                 self.drafter.refresh(FLOOR_VERSION)
             raise
         self.drafter.refresh(staged.draft_version)
+        self.controller.forget_model()
         self.disabled_reason = ""
         return SwapReport(staged.draft_version, time.perf_counter() - began_s, under_load)
 
@@ -93,6 +127,10 @@ class LiveDraft:
             return self.swap(self._floor(), under_load=True)
         self.disabled_reason = f"draft_version={draft_version} gave logits that are not finite"
         return None
+
+    @property
+    def _drafters(self) -> list[Drafter]:
+        return [drafter for drafter in (self.drafter, self.ngram) if drafter is not None]
 
     @property
     def _can_draft(self) -> bool:

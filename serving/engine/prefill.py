@@ -70,8 +70,7 @@ class Prefill:
         """A clean slot, and in it what is known of the prompt."""
         sequence.queued_s = time.perf_counter() - sequence.submitted_at_s
         self._target.cache.clear(slot)
-        if self._draft.drafter is not None:
-            self._draft.drafter.clear(slot)
+        self._draft.clear(slot)
         sequence.num_cached = sequence.num_reused = self._reuse(slot, sequence)
 
     def _reuse(self, slot: int, sequence: Sequence) -> int:

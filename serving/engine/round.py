@@ -8,6 +8,7 @@ by row; the engine turns it into events. Legend: B rows (row = slot), G drafted,
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from serving.engine.capture import capture_round
 from serving.engine.commit import commit
 from serving.engine.noise import gumbel_noise
-from serving.engine.proposal import Drafter, Proposal
+from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, Share, combine
 from serving.engine.runner import Runner
 from serving.engine.sampling import exponential_race, law_logprobs
 from serving.engine.sequence import Advance, Batch
@@ -31,6 +32,8 @@ class RoundReport:
 
     draft_version: int
     num_draft_tokens: int
+    num_draft_passes: int
+    """Of a model, one a token; copying makes none."""
     advances: list[Advance]
     propose_s: float
     """Catch-up included."""
@@ -43,15 +46,16 @@ class RoundReport:
 @torch.inference_mode()
 def run_round(
     batch: Batch,
-    num_draft_tokens_B: list[int],
+    plan: DraftPlan,
     target: Runner,
-    drafter: Drafter | None,
     generator: torch.Generator | None = None,
 ) -> RoundReport:
     """Advance every sequence of the batch by one to G + 1 tokens."""
     began_s = time.perf_counter()
-    noise_BEV = _coupled_noise(batch, max(num_draft_tokens_B) + 1, target)
-    proposal = _propose(batch, num_draft_tokens_B, drafter, noise_BEV, generator)
+    noise_BEV = _coupled_noise(batch, plan.max_draft_tokens + 1, target)
+    parts = [_propose(batch, share, noise_BEV, generator) for share in plan.shares]
+    nothing = Proposal.empty(len(batch), plan.draft_version, batch.device)
+    proposal = replace(combine(parts), draft_version=plan.draft_version) if parts else nothing
     proposed_s = time.perf_counter()
     raw_logits_BEV = _target_pass(batch, proposal, target)
     if target.device.type == "cuda":
@@ -81,14 +85,14 @@ def run_round(
             verification.num_accepted_B,
             verification.next_token_B,
         )
-    if drafter is not None:
-        drafter.observe(list(proposal.num_drafted_B), verification.num_accepted_B.tolist())
+    _observe(plan.shares, parts, verification)
     advances = commit(batch, proposal, verification, finite_B, raw_logits_BEV, logsumexp_BE, capture)
     if batch.processing is not None:
         batch.processing.commit([advance.token_ids for advance in advances])
     return RoundReport(
         draft_version=proposal.draft_version,
         num_draft_tokens=proposal.max_drafted,
+        num_draft_passes=max((part.max_drafted for part in parts if not part.num_matched_B), default=0),
         advances=advances,
         propose_s=proposed_s - began_s,
         num_chunks=proposal.num_chunks,
@@ -106,21 +110,24 @@ def _coupled_noise(batch: Batch, num_positions: int, target: Runner) -> Tensor |
 
 
 def _propose(
-    batch: Batch,
-    num_draft_tokens_B: list[int],
-    drafter: Drafter | None,
-    noise_BEV: Tensor | None,
-    generator: torch.Generator | None,
+    batch: Batch, share: Share, noise_BEV: Tensor | None, generator: torch.Generator | None
 ) -> Proposal:
-    if drafter is None or max(num_draft_tokens_B) == 0:
-        version = drafter.draft_version if drafter is not None else 0
-        return Proposal.empty(len(batch), version, batch.device)
+    drafter = share.drafter
+    if max(share.num_draft_tokens_B) == 0:
+        return Proposal.empty(len(batch), drafter.draft_version, batch.device)
     try:
-        return drafter.propose(batch, num_draft_tokens_B, noise_BEV, generator)
+        return drafter.propose(batch, share.num_draft_tokens_B, noise_BEV, generator)
     except Exception:  # a draft may cost speed, never an answer
         _log.exception("drafting failed; this round goes without")
         proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
-        return replace(proposal, num_broken_rows=len(batch))
+        num_broken = 0 if drafter.draft_version == NGRAM_VERSION else len(batch)
+        return replace(proposal, num_broken_rows=num_broken)
+
+
+def _observe(shares: Sequence[Share], parts: Sequence[Proposal], verification: Verification) -> None:
+    accepted_B = verification.num_accepted_B.tolist() if shares else []
+    for share, part in zip(shares, parts, strict=True):
+        share.drafter.observe(list(part.num_drafted_B), accepted_B)
 
 
 def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> Tensor:
@@ -165,10 +172,11 @@ def _verify(
         choice = match_choice(choice_BE, proposal.token_ids_BG, num_drafted_B)
     if batch.any_standard:
         assert law_BEV is not None
-        draft_BGV = proposal.logprobs_BGV if proposal.logprobs_BGV is not None else law_BEV[:, :0]
         uniform_BG = torch.rand(proposal.token_ids_BG.shape, generator=generator, device=batch.device)
         race_BV = exponential_race(law_BEV[:, 0], generator)
-        ratio = ratio_test(law_BEV, draft_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, race_BV)
+        ratio = ratio_test(
+            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, race_BV
+        )
     if choice is not None and ratio is not None:
         return merge(batch.standard_B, ratio, choice)
     verification = choice if choice is not None else ratio

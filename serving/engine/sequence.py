@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.draft_length import AcceptanceBelief
+from serving.engine.acceptance_belief import SequenceBelief
 from serving.engine.logits_processing import LogitsProcessing, RowContext
 from serving.engine.noise import noise_key
 from serving.engine.request import (
@@ -31,6 +31,8 @@ class Advance:
     num_drafted: int = 0
     num_attempted: int = 0
     num_accepted: int = 0
+    num_matched: int = 0
+    """As in `Proposal.num_matched_B`."""
 
 
 NO_ADVANCE = Advance()
@@ -54,7 +56,7 @@ class Sequence:
     """Columns of the target's slot that hold this sequence's tokens."""
     num_reused: int = 0
     """Of them, prompt columns that were copied instead of computed."""
-    belief: AcceptanceBelief = field(default_factory=AcceptanceBelief)
+    belief: SequenceBelief = field(default_factory=SequenceBelief)
     drafts_next: bool = True
     """False for the round after one whose drafts may have made the target overflow."""
     last_advance: Advance = NO_ADVANCE

@@ -1,4 +1,7 @@
-"""What the engine counts: rounds by draft version, round times, swaps and their pauses."""
+"""What the engine counts: rounds by draft version, round times, swaps and their pauses.
+
+A sequence's round that copied its drafts counts under NGRAM_VERSION, so that no draft is credited with it.
+"""
 
 import statistics
 import threading
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.counters import RoundCounters
 from serving.engine.prefix_cache import PrefixCacheStats
+from serving.engine.proposal import NGRAM_VERSION
 from serving.engine.round import RoundReport
 
 _MEMORY_ROUNDS = 512
@@ -38,7 +42,8 @@ class EngineStats:
     num_draft_tokens: int
     """Draft length in use."""
     counts: dict[int, RoundCounters]
-    """By draft_version; rounds of draft length 0 count under the version that was loaded."""
+    """By draft_version, NGRAM_VERSION among them; rounds of draft length 0 count under the version that was
+    loaded."""
     round_s_median: float
     mean_batch_size: float
     num_swaps: int
@@ -74,9 +79,9 @@ class Meter:
                 self.swap_pause_s_max = max(self.swap_pause_s_max, pause_s)
             self._swap_s_before_round = None
             self._rounds.append((*kind, round_s))
-            counters = self.counts.setdefault(report.draft_version, RoundCounters())
             for advance in report.advances:
-                counters.add_round(
+                version = NGRAM_VERSION if advance.num_matched else report.draft_version
+                self.counts.setdefault(version, RoundCounters()).add_round(
                     drafted=advance.num_drafted,
                     attempted=advance.num_attempted,
                     accepted=advance.num_accepted,

@@ -3,7 +3,9 @@
 Two lossless acceptance rules. `match_choice`: the target's own choice at every position is known (its
 argmax, with shared Gumbel noise in coupled mode); a draft token stands iff it is that choice.
 `ratio_test`: speculative sampling (arXiv 2211.17192); keep with probability min(1, target / draft), after a
-rejection draw from the normalised positive part of target - draft. Shared noise never meets the ratio test.
+rejection draw from the normalised positive part of target - draft. A one-hot draft law makes it: keep with
+probability target, else draw from the target without that token; exact for any proposal, even a random one.
+Shared noise never meets the ratio test.
 Legend: B rows, G drafted, E = G + 1 verified positions, V vocabulary.
 """
 
@@ -32,7 +34,7 @@ def match_choice(choice_BE: Tensor, drafted_BG: Tensor, num_drafted_B: Tensor) -
 
 def ratio_test(
     target_logprobs_BEV: Tensor,
-    draft_logprobs_BGV: Tensor,
+    draft_logprobs_BGV: Tensor | None,
     drafted_BG: Tensor,
     num_drafted_B: Tensor,
     uniform_BG: Tensor,
@@ -40,21 +42,26 @@ def ratio_test(
 ) -> Verification:
     """Accept while `uniform * draft < target` at the drafted token; see the module's docstring.
 
-    `draft_logprobs_BGV` must be the law each token was drawn from; `uniform_BG` in [0, 1), `race_BV` Exp(1).
+    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` in
+    [0, 1), `race_BV` Exp(1).
     A residual that is numerically zero falls back to the target's law.
     """
     num_drafts = drafted_BG.shape[1]
     picked_BG1 = drafted_BG[..., None]
     target_BG = target_logprobs_BEV[:, :num_drafts].gather(-1, picked_BG1)[..., 0].exp()
-    draft_BG = draft_logprobs_BGV.gather(-1, picked_BG1)[..., 0].exp()
-    num_accepted_B = _leading(uniform_BG * draft_BG < target_BG, num_drafted_B)
+    if draft_logprobs_BGV is not None:
+        uniform_BG = uniform_BG * draft_logprobs_BGV.gather(-1, picked_BG1)[..., 0].exp()
+    num_accepted_B = _leading(uniform_BG < target_BG, num_drafted_B)
 
     rows_B = torch.arange(drafted_BG.shape[0], device=drafted_BG.device)
     law_BV = target_logprobs_BEV[rows_B, num_accepted_B].exp()
     if num_drafts > 0:
         rejected_at_B = num_accepted_B.clamp(max=num_drafts - 1)
-        draft_law_BV = draft_logprobs_BGV[rows_B, rejected_at_B].exp()
-        residual_BV = (law_BV - draft_law_BV).clamp_(min=0.0)
+        if draft_logprobs_BGV is None:
+            residual_BV = law_BV.scatter(1, drafted_BG[rows_B, rejected_at_B][:, None], 0.0)
+        else:
+            draft_law_BV = draft_logprobs_BGV[rows_B, rejected_at_B].exp()
+            residual_BV = (law_BV - draft_law_BV).clamp_(min=0.0)
         use_residual_B = (num_accepted_B < num_drafted_B) & (residual_BV.sum(-1) > 0)
         law_BV = torch.where(use_residual_B[:, None], residual_BV, law_BV)
     return Verification(num_accepted_B, draw(law_BV, race_BV))

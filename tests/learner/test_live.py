@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from buffer.records import GenerationRecord, RecordSampling
+from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling
 from learner.evaluation import RecordScore
 from learner.live import LiveComparison, SwapCheck, drafted_by
 from learner.trainer import Trainer
@@ -109,3 +109,4 @@ def test_a_record_counts_for_a_version_only_if_it_drafted_every_round(served: li
     assert not drafted_by(record, 2)
     first, *others = record.rounds
     assert not drafted_by(replace(record, rounds=(replace(first, draft_version=2), *others)), 1)
+    assert drafted_by(replace(record, rounds=(replace(first, draft_version=NGRAM_VERSION), *others)), 1)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.records import GenerationRecord, RecordSampling
+from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling
 from learner.batch import collate, pack
+from learner.evaluation import observed_acceptance
 from learner.rows import NO_TOKEN, record_fault, rejected_suffix_rows, trajectory_row
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import VOCAB_SIZE, tiny_draft, tiny_pair
@@ -119,3 +120,20 @@ def test_rows_of_different_kept_width_share_a_batch(factory: RecordFactory) -> N
     batch = collate(rows)
     assert batch.topk_token_ids_NK.shape[1] == 12
     assert bool((batch.topk_logprobs_NK[batch.topk_token_ids_NK == NO_TOKEN] == -torch.inf).all())
+
+
+def test_a_round_that_copied_teaches_what_the_target_said_and_speaks_of_no_draft(
+    records: list[GenerationRecord],
+) -> None:
+    drawn = records[0]
+    traces = tuple(replace(trace, draft_version=NGRAM_VERSION) for trace in drawn.rounds)
+    copied = replace(drawn, rounds=traces)
+    assert list(rejected_suffix_rows(drawn, 64, 8, 1.0, np.random.default_rng(0))) != []
+    assert list(rejected_suffix_rows(copied, 64, 8, 1.0, np.random.default_rng(0))) == []
+    before, after = trajectory_row(drawn, 64), trajectory_row(copied, 64)
+    assert before is not None and after is not None
+    assert before.positions.attempted_N.any() and before.positions.first_rejected_N.any()
+    for of_the_draft in ("attempted_N", "accepted_N", "first_rejected_N"):
+        assert not getattr(after.positions, of_the_draft).any()
+    assert (after.positions.emitted_token_id_N == before.positions.emitted_token_id_N).all()
+    assert observed_acceptance([copied]) == (0, 0) != observed_acceptance([drawn])

@@ -17,7 +17,17 @@ def test_a_secret_is_never_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"capture_rate": 1.5}, {"num_slots": 0}, {"dtype": "int8"}, {"num_slot": 4}, {"target": ""}]
+    "wrong",
+    [
+        {"capture_rate": 1.5},
+        {"num_slots": 0},
+        {"dtype": "int8"},
+        {"num_slot": 4},
+        {"target": ""},
+        {"speculation": "draft"},
+        {"stopping": "never"},
+        {"stopping_threshold": -1.0},
+    ],
 )
 def test_a_wrong_value_or_an_unknown_key_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError) as refused:

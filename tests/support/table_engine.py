@@ -1,16 +1,18 @@
 """An engine over table models, and drafters that are wrong on purpose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from serving.drafters.model_drafter import ModelDrafter
+from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import StoppingRule
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.prefix_cache import PrefixCache
-from serving.engine.proposal import Proposal
+from serving.engine.proposal import LookupDrafter, Proposal, combine
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch
 from serving.engine.slot_cache import SlotCache
@@ -30,13 +32,17 @@ def table_engine(
     drafter_class: type[ModelDrafter] = ModelDrafter,
     prefill_chunk_tokens: int = 3,
     prefix_cache: PrefixCacheMaker | None = None,
+    ngram: LookupDrafter | None = None,
+    stopping: StoppingRule | None = None,
 ) -> Engine:
     """Small chunks and slots, so that every path is walked."""
     runner = Runner(target, num_slots=num_slots, max_seq_len=MAX_LEN)
     drafter = None
     if draft is not None:
         drafter = drafter_class(
-            Runner(draft, num_slots=num_slots, max_seq_len=MAX_LEN), chunk_tokens=prefill_chunk_tokens
+            Runner(draft, num_slots=num_slots, max_seq_len=MAX_LEN),
+            chunk_tokens=prefill_chunk_tokens,
+            stopping=stopping,
         )
     return Engine(
         runner,
@@ -44,6 +50,7 @@ def table_engine(
         controller=DraftLengthController(None, fixed=num_draft_tokens),
         prefill_chunk_tokens=prefill_chunk_tokens,
         prefix_cache=prefix_cache(runner.cache) if prefix_cache is not None else None,
+        ngram=ngram,
     )
 
 
@@ -91,3 +98,71 @@ class UndrawingDrafter(ModelDrafter):
             for count, logprobs in zip(proposal.num_drafted_B, proposal.token_logprobs_BG, strict=True)
         ]
         return replace(proposal, num_drafted_B=tuple(kept))
+
+
+Script = Callable[[Sequence[int], int], list[int]]
+"""(context, how many) -> the tokens to propose."""
+
+
+class ScriptedDrafter(NgramDrafter):
+    """Is certain of whatever the script says."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(num_slots=0)
+        self._script = script
+
+    def matches(self, batch: Batch) -> list[int]:
+        return [1] * len(batch)
+
+    def propose(
+        self,
+        batch: Batch,
+        num_draft_tokens_B: list[int],
+        noise_BEV: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        rows = [
+            self._script(sequence.token_ids, count)
+            for sequence, count in zip(batch.sequences, num_draft_tokens_B, strict=True)
+        ]
+        width = max(map(len, rows))
+        tokens_BG = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64)
+        tokens_BG = tokens_BG.view(len(rows), width)
+        counts = tuple(map(len, rows))
+        matched = tuple(int(count > 0) for count in counts)
+        return Proposal(-1, tokens_BG, counts, None, torch.zeros(tokens_BG.shape), matched)
+
+    def clear(self, slot: int) -> None: ...
+    def move(self, source: int, destination: int) -> None: ...
+
+
+class HalfCopyingDrafter(ModelDrafter):
+    """Every other row is copied from a script, the rest drawn by the model."""
+
+    script: Script = staticmethod(lambda context, count: [(context[-1] + 1) % 4] * count)
+
+    def propose(
+        self,
+        batch: Batch,
+        num_draft_tokens_B: list[int],
+        noise_BEV: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        drawn = [count * (row % 2) for row, count in enumerate(num_draft_tokens_B)]
+        copied = [count * (1 - row % 2) for row, count in enumerate(num_draft_tokens_B)]
+        by_model = super().propose(batch, drawn, noise_BEV, generator)
+        return combine([by_model, ScriptedDrafter(self.script).propose(batch, copied, None, None)])
+
+
+class CopyingAsIfDrawnDrafter(ModelDrafter):
+    """Copies a token and claims that the model drew it: the bug of judging copies by the model's law."""
+
+    def propose(
+        self,
+        batch: Batch,
+        num_draft_tokens_B: list[int],
+        noise_BEV: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        proposal = super().propose(batch, num_draft_tokens_B, noise_BEV, generator)
+        return replace(proposal, token_ids_BG=torch.zeros_like(proposal.token_ids_BG))

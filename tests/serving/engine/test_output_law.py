@@ -4,16 +4,21 @@ Chi-square against full enumeration on a vocabulary of 4; false-alarm rate in ch
 is seeded, but which requests share a batch depends on timing, so the rate holds per run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.engine import Engine
+from serving.engine.proposal import NGRAM_VERSION
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.table_engine import (
+    CopyingAsIfDrawnDrafter,
+    HalfCopyingDrafter,
     MisreportingDrafter,
+    Script,
+    ScriptedDrafter,
     StagedTable,
     UndrawingDrafter,
     table_engine,
@@ -48,7 +53,40 @@ def test_sampled_output_follows_the_targets_law(temperature: float, num_draft_to
     assert _p_value(ModelDrafter, temperature, num_draft_tokens) > FALSE_ALARM_RATE
 
 
-@pytest.mark.parametrize("broken", [MisreportingDrafter, UndrawingDrafter])
+def _random(context: Sequence[int], count: int) -> list[int]:
+    """By a hash of the context, and not always as many as were asked for."""
+    mixed = sum((index + 7) * (token + 3) for index, token in enumerate(context)) * 2654435761 % 2**32
+    return [(mixed >> (3 * index)) % VOCAB for index in range(min(count, mixed % 3))]
+
+
+SCRIPTS: dict[str, Script] = {
+    "random": _random,
+    "stale": lambda context, count: list(context[:count]),
+    "wrong": lambda context, count: [0] * count,
+}
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["standard", "coupled"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_copied_tokens_of_any_kind_leave_the_law_as_it_is(name: str, seeded: bool) -> None:
+    target, _ = _pair()
+    copier = ScriptedDrafter(SCRIPTS[name])
+    with table_engine(target, None, num_draft_tokens=2, num_slots=32, ngram=copier) as engine:
+        engine.seed(8)
+        params = [
+            SamplingParams(max_tokens=NUM_TOKENS, seed=seed if seeded else None) for seed in range(2500)
+        ]
+        outputs = _outputs(engine, params)
+        assert engine.stats().counts[NGRAM_VERSION].num_accepted > 100
+    assert fit_p_value(outputs, target.output_law(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_copied_and_drawn_rows_share_a_round(temperature: float) -> None:
+    assert _p_value(HalfCopyingDrafter, temperature, 3) > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("broken", [MisreportingDrafter, UndrawingDrafter, CopyingAsIfDrawnDrafter])
 def test_a_drafter_that_misstates_its_law_is_caught(broken: type[ModelDrafter]) -> None:
     assert _p_value(broken, 1.0, 2) < FALSE_ALARM_RATE
 

@@ -1,0 +1,92 @@
+"""Our engine in every way it may draft, each with an engine of its own on the same weights."""
+
+import copy
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Outcome, Rounds
+from serving.engine.request import SamplingParams
+from serving.local import build_engine
+from serving.models.loading import ModelPair
+
+RANDOM_SEED = 0
+_CAN_NGRAM = "speculation" in inspect.signature(build_engine).parameters
+
+
+def make_engines(
+    pair: ModelPair, adapted: nn.Module | None, *, num_slots: int, max_seq_len: int
+) -> dict[str, Callable[[], Mode]]:
+    """By mode, makers of it. `adapted` is the pair's draft with the adapter in it, if there is one."""
+
+    def engine(
+        draft: nn.Module | None, speculation: str, *, fixed: int | None = None, cap: int | None = None
+    ) -> Mode:
+        if draft is None:
+            raise ModeUnavailableError("there is no adapted draft")
+        if speculation == "ngram" and not _CAN_NGRAM:
+            raise ModeUnavailableError("this engine has no n-gram drafter")
+        chosen: Any = {"speculation": speculation} if _CAN_NGRAM else {}
+        built = build_engine(
+            replace(pair, draft=draft),
+            num_slots=num_slots,
+            max_seq_len=max_seq_len,
+            num_draft_tokens=fixed,
+            **chosen,
+        )
+        return EngineMode(built, cap=cap, drafts_with_a_model=speculation != "ngram")
+
+    fixed = FIXED_DRAFT_TOKENS
+    return {
+        "engine_off": lambda: engine(pair.draft, "model", cap=0),
+        "engine_floor": lambda: engine(pair.draft, "model", fixed=fixed),
+        "engine_adapted": lambda: engine(adapted, "model", fixed=fixed),
+        "engine_ngram": lambda: engine(pair.draft, "ngram"),
+        "engine_adaptive": lambda: engine(adapted, "auto"),
+        "engine_adaptive_random_draft": lambda: engine(random_like(pair.draft), "auto"),
+    }
+
+
+class EngineMode:
+    """An engine, and a cap on the draft length of its requests."""
+
+    def __init__(self, engine: Any, *, cap: int | None, drafts_with_a_model: bool) -> None:
+        self.drafts_with_a_model = drafts_with_a_model
+        self._engine, self._cap = engine, cap
+
+    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
+        sampling = SamplingParams(
+            temperature=temperature, max_tokens=num_tokens, ignore_eos=True, num_draft_tokens=self._cap
+        )
+        began_s = time.perf_counter()
+        generations = self._engine.generate(prompts, sampling)
+        wall_s = time.perf_counter() - began_s
+        rounds = Rounds(
+            num_rounds=sum(generation.num_rounds for generation in generations),
+            num_drafted=sum(generation.num_drafted for generation in generations),
+            num_attempted=sum(generation.num_attempted for generation in generations),
+            num_accepted=sum(generation.num_accepted for generation in generations),
+        )
+        return Outcome(wall_s, [generation.output_token_ids for generation in generations], rounds)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def random_like(draft: nn.Module | None) -> nn.Module | None:
+    """A draft of the same shape that has learnt nothing."""
+    if draft is None:
+        return None
+    like: Any = draft
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(like.config), dtype=like.dtype, attn_implementation="sdpa"
+        )
+    return model.to(like.device).eval().requires_grad_(False)

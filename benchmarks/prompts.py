@@ -1,0 +1,97 @@
+"""Prompts of exactly as many tokens as asked, so that no mode pads and all do the same work.
+
+A prompt is the end of a conversation: the question that is asked now, and before it earlier exchanges of the
+same topic until the length is reached. Topics take turns; a stream never repeats before its source does.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from deploy.demo.corpus import DOMAINS
+from deploy.demo.corpus import prompts as demo_stream
+from deploy.errors import DeployError
+
+
+class DataError(DeployError, ValueError):
+    """A folder that holds no prompts; nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and an answer to it, which is only ever read as context."""
+
+    question: str
+    answer: str
+
+
+def demo_prompts(
+    tokenizer: Any, num_tokens: int, *, split: str = "heldout", seed: int = 1
+) -> Iterator[list[int]]:
+    """Of the demo's corpus, endless."""
+    return _prompts(tokenizer, [_demo_exchanges(domain, split, seed) for domain in DOMAINS], num_tokens)
+
+
+def folder_prompts(tokenizer: Any, folder: Path, num_tokens: int) -> Iterator[list[int]]:
+    """Of the rows of every `.jsonl` file under `folder`, endless; a row has `prompt`, perhaps `response`.
+
+    Raises DataError, before the first prompt, where there is none.
+    """
+    return _prompts(tokenizer, [_endless(file) for file in check_folder(folder)], num_tokens)
+
+
+def check_folder(folder: Path | None) -> list[Path]:
+    """Its files with prompts; none for None. Raises DataError."""
+    if folder is None:
+        return []
+    files = [file for file in sorted(folder.rglob("*.jsonl")) if next(_rows(file), None) is not None]
+    if not files:
+        raise DataError(
+            f"data={folder} holds no .jsonl file whose rows have `prompt`; nothing was measured. Give a "
+            "folder that does, or leave it out for the demo's prompts"
+        )
+    return files
+
+
+def _prompts(tokenizer: Any, topics: list[Iterator[Exchange]], num_tokens: int) -> Iterator[list[int]]:
+    for exchanges in cycle(topics):
+        messages = [_said("user", next(exchanges).question)]
+        while len(token_ids := _token_ids(tokenizer, messages)) < num_tokens:
+            earlier = next(exchanges)
+            messages = [_said("user", earlier.question), _said("assistant", earlier.answer), *messages]
+        yield token_ids[-num_tokens:]
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _token_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """By the chat template, or one paragraph a message where a tokenizer has none."""
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
+
+
+def _demo_exchanges(domain: str, split: str, seed: int) -> Iterator[Exchange]:
+    for prompt in demo_stream(domain, split, seed):
+        yield Exchange(prompt.messages[-1]["content"], prompt.answer)
+
+
+def _endless(file: Path) -> Iterator[Exchange]:
+    while True:
+        yield from _rows(file)
+
+
+def _rows(file: Path) -> Iterator[Exchange]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and row.get("prompt"):
+                yield Exchange(str(row["prompt"]), str(row.get("response", "")))

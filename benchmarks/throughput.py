@@ -1,0 +1,188 @@
+"""Tokens a second of every mode on the same work: the story, setting after setting.
+
+Same target, draft, prompts, lengths, dtype and threads; modes run in turn (A B C A B C ...) after a warm-up,
+so that a machine whose speed drifts treats them alike; figures are medians over the turns, speed-ups medians
+of the turns' ratios. No prompt comes twice, so nobody gains from having seen it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.adapted import Adapter, Cycle, Recipe, adapted_to_the_demo
+from benchmarks.engine_modes import make_engines
+from benchmarks.forwards import measure_forwards
+from benchmarks.lineup import Lineup
+from benchmarks.modes import MODES, Outcome
+from benchmarks.peers import make_peers
+from benchmarks.prompts import demo_prompts, folder_prompts
+from benchmarks.rows import Measured, Row, Setting
+from serving.models.loading import ModelPair, load_pair
+
+PROMPTS_PER_TURN = 10
+"""At least; asked `concurrency` at once, one such wave after the other."""
+WARM_UP_TOKENS = 16
+NOTES = (
+    "output tokens over the wall time from the first submission to the last token, prefill included; every "
+    "mode emits exactly num_output_tokens a prompt, end of text or not",
+    "transformers' assisted generation and prompt lookup take one sequence at a time: prompts asked at once "
+    "run one after another there",
+    "assisted generation has the adapted draft; its default schedule, and a fixed length equal to ours",
+    "transformers_continuous: its manager is started before the clock is",
+    "predicted_speedup: measured block efficiency over what the forwards alone cost at the mean draft length",
+)
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    target: str
+    draft: str
+    settings: tuple[Setting, ...]
+    turns: int = 3
+    num_output_tokens: int = 48
+    """About as long as the demo's answers: what follows the end of one is noise that no draft can learn."""
+    data: Path | None = None
+    """A folder of prompts; None: the demo's."""
+    adapter: Path | None = None
+    """A PEFT folder; None: learnt here, and kept in `cache`."""
+    cache: Path = Path()
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def num_steps(self) -> int:
+        """How often `tell` is called while modes run."""
+        return len(self.settings) * (self.turns + 1) * len(MODES)
+
+
+def quick_settings() -> tuple[Setting, ...]:
+    return tuple(Setting(concurrency, "float32", 0.0, 64) for concurrency in (1, 8))
+
+
+def full_settings() -> tuple[Setting, ...]:
+    grid = product(("float32", "bfloat16"), (64, 1000), (0.0, 1.0), (1, 4, 8, 16))
+    return tuple(
+        Setting(concurrency, dtype, temperature, prompt_tokens)
+        for dtype, prompt_tokens, temperature, concurrency in grid
+    )
+
+
+def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Iterator[Measured]:
+    """One setting after the other. `tell` hears of each mode's turn, `on_cycle` of the draft's learning."""
+    adapter = _adapter(plan, on_cycle)
+    models: tuple[str, int] | None = None
+    lineup = Lineup({})
+    try:
+        for setting in plan.settings:
+            if models != (setting.dtype, setting.prompt_tokens):
+                models = (setting.dtype, setting.prompt_tokens)
+                lineup.close()
+                pair = load_pair(plan.target, plan.draft, dtype=setting.dtype)
+                lineup = _lineup(plan, pair, adapter, setting.prompt_tokens)
+                prompts = _prompts(plan, pair, setting.prompt_tokens)
+            yield _measure_setting(plan, setting, pair, lineup, prompts, tell)
+    finally:
+        lineup.close()
+
+
+def figures(plan: Plan, measured: list[Measured]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The report's metrics and series."""
+    rows: list[Row] = [row for one in measured for row in one.rows()]
+    metrics = {
+        "rows": rows,
+        "num_turns": plan.turns,
+        "num_output_tokens": plan.num_output_tokens,
+        "num_threads": torch.get_num_threads(),
+        "prompts": str(plan.data or "demo"),
+        "greedy_float32_identical_fraction": _identical_fractions(measured),
+        "notes": list(NOTES),
+    }
+    series: dict[str, list[Any]] = {"turns": [], "forwards": []}
+    for one in measured:
+        label = vars(one.setting)
+        series["turns"] += [label | {"mode": mode, "tokens_per_s": one.rates(mode)} for mode in MODES]
+        series["forwards"].append(label | vars(one.forwards))
+    return metrics, series
+
+
+def _adapter(plan: Plan, on_cycle: Callable[[Cycle], None]) -> Adapter | None:
+    if plan.adapter is not None:
+        return Adapter.load(plan.adapter)
+    pair = load_pair(plan.target, plan.draft, dtype="float32")
+    return adapted_to_the_demo(pair, plan.cache, plan.recipe, on_cycle)
+
+
+def _lineup(plan: Plan, pair: ModelPair, adapter: Adapter | None, prompt_tokens: int) -> Lineup:
+    """All modes, on this pair's weights."""
+    assert pair.draft is not None
+    adapted: nn.Module | None = adapter.merged(pair.draft) if adapter is not None else None
+    concurrency = max(setting.concurrency for setting in plan.settings)
+    room = prompt_tokens + plan.num_output_tokens
+    return Lineup(
+        make_peers(
+            pair.target,
+            adapted,
+            concurrency=concurrency,
+            prompt_tokens=prompt_tokens,
+            num_tokens=plan.num_output_tokens,
+        )
+        | make_engines(pair, adapted, num_slots=concurrency, max_seq_len=room)
+    )
+
+
+def _prompts(plan: Plan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]]:
+    assert pair.tokenizer is not None, "prompts are text"
+    if plan.data is not None:
+        return folder_prompts(pair.tokenizer, plan.data, num_tokens)
+    return demo_prompts(pair.tokenizer, num_tokens)
+
+
+def _measure_setting(
+    plan: Plan, setting: Setting, pair: ModelPair, lineup: Lineup, prompts: Iterator[list[int]], tell: Tell
+) -> Measured:
+    assert pair.draft is not None
+    outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
+    notes: dict[str, str] = {}
+    forwards = measure_forwards(
+        pair.target,
+        pair.draft,
+        batch_size=setting.concurrency,
+        context_tokens=setting.prompt_tokens + plan.num_output_tokens // 2,
+    )
+    for turn in range(plan.turns + 1):
+        num_waves = math.ceil(PROMPTS_PER_TURN / setting.concurrency) if turn else 1
+        num_tokens = plan.num_output_tokens if turn else min(WARM_UP_TOKENS, plan.num_output_tokens)
+        waves = [list(islice(prompts, setting.concurrency)) for _ in range(num_waves)]
+        for mode in MODES:
+            tell(f"{setting.kind}, {setting.concurrency} at once, turn {turn}/{plan.turns}: {mode}")
+            if mode in notes:
+                continue
+            outcome = lineup.run(mode, waves, num_tokens=num_tokens, temperature=setting.temperature)
+            if isinstance(outcome, str):
+                notes[mode] = outcome
+            elif turn:
+                outcomes[mode].append(outcome)
+    return Measured(setting, outcomes, notes, forwards, lineup.without_draft_model)
+
+
+def _identical_fractions(measured: list[Measured]) -> dict[str, float]:
+    """By mode: how many outputs equal those of the reference; the same target must say the same."""
+    fractions = {}
+    for mode in MODES:
+        counts = [
+            one.num_identical(mode)
+            for one in measured
+            if one.setting.temperature == 0.0 and one.setting.dtype == "float32"
+        ]
+        if compared := sum(count for _, count in counts):
+            fractions[mode] = sum(count for count, _ in counts) / compared
+    return fractions

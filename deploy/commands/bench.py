@@ -1,0 +1,104 @@
+"""`everdraft bench`: what this machine makes of it; ratios from one run, modes in turn, medians."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.commands.console import errors, output, plain_faults
+from deploy.commands.demo import PAIR
+
+app = typer.Typer(help="Measure everdraft on this machine.", no_args_is_help=True)
+RESULTS = Path("benchmarks") / "results"
+
+TargetOption = Annotated[str, typer.Option(help="Path or hub id.")]
+DraftOption = Annotated[str, typer.Option(help="Path or hub id.")]
+ThreadsOption = Annotated[int, typer.Option(help="Of one forward pass, the same for all.", min=1)]
+
+
+@app.command()
+def engine(
+    target: TargetOption = str(PAIR / "target"),
+    draft: DraftOption = str(PAIR / "draft"),
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option()] = "float32",
+    threads: ThreadsOption = 1,
+    repeats: Annotated[int, typer.Option(help="Turns of every arm.", min=1)] = 7,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "engine.json",
+) -> None:
+    """Passes and rounds of the engine, in this process: no Ray, Redis or HTTP."""
+    import torch
+
+    from benchmarks.engine import measure, table
+    from deploy.demo.report import write_report
+
+    torch.set_num_threads(threads)
+    metrics = measure(target, draft, device=device, dtype=dtype, repeats=repeats)
+    output().print(table(metrics))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "engine", {"threads": threads, **metrics}, {})
+
+
+@app.command()
+def throughput(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Greedy, float32, 1 and 8 requests, short prompts.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .jsonl rows with `prompt`; default: the demo's prompts.")
+    ] = None,
+    target: TargetOption = str(PAIR / "target"),
+    draft: DraftOption = str(PAIR / "draft"),
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
+    tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
+    plot: Annotated[Path | None, typer.Option(help="The picture; default: beside the report.")] = None,
+) -> None:
+    """Tokens a second of our engine and of transformers, on the same work."""
+    import torch
+    from transformers.utils import logging
+
+    from benchmarks.adapted import check_adapter
+    from benchmarks.prompts import check_folder
+    from benchmarks.screen import Screen
+    from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
+    from benchmarks.throughput_views import plot_throughput, table
+    from deploy.demo.report import write_report
+
+    with plain_faults():
+        check_folder(data)
+        check_adapter(adapter)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    plan = Plan(
+        target=target,
+        draft=draft,
+        settings=quick_settings() if quick else full_settings(),
+        turns=turns,
+        num_output_tokens=tokens,
+        data=data,
+        adapter=adapter,
+        cache=_cache_folder(),
+    )
+    report.parent.mkdir(parents=True, exist_ok=True)
+    plot = plot or report.with_suffix(".png")
+    measured = []
+    with Screen(errors(), num_steps=plan.num_steps, num_requests=plan.recipe.num_requests) as screen:
+        for one in measure(plan, on_cycle=screen.on_cycle, tell=screen.tell):
+            measured.append(one)
+            output().print(table(one.rows()), "", sep="\n")
+            metrics, series = figures(plan, measured)
+            write_report(report, "throughput", metrics, series)  # what is known so far
+            plot_throughput(metrics["rows"], plot)
+    output().print(f"figures: {report}\npicture: {plot}")
+
+
+def _cache_folder() -> Path:
+    """Where a learnt adapter is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everdraft"

@@ -1,0 +1,170 @@
+"""The controller against simulated traffic: known costs, known acceptance, seeded luck, no clock."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from serving.engine.acceptance_belief import MODEL, SequenceBelief
+from serving.engine.cost_table import CostTable
+from serving.engine.draft_length import DraftLengthController, Lengths, Row
+
+COSTS = CostTable(
+    batch_sizes=(1, 8),
+    token_counts=(1, 2, 4, 9),
+    target_pass_s=((1.0, 1.05, 1.15, 1.4), (2.0, 3.2, 5.6, 11.0)),
+    draft_pass_s=(0.15, 0.3),
+    draft_start_s=(0.1, 0.1),
+)
+STEEP = CostTable((1, 8), (1, 9), ((1.0, 1.4), (2.0, 18.0)), (0.15, 1.2), (0.1, 0.1))
+
+
+@dataclass
+class Traffic:
+    """`num_rows` sequences of `num_output` tokens each, replaced as they end; all on one route."""
+
+    controller: DraftLengthController
+    acceptance: float
+    other_acceptance: float | None = None
+    """Of every other sequence."""
+    copy_acceptance: float = 0.0
+    num_rows: int = 1
+    num_output: int = 100
+    num_matched: int = 0
+    can_draft: bool = True
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
+    plans: list[Lengths] = field(default_factory=list)
+    spent_s: float = 0.0
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.beliefs = [SequenceBelief() for _ in range(self.num_rows)]
+        self.left = [self.num_output] * self.num_rows
+
+    def run(self, num_rounds: int) -> list[Lengths]:
+        """The plans of these rounds."""
+        for _ in range(num_rounds):
+            self._round()
+        return self.plans[-num_rounds:]
+
+    def _round(self) -> None:
+        rows = [
+            Row("default", belief, 1 + self.num_output - left, min(8, left - 1), self.num_matched)
+            for belief, left in zip(self.beliefs, self.left, strict=True)
+        ]
+        plan = self.controller.choose(rows, can_draft=self.can_draft)
+        self.plans.append(plan)
+        width = max(*plan.by_model_B, *plan.copied_B)
+        self.spent_s += COSTS.target_s(self.num_rows, width + 1)
+        self.spent_s += COSTS.propose_s(self.num_rows, max(plan.by_model_B))
+        for row, (drawn, copied) in enumerate(zip(plan.by_model_B, plan.copied_B, strict=True)):
+            assert not (drawn and copied) and drawn + copied <= rows[row].max_draft_tokens
+            rate = self.copy_acceptance if copied else self.acceptance
+            count = drawn + copied
+            accepted = next((g for g in range(count) if self.rng.random() >= rate), count)
+            matched = self.num_matched if copied else MODEL
+            self.controller.observe("default", self.beliefs[row], matched, min(count, accepted + 1), accepted)
+            self.num_tokens += accepted + 1
+            self.left[row] -= accepted + 1
+            if self.left[row] <= 0:
+                self.left[row], self.beliefs[row] = self.num_output, SequenceBelief()
+                if self.other_acceptance is not None:
+                    self.acceptance, self.other_acceptance = self.other_acceptance, self.acceptance
+
+
+def _drafting_share(plans: list[Lengths]) -> float:
+    return sum(any(plan.by_model_B) or any(plan.copied_B) for plan in plans) / len(plans)
+
+
+def _mean_length(plans: list[Lengths]) -> float:
+    return sum(max(plan.by_model_B) for plan in plans) / len(plans)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("acceptance", [0.0, 0.02])
+def test_a_hopeless_draft_costs_next_to_nothing(num_rows: int, acceptance: float) -> None:
+    traffic = Traffic(DraftLengthController(COSTS), acceptance, num_rows=num_rows)
+    traffic.run(2000)
+    off_s = 2000 * COSTS.target_s(num_rows, 1)
+    assert traffic.num_tokens / traffic.spent_s > 0.98 * (2000 * num_rows) / off_s
+    assert _drafting_share(traffic.run(6000)) <= 0.01
+
+
+def test_a_good_draft_drafts_far_and_a_fair_one_less() -> None:
+    good = Traffic(DraftLengthController(COSTS), 0.95)
+    fair = Traffic(DraftLengthController(COSTS), 0.5)
+    assert _mean_length(good.run(500)[100:]) > 6
+    assert 1 <= _mean_length(fair.run(500)[100:]) <= 4
+
+
+def test_a_draft_that_turns_good_without_a_word_is_found_out() -> None:
+    """The wait is bounded by the longest interval, and by a few short ones after the first success."""
+    traffic = Traffic(DraftLengthController(COSTS), 0.0, num_output=5000)
+    assert _drafting_share(traffic.run(1500)) < 0.02
+    traffic.acceptance = 0.95
+    plans = traffic.run(800)
+    assert _mean_length(plans[-50:]) > 4
+
+
+def test_a_swap_is_tried_at_once_and_a_draft_that_turns_bad_is_left_soon() -> None:
+    controller = DraftLengthController(COSTS)
+    traffic = Traffic(controller, 0.0)
+    traffic.run(1000)
+    controller.forget_model()
+    for belief in traffic.beliefs:
+        belief.forget_model()
+    traffic.acceptance = 0.9
+    assert _mean_length(traffic.run(40)[20:]) > 3
+    traffic.acceptance = 0.0
+    traffic.run(60)
+    assert _drafting_share(traffic.run(200)) < 0.1
+
+
+def test_load_shortens_drafts() -> None:
+    light = Traffic(DraftLengthController(STEEP), 0.7)
+    heavy = Traffic(DraftLengthController(STEEP), 0.7, num_rows=8)
+    assert _mean_length(light.run(600)[200:]) > 2
+    assert _mean_length(heavy.run(600)[200:]) < 0.5
+
+
+def test_text_of_one_kind_does_not_stop_drafts_for_another_on_its_route() -> None:
+    """Sequences are hopeless and good in turn; the good ones are not judged by the others."""
+    traffic = Traffic(DraftLengthController(COSTS), 0.0, other_acceptance=0.95)
+    lengths = {0.0: [0], 0.95: [0]}
+    for _ in range(4000):
+        kind = traffic.acceptance
+        lengths[kind].append(max(traffic.run(1)[0].by_model_B))
+    assert sum(lengths[0.95]) / len(lengths[0.95]) > 3
+    assert sum(length > 0 for length in lengths[0.0]) < 0.1 * len(lengths[0.0])
+
+
+@pytest.mark.parametrize("can_draft", [True, False])
+def test_copies_are_taken_where_they_promise_more(can_draft: bool) -> None:
+    traffic = Traffic(
+        DraftLengthController(COSTS), 0.05, copy_acceptance=0.9, num_matched=3, can_draft=can_draft
+    )
+    plans = traffic.run(400)[100:]
+    assert sum(max(plan.copied_B) for plan in plans) / len(plans) > 4
+    assert _mean_length(plans) < 0.05
+
+
+def test_bad_copies_are_left_alone_and_a_good_model_drafts_on() -> None:
+    traffic = Traffic(DraftLengthController(COSTS), 0.9, copy_acceptance=0.02, num_matched=2)
+    plans = traffic.run(1500)[300:]
+    assert sum(any(plan.copied_B) for plan in plans) <= 0.01 * len(plans)
+    assert _mean_length(plans) > 4
+    alone = Traffic(DraftLengthController(COSTS), 0.0, copy_acceptance=0.0, num_matched=2, can_draft=False)
+    assert _drafting_share(alone.run(2000)[500:]) <= 0.01
+
+
+def test_a_fixed_length_is_kept_and_copied_only_where_no_model_can_draft() -> None:
+    controller = DraftLengthController(COSTS, fixed=3)
+    rows = [Row("default", SequenceBelief(), 9, 8, num_matched=2), Row("default", SequenceBelief(), 9, 1)]
+    assert controller.choose(rows) == Lengths([3, 1], [0, 0])
+    assert controller.choose(rows, can_draft=False) == Lengths([0, 0], [3, 0])
+
+
+def test_a_row_that_may_not_draft_is_never_asked_even_by_a_probe() -> None:
+    controller = DraftLengthController(COSTS)
+    rows = [Row("default", SequenceBelief(), 9, 0, num_matched=4)]
+    assert all(controller.choose(rows) == Lengths([0], [0]) for _ in range(600))
