@@ -9,13 +9,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from serving.drafters.stopping import StoppingName
 from serving.engine import GenerationRequest, SamplingParams
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.lossless_checks import target_of
 from tests.support.reference import output_law
 from tests.support.rule_checks import MIN_EXPECTED
 from tests.support.scheduled_engine import play
-from tests.support.schedules import DrafterKind, Join, Schedule, Swap, Table
+from tests.support.schedules import Copies, DrafterKind, Join, Schedule, Swap, Table
 from tests.support.table_model import TableModel
 
 _TABLES: tuple[Table, ...] = ("random", "sharp", "holes")
@@ -34,6 +35,8 @@ class LawCase:
     mates: tuple[SamplingParams, ...] = ()
     """One of them, in turn, beside each sampled request."""
     drafter: DrafterKind = "model"
+    copies: Copies = "none"
+    stopping: StoppingName = "controller"
     num_prefix_blocks: int = 0
     seed: int = 1
     num_samples: int = 3000
@@ -49,6 +52,13 @@ MATES = (
 LAW_CASES = {
     "drafted": LawCase(SamplingParams(max_tokens=3), draft_lengths=(1, 3, 2), num_samples=4000),
     "arbitrary drafts": LawCase(SamplingParams(temperature=1.5, max_tokens=3), drafter="arbitrary"),
+    "copies beside drafts": LawCase(SamplingParams(temperature=1.2, max_tokens=3), copies="random"),
+    "stopping after an unsure draw": LawCase(
+        SamplingParams(max_tokens=3), stopping="top_prob", num_samples=3000
+    ),
+    "stopping before an unsure draw": LawCase(
+        SamplingParams(max_tokens=3), stopping="entropy", num_samples=3000
+    ),
     "mates, swaps, changing lengths": LawCase(
         SamplingParams(temperature=0.8, max_tokens=3),
         draft_lengths=(2, 0, 1, 8),
@@ -100,6 +110,8 @@ def law_cases(draw: st.DrawFn) -> LawCase:
         swap_every=draw(st.sampled_from([0, 2, 11])),
         mates=MATES if draw(st.booleans()) else (),
         drafter=draw(st.sampled_from(["model", "model", "arbitrary"])),
+        stopping=draw(st.sampled_from(["controller", "controller", "top_prob", "entropy"])),
+        copies=draw(st.sampled_from(["none", "none", "random", "ngram"])),
         seed=draw(st.integers(0, 2**16)),
         num_samples=1500,
         num_slots=draw(st.sampled_from([8, 16])),
@@ -141,6 +153,8 @@ def _schedule(case: LawCase) -> Schedule:
         draft_chunk_tokens=64,
         num_prefix_blocks=case.num_prefix_blocks,
         drafter=case.drafter,
+        copies=case.copies,
+        stopping=case.stopping,
         has_floor=False,
         eos_token_ids=(),
         draft_lengths=case.draft_lengths,

@@ -4,6 +4,7 @@ Before each turn of its loop the engine's own thread checks what must hold betwe
 column that belongs to nobody, and fires the events that are due. Nothing else is replaced.
 """
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,36 +12,46 @@ import torch
 from torch import Tensor
 
 from serving.drafters.model_drafter import ModelDrafter
+from serving.drafters.ngram_drafter import NgramDrafter
+from serving.drafters.stopping import stopping_rule
 from serving.engine import Generation
-from serving.engine.draft_length import AcceptanceBelief, DraftLengthController
+from serving.engine.draft_length import DraftLengthController, Lengths, Row
 from serving.engine.engine import Engine
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import StagedWeights
 from serving.engine.prefix_cache import PrefixCache
-from serving.engine.proposal import Drafter, Proposal
+from serving.engine.proposal import Drafter, LookupDrafter, Proposal
 from serving.engine.runner import Runner
 from serving.engine.sampling import draw, exponential_race
 from serving.engine.sequence import Batch
 from serving.engine.slot_cache import SlotCache
 from tests.support.schedules import Cancel, Join, Schedule, Swap
-from tests.support.table_engine import StagedTable
+from tests.support.table_engine import ScriptedDrafter, StagedTable
 from tests.support.table_model import NUM_ROWS, TableModel
 
 POISON = 1e30
 _BLOCK_TOKENS = 2
+_STOPS_AT = {"top_prob": 0.6, "entropy": 1.0}
 _PATIENCE_S = 120.0
 
 
 class ScriptedLength(DraftLengthController):
-    """The script's draft lengths, one a round."""
+    """The script's draft lengths, one a round; where there is something to copy, every other row does."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        super().__init__(None, fixed=0)
+        super().__init__(None, fixed=max(lengths))
         self._script, self._round = lengths, 0
 
-    def choose(self, beliefs: Sequence[AcceptanceBelief]) -> int:
+    def choose(self, rows: Sequence[Row], *, can_draft: bool = True) -> Lengths:
         self._round += 1
-        return self._script[(self._round - 1) % len(self._script)]
+        length = self._script[(self._round - 1) % len(self._script)]
+        wanted = [min(length, row.max_draft_tokens) for row in rows]
+        copied = [
+            count if row.num_matched and (self._round + index) % 2 else 0
+            for index, (row, count) in enumerate(zip(rows, wanted, strict=True))
+        ]
+        drafted = [count if can_draft and not copy else 0 for count, copy in zip(wanted, copied, strict=True)]
+        return Lengths(drafted, copied)
 
 
 class ArbitraryDrafter:
@@ -118,6 +129,7 @@ class ScheduledEngine(Engine):
             controller=ScriptedLength(schedule.draft_lengths),
             eos_token_ids=schedule.eos_token_ids,
             floor=floor if schedule.has_floor and schedule.drafter == "model" else None,
+            ngram=_copier(schedule),
             prefill_chunk_tokens=schedule.chunk_tokens,
             prefix_cache=_prefix_cache(schedule, runner),
         )
@@ -224,7 +236,8 @@ def _drafter(schedule: Schedule, draft: TableModel, drafter_class: type[ModelDra
     if schedule.drafter == "none":
         return None
     runner = Runner(draft, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len)
-    return drafter_class(runner, chunk_tokens=schedule.draft_chunk_tokens)
+    stopping = stopping_rule(schedule.stopping, _STOPS_AT.get(schedule.stopping))
+    return drafter_class(runner, chunk_tokens=schedule.draft_chunk_tokens, stopping=stopping)
 
 
 def _prefix_cache(schedule: Schedule, target: Runner) -> PrefixCache | None:
@@ -232,6 +245,17 @@ def _prefix_cache(schedule: Schedule, target: Runner) -> PrefixCache | None:
         return None
     max_bytes = schedule.num_prefix_blocks * _BLOCK_TOKENS * target.cache.column_bytes
     return PrefixCache(target.cache, max_bytes=max_bytes, block_tokens=_BLOCK_TOKENS)
+
+
+def _copier(schedule: Schedule) -> LookupDrafter | None:
+    if schedule.copies == "none":
+        return None
+    if schedule.copies == "ngram":
+        return NgramDrafter(schedule.num_slots)
+    chooser = random.Random(schedule.seed)
+    return ScriptedDrafter(
+        lambda context, count: [chooser.randrange(schedule.vocab_size) for _ in range(count)]
+    )
 
 
 def _keys(token_ids: list[int]) -> list[float]:

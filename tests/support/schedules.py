@@ -11,11 +11,14 @@ from typing import Any, Literal
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from serving.drafters.stopping import StoppingName
 from serving.engine import GenerationRequest, SamplingParams
 
 Table = Literal["random", "sharp", "zero", "holes", "huge", "nan", "inf", "target"]
 """What a swap makes of the draft: another table, a flat one, one that excludes tokens, one that breaks."""
 DrafterKind = Literal["model", "arbitrary", "none"]
+Copies = Literal["ngram", "random", "none"]
+"""What rows copy, in turn, instead of drafting: one-hot proposals of n-gram lookup, or of any tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Schedule:
     num_prefix_blocks: int
     """What the prefix cache holds, in blocks of 2 tokens; 0: no prefix cache."""
     drafter: DrafterKind
+    copies: Copies
+    stopping: StoppingName
     has_floor: bool
     eos_token_ids: tuple[int, ...]
     draft_lengths: tuple[int, ...]
@@ -170,6 +175,8 @@ def schedules(draw: st.DrawFn, **fixed: Any) -> Schedule:
         "draft_chunk_tokens": draw(st.sampled_from([1, 5, 64])),
         "num_prefix_blocks": draw(st.sampled_from([0, 3, 40])),
         "drafter": draw(st.sampled_from(["model", "model", "arbitrary", "none"])),
+        "copies": draw(st.sampled_from(["ngram", "random", "none", "none"])),
+        "stopping": draw(st.sampled_from(["controller", "controller", "top_prob", "entropy"])),
         "has_floor": draw(st.booleans()),
         "eos_token_ids": eos_token_ids,
         "draft_lengths": tuple(draw(_LENGTHS)),

@@ -49,7 +49,7 @@ def _schedules_fail(words: str, **options: Any) -> None:
 
 
 def _twins_fail(words: str, **options: Any) -> None:
-    twins = schedules(drafter="model", swaps=False)
+    twins = schedules(drafter="model", copies="none", swaps=False)
     _fails(lambda schedule: check_twin(schedule, **options), twins, 100, words)
 
 
