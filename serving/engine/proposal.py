@@ -20,11 +20,12 @@ class Proposal:
     logprobs_BGV: Tensor | None
     """Final law of the draft at each position; None if every row is greedy: the law is one-hot."""
     token_logprobs_BG: Tensor
-    """That law at the drafted tokens; 0 for greedy rows."""
+    """That law at the drafted tokens; 0 for greedy rows. Where it is not finite, that token and all after it
+    count as not drafted; NaN says that the draft is broken."""
     num_chunks: int = 0
     """Passes that only caught up: real time, but not what drafting costs."""
     num_broken_rows: int = 0
-    """Rows whose draft logits were NaN or infinite, or all of them if the drafter raised."""
+    """All rows if the drafter raised; broken ones are told by their `token_logprobs_BG`."""
 
     @classmethod
     def empty(cls, num_rows: int, draft_version: int, device: torch.device | str) -> "Proposal":
