@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _WAITS = set(
     "tolist item numpy cpu cuda nonzero argwhere masked_select unique is_nonzero equal allclose tensor "
-    "as_tensor from_numpy __int__ __float__ __bool__ __index__ __array__ __contains__ __iter__ __repr__".split()
+    "as_tensor from_numpy __int__ __float__ __bool__ __index__ __array__ __contains__ __iter__".split()
 )
 _INDEXING = {"__getitem__", "__setitem__"}
 
