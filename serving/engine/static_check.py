@@ -19,7 +19,8 @@ _TOKENS = (1, 2, 3, TOKEN_BUCKETS[-1])
 
 def static_pass_of(runner: Runner, run: Pass | None = None, *, max_graphs: int = MAX_GRAPHS) -> StaticPass:
     """Over this runner's cache; `run` (compiled code, say) in place of the model's own."""
-    run = run or SlotPass(runner.model, runner.max_seq_len)
+    if run is None:
+        run = SlotPass(runner.model, runner.max_seq_len)
     return StaticPass(run, runner.cache, num_logits=runner.num_embedded, max_graphs=max_graphs)
 
 
