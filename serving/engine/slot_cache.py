@@ -41,7 +41,7 @@ class SlotCache(Cache):
     def window(self, first_slot: int, positions_BT: Tensor, kv_len: int) -> None:
         """The next pass runs slots [first_slot, first_slot + B) and writes at `positions_BT`."""
         num_rows, num_tokens = positions_BT.shape
-        if num_rows == 1:
+        if num_rows == 1 and positions_BT.device.type == "cpu":  # elsewhere reading positions means waiting
             start = int(positions_BT[0, 0])
             is_run = int(positions_BT[0, -1]) == start + num_tokens - 1
             span = slice(start, start + num_tokens) if is_run else None
@@ -71,9 +71,11 @@ class SlotCache(Cache):
         self.kv_L2SHTD.zero_()
 
     def move(self, source: int, destination: int, length: int) -> None:
-        """Copy the first `length` columns of a slot over another's; slots stay contiguous that way."""
+        """Copy the first `length` columns of a slot over another's and clear the rest of it; slots stay
+        contiguous that way."""
         if length > 0:
             self.kv_L2SHTD[:, :, destination, :, :length] = self.kv_L2SHTD[:, :, source, :, :length]
+        self.clear(destination, from_column=length)
 
 
 def cache_of(layers: "list[SlotLayer]") -> Cache:

@@ -4,12 +4,16 @@ Knows no slots: it is given the rows that it runs. Writes each token's keys and 
 attends to the first K columns, K being the mask's width. Legend: B rows, T tokens, K columns, E kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from serving.engine.slot_cache import SlotLayer, cache_of
+
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+"""As SlotPass.forward; what a compiled pass offers."""
 
 
 class SlotPass(nn.Module):
