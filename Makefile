@@ -11,10 +11,10 @@ SOURCES := $(wildcard buffer serving learner deploy benchmarks tests)
 
 export TORCH_INDEX TORCH_CUDA
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench format clean
+.PHONY: help setup demo serve test fuzz check bench format clean
 
 help:
-	@echo "make setup | demo | serve | test | check | bench | format | clean"
+	@echo "make setup | demo | serve | test | fuzz | check | bench | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -35,6 +35,9 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: setup
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz --timeout=3600 tests/serving/engine/test_lossless.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -11,7 +11,8 @@ FALSE_ALARM_RATE = 1e-4
 
 
 def fit_p_value(outcomes: Iterable[Any], law: Mapping[Any, float], min_expected: float = 5.0) -> float:
-    """p-value of `outcomes` under `law`; rare cells are pooled so that each expects `min_expected`."""
+    """p-value of `outcomes` under `law`; rare cells are pooled so that each expects `min_expected`, with the
+    smallest of the others if need be. A law of one cell is met by whatever is possible."""
     counts = Counter(outcomes)
     total = sum(counts.values())
     assert set(counts) <= {key for key, probability in law.items() if probability > 0}, "impossible outcome"
@@ -23,8 +24,14 @@ def fit_p_value(outcomes: Iterable[Any], law: Mapping[Any, float], min_expected:
         else:
             rare_observed += counts[key]
             rare_expected += probability * total
+    if 0 < rare_expected < min_expected and expected:
+        smallest = expected.index(min(expected))
+        rare_observed += observed.pop(smallest)
+        rare_expected += expected.pop(smallest)
     if rare_expected > 0:
         observed.append(rare_observed)
         expected.append(rare_expected)
+    if len(expected) == 1:
+        return 1.0
     scale = sum(observed) / sum(expected)
     return float(stats.chisquare(observed, [value * scale for value in expected]).pvalue)

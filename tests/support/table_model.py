@@ -44,11 +44,15 @@ class TableModel(nn.Module):
         contribution_BT = ((input_ids + 1) * (position_ids + 1) % NUM_ROWS).float()
         keys_B1T1 = contribution_BT[:, None, :, None]
         cached_B1K1, _ = past_key_values.update(keys_B1T1, keys_B1T1, 0)
-        seen_BTK = attention_mask[:, 0] * cached_B1K1[:, :, :, 0]
+        seen_BTK = self.attend(attention_mask[:, 0], cached_B1K1[:, :, :, 0])
         sum_BT = seen_BTK.sum(-1)
         row_BT = sum_BT.nan_to_num().round().long() % NUM_ROWS
         logits_BTV = self.table[row_BT].masked_fill(sum_BT.isnan()[..., None], torch.nan)
         return SimpleNamespace(logits=logits_BTV[:, -logits_to_keep:] if logits_to_keep else logits_BTV)
+
+    def attend(self, mask_BTK: Tensor, cached_B1K: Tensor) -> Tensor:
+        """What each token sees of its slot: nothing where the mask is False."""
+        return mask_BTK * cached_B1K
 
     def logits_after(self, context: Sequence[int]) -> Tensor:
         """[V], without any cache: the reference."""

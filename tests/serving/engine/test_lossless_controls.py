@@ -1,0 +1,245 @@
+"""The checks of test_lossless can fail: each known way to lie, put into the engine, is caught by one of them.
+
+A control runs the same check over the same examples as the property test, with one bug, and expects its
+words. Patching our own code is what a control is; the engine under it is the real one.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from torch import Tensor
+
+import serving.drafters.model_drafter as model_drafter_module
+import serving.engine.commit as commit_module
+import serving.engine.logits_processing as logits_processing_module
+import serving.engine.round as round_module
+from serving.drafters.model_drafter import ModelDrafter
+from serving.engine import SamplingParams
+from serving.engine.logits_processing import LogitsProcessing
+from serving.engine.prefix_cache import PrefixCache
+from serving.engine.proposal import Proposal
+from serving.engine.sampling import SamplingLaw, draw, law_logprobs
+from serving.engine.sequence import Batch
+from serving.engine.slot_cache import SlotCache
+from serving.engine.verification import Verification, match_choice, ratio_test
+from serving.local import load_engine
+from tests.support.law_checks import LAW_CASES, check_law
+from tests.support.lossless_checks import check_schedule, check_twin, check_up_to_near_ties
+from tests.support.rule_checks import check_rule, law_pairs
+from tests.support.schedules import examples, schedules
+from tests.support.table_engine import UndrawingDrafter
+from tests.support.table_model import TableModel
+
+Patch = pytest.MonkeyPatch
+
+
+def _fails(check: Callable[[Any], None], strategy: Any, count: int, words: str) -> None:
+    """The check, run as its property test runs it, fails with these words."""
+    phases = settings(examples(count), phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(AssertionError, match=words):
+        phases(given(strategy)(check))()
+
+
+def _schedules_fail(words: str, **options: Any) -> None:
+    _fails(lambda schedule: check_schedule(schedule, **options), schedules(), 250, words)
+
+
+def _twins_fail(words: str, **options: Any) -> None:
+    twins = schedules(drafter="model", swaps=False)
+    _fails(lambda schedule: check_twin(schedule, **options), twins, 100, words)
+
+
+def _law_fails(name: str, words: str = "do not follow the target's law", **options: Any) -> None:
+    with pytest.raises(AssertionError, match=words):
+        check_law(LAW_CASES[name], **options)
+
+
+# -- the ratio test ---------------------------------------------------------------------------------
+
+
+def _no_residual(
+    target: Tensor, draft: Tensor, drafted: Tensor, count: Tensor, uniform: Tensor, race: Tensor
+) -> Verification:
+    right = ratio_test(target, draft, drafted, count, uniform, race)
+    plain = draw(target[torch.arange(len(drafted)), right.num_accepted_B].exp(), race)
+    return Verification(right.num_accepted_B, plain)
+
+
+def test_no_residual_is_caught(monkeypatch: Patch) -> None:
+    _fails(lambda pair: check_rule(_no_residual, pair), law_pairs(), 60, "does not emit the target's law")
+    monkeypatch.setattr(round_module, "ratio_test", _no_residual)
+    _law_fails("drafted")
+
+
+class _ClaimsNewWeights(ModelDrafter):
+    """As if a swap fell between draw and verify: the laws claimed are those of other weights."""
+
+    def propose(
+        self,
+        batch: Batch,
+        num_draft_tokens_B: list[int],
+        noise_BEV: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Proposal:
+        proposal = super().propose(batch, num_draft_tokens_B, noise_BEV, generator)
+        if proposal.logprobs_BGV is None:
+            return proposal
+        new = TableModel(proposal.logprobs_BGV.shape[-1], seed=77)
+        contexts = [
+            [*sequence.token_ids, *drafted[:g]]
+            for sequence, drafted in zip(batch.sequences, proposal.token_ids_BG.tolist(), strict=True)
+            for g in range(len(drafted))
+        ]
+        logits_NV = torch.stack([new.logits_after(context) for context in contexts])
+        law_BGV = law_logprobs(logits_NV.view(proposal.logprobs_BGV.shape), batch.law)
+        return replace(proposal, logprobs_BGV=law_BGV)
+
+
+def test_draft_probs_from_new_weights_are_caught() -> None:
+    _law_fails("drafted", drafter_class=_ClaimsNewWeights)
+
+
+def test_un_drawing_an_unlikely_token_is_caught() -> None:
+    _law_fails("drafted", drafter_class=UndrawingDrafter)
+
+
+def test_noise_that_drew_the_draft_and_decides_again_in_the_ratio_test_is_caught(monkeypatch: Patch) -> None:
+    races: list[Tensor] = []
+    right = round_module.exponential_race
+
+    def remembered(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+        races.append(right(like_BV, generator))
+        return races[-1]
+
+    def shared(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+        return races[-1] if races and races[-1].shape == like_BV.shape else right(like_BV, generator)
+
+    monkeypatch.setattr(model_drafter_module, "exponential_race", remembered)
+    monkeypatch.setattr(round_module, "exponential_race", shared)
+    _law_fails("drafted")
+
+
+def test_coupled_rows_in_the_ratio_test_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(round_module, "merge", lambda rows_B, ratio, choice: ratio)
+    _schedules_fail("another text")
+
+
+# -- processors -------------------------------------------------------------------------------------
+
+
+def test_a_bonus_token_without_processors_is_caught(monkeypatch: Patch) -> None:
+    def law_but_for_the_bonus(logits_BEV: Tensor, law: SamplingLaw) -> Tensor:
+        law_BEV = law_logprobs(logits_BEV, law)
+        if logits_BEV.shape[1] > 1:
+            law_BEV[:, -1] = logits_BEV[:, -1].log_softmax(-1)
+        return law_BEV
+
+    monkeypatch.setattr(round_module, "law_logprobs", law_but_for_the_bonus)
+    _schedules_fail("is excluded|another text")
+    _law_fails("cut laws", "impossible outcome")
+
+
+def test_a_bonus_token_without_penalties_bias_and_held_back_stops_is_caught(monkeypatch: Patch) -> None:
+    def all_but_the_bonus(processing: Any, logits_BXV: Tensor, *context: Any) -> Tensor:
+        processed_BXV = right(processing, logits_BXV, *context)
+        if logits_BXV.shape[1] == 1:
+            return processed_BXV
+        return torch.cat([processed_BXV[:, :-1], logits_BXV[:, -1:]], dim=1)
+
+    right = LogitsProcessing.apply
+    monkeypatch.setattr(LogitsProcessing, "apply", all_but_the_bonus)
+    _schedules_fail("is excluded|another text")
+    _law_fails("penalties")
+
+
+def test_penalties_that_forget_the_tokens_drafted_before_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(logits_processing_module, "_earlier_counts", lambda *shape: 0.0)
+    _schedules_fail("is excluded|another text")
+    _law_fails("penalties")
+
+
+def test_penalties_that_forget_the_last_round_are_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(LogitsProcessing, "commit", lambda *emitted: None)
+    _schedules_fail("is excluded|another text")
+
+
+# -- caches -----------------------------------------------------------------------------------------
+
+
+def _overstate(self: ModelDrafter, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
+    """The last draft was never fed back, but is taken for cached."""
+    for slot, (drafted, accepted) in enumerate(zip(num_drafted_B, num_accepted_B, strict=True)):
+        if drafted > 0:
+            self._cached[slot] = self._lengths[slot] + accepted
+
+
+def test_catch_up_off_by_one_is_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(ModelDrafter, "observe", _overstate)
+    _schedules_fail("another text's keys")
+    _twins_fail("another text's keys")
+    _twins_fail("was rejected", checks_caches=False)
+
+
+class _AddsTheMask(TableModel):
+    """What eager attention makes of a boolean mask."""
+
+    def attend(self, mask_BTK: Tensor, cached_B1K: Tensor) -> Tensor:
+        return mask_BTK + cached_B1K
+
+
+def test_a_boolean_mask_that_is_added_is_caught() -> None:
+    _schedules_fail("another text|another context|is excluded", model_class=_AddsTheMask)
+
+
+def test_a_slot_that_does_not_move_with_its_sequence_is_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(SlotCache, "move", lambda *moved: None)
+    _schedules_fail("another text's keys")
+    _schedules_fail("another text|another context|is excluded", checks_caches=False)
+
+
+def test_a_prefix_that_is_found_by_less_than_its_tokens_is_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(PrefixCache, "_key", lambda cache, parent, tokens: (parent, tokens[:1]))
+    _schedules_fail("another text's keys")
+    _schedules_fail("another text|another context|is excluded", checks_caches=False)
+
+
+# -- ends, positions, numerics ----------------------------------------------------------------------
+
+
+def test_a_stop_id_that_is_overlooked_inside_an_accepted_run_is_caught(monkeypatch: Patch) -> None:
+    def only_at_the_end(sequence: Any, emitted: list[int]) -> int:
+        sequence.token_ids.extend(emitted[:-1])
+        return len(emitted) - 1 + right(sequence, emitted[-1:])
+
+    right = commit_module._append
+    monkeypatch.setattr(commit_module, "_append", only_at_the_end)
+    _schedules_fail("another text|text after its end")
+
+
+def test_noise_of_the_wrong_output_position_is_caught(monkeypatch: Patch) -> None:
+    right = Batch.output_positions_BX
+    monkeypatch.setattr(Batch, "output_positions_BX", lambda batch, count: right(batch, count) + 1)
+    _schedules_fail("another text")
+
+
+def test_accepting_what_the_target_does_not_say_is_caught(
+    monkeypatch: Patch, tiny_pair: tuple[str, str]
+) -> None:
+    def credulous(choice_BE: Tensor, drafted_BG: Tensor, num_drafted_B: Tensor) -> Verification:
+        next_B = match_choice(choice_BE, drafted_BG, num_drafted_B).next_token_B
+        return Verification(num_drafted_B, next_B)
+
+    monkeypatch.setattr(round_module, "match_choice", credulous)
+    _schedules_fail("another text")
+    shape = {"dtype": "bfloat16", "num_slots": 3, "max_seq_len": 96}
+    with (
+        load_engine(*tiny_pair, num_draft_tokens=3, **shape) as drafted,
+        load_engine(*tiny_pair, num_draft_tokens=0, **shape) as alone,
+        pytest.raises(AssertionError, match="where no tie is near"),
+    ):
+        params = SamplingParams(temperature=0.0, max_tokens=16)
+        check_up_to_near_ties(drafted, alone, [[5, 6, 7], [9]], params)

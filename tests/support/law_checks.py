@@ -1,0 +1,151 @@
+"""Many generations of one sampled request through the real engine, against the law of all its outputs.
+
+The engine is played by a script, so a case gives the same outputs every time it is run.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from serving.engine import GenerationRequest, SamplingParams
+from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
+from tests.support.lossless_checks import target_of
+from tests.support.reference import output_law
+from tests.support.rule_checks import MIN_EXPECTED
+from tests.support.scheduled_engine import play
+from tests.support.schedules import DrafterKind, Join, Schedule, Swap, Table
+from tests.support.table_model import TableModel
+
+_TABLES: tuple[Table, ...] = ("random", "sharp", "holes")
+
+
+@dataclass(frozen=True)
+class LawCase:
+    """Requests with the same prompt and parameters, between batch mates and through swaps."""
+
+    sampling: SamplingParams
+    vocab_size: int = 4
+    prompt: tuple[int, ...] = (1, 0, 1, 1, 0)
+    draft_lengths: tuple[int, ...] = (3,)
+    swap_every: int = 0
+    """Turns from a swap to the next; 0: none."""
+    mates: tuple[SamplingParams, ...] = ()
+    """One of them, in turn, beside each sampled request."""
+    drafter: DrafterKind = "model"
+    num_prefix_blocks: int = 0
+    seed: int = 1
+    num_samples: int = 3000
+    num_slots: int = 16
+
+
+MATES = (
+    SamplingParams(temperature=0.0, max_tokens=5),
+    SamplingParams(seed=4, max_tokens=4),
+    SamplingParams(temperature=0.3, top_k=2, max_tokens=2, num_draft_tokens=0),
+)
+
+LAW_CASES = {
+    "drafted": LawCase(SamplingParams(max_tokens=3), draft_lengths=(1, 3, 2), num_samples=4000),
+    "arbitrary drafts": LawCase(SamplingParams(temperature=1.5, max_tokens=3), drafter="arbitrary"),
+    "mates, swaps, changing lengths": LawCase(
+        SamplingParams(temperature=0.8, max_tokens=3),
+        draft_lengths=(2, 0, 1, 8),
+        swap_every=3,
+        num_prefix_blocks=4,
+        mates=MATES,
+        num_slots=8,
+        num_samples=2500,
+    ),
+    "cut laws": LawCase(SamplingParams(top_k=3, top_p=0.85, min_p=0.02, max_tokens=3), mates=MATES[2:]),
+    "penalties": LawCase(
+        SamplingParams(
+            presence_penalty=1.5,
+            frequency_penalty=-1.0,
+            repetition_penalty=1.7,
+            logit_bias={2: 1.0},
+            max_tokens=3,
+        ),
+        draft_lengths=(1, 2),
+        num_samples=4000,
+    ),
+    "stop ids inside drafts": LawCase(
+        SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=(1, 3)), swap_every=20, draft_lengths=(4,)
+    ),
+}
+"""What the suite always runs."""
+
+
+@st.composite
+def law_cases(draw: st.DrawFn) -> LawCase:
+    """Any case whose outputs are few enough to enumerate."""
+    vocab_size, max_tokens = draw(st.sampled_from([(2, 5), (3, 3), (4, 3), (9, 2)]))
+    return LawCase(
+        SamplingParams(
+            temperature=draw(st.sampled_from([0.5, 1.0, 1.0, 5.0])),
+            top_k=draw(st.sampled_from([0, 0, 2])),
+            top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
+            min_p=draw(st.sampled_from([0.0, 0.0, 0.05])),
+            max_tokens=max_tokens,
+            repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.6])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 2.0])),
+            logit_bias=draw(st.sampled_from([(), (), ((1, -math.inf),), ((0, 2.0),)])),
+            min_tokens=draw(st.integers(0, 2)),
+            stop_token_ids=(0,) if draw(st.booleans()) else (),
+            num_draft_tokens=draw(st.sampled_from([None, None, 1, 2])),
+        ),
+        vocab_size=vocab_size,
+        draft_lengths=tuple(draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))),
+        swap_every=draw(st.sampled_from([0, 2, 11])),
+        mates=MATES if draw(st.booleans()) else (),
+        drafter=draw(st.sampled_from(["model", "model", "arbitrary"])),
+        seed=draw(st.integers(0, 2**16)),
+        num_samples=1500,
+        num_slots=draw(st.sampled_from([8, 16])),
+    )
+
+
+def check_law(case: LawCase, false_alarm_rate: float = FALSE_ALARM_RATE, **options: Any) -> None:
+    """The sampled outputs follow the target's law."""
+    schedule = _schedule(case)
+    target = target_of(schedule)
+    draft = TableModel(case.vocab_size, seed=case.seed + 100, sharpness=1.5)
+    generations = play(schedule, target, draft, **options)
+    law = output_law(target, schedule.requests[0], schedule.stop_ids(schedule.requests[0]))
+    outputs = [
+        tuple(generation.output_token_ids)
+        for request_id, generation in generations.items()
+        if request_id.startswith("sampled")
+    ]
+    assert len(outputs) == case.num_samples
+    p_value = fit_p_value(outputs, law, MIN_EXPECTED)
+    assert p_value > false_alarm_rate, f"the outputs do not follow the target's law: p = {p_value:.2g}"
+
+
+def _schedule(case: LawCase) -> Schedule:
+    events: list[Join | Swap] = []
+    for index in range(case.num_samples):
+        events.append(Join(0, GenerationRequest(f"sampled-{index}", case.prompt, case.sampling)))
+        if case.mates:
+            mate = case.mates[index % len(case.mates)]
+            events.append(Join(0, GenerationRequest(f"mate-{index}", case.prompt[: 1 + index % 5], mate)))
+    if case.swap_every:
+        turns = range(1, case.num_samples, case.swap_every)
+        events += [Swap(turn, turn, _TABLES[turn % len(_TABLES)]) for turn in turns]
+    return Schedule(
+        vocab_size=case.vocab_size,
+        max_seq_len=24,
+        num_slots=case.num_slots,
+        chunk_tokens=64,
+        draft_chunk_tokens=64,
+        num_prefix_blocks=case.num_prefix_blocks,
+        drafter=case.drafter,
+        has_floor=False,
+        eos_token_ids=(),
+        draft_lengths=case.draft_lengths,
+        poisoned=False,
+        seed=case.seed,
+        rounded=False,
+        events=tuple(events),
+    )
