@@ -14,7 +14,7 @@ from torch import Tensor
 from serving.drafters.stopping import LimitOnly, StoppingRule
 from serving.engine.proposal import Proposal
 from serving.engine.runner import Runner
-from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
+from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
 from serving.engine.sequence import Batch
 from serving.engine.transfer import to_device
 
@@ -216,7 +216,7 @@ def _draw_one(
     law_BV = law_logprobs(logits_BV[:, None], law)[:, 0]
     law_BV = torch.where(torch.isfinite(best_B)[:, None], law_BV, torch.nan)
     if batch.any_standard:
-        token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
+        token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
     else:
         token_B = law_BV.argmax(dim=-1)
     if noise_BEV is not None:

@@ -19,7 +19,7 @@ from serving.engine.commit import commit, outcome_tensors
 from serving.engine.noise import gumbel_noise
 from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, Share, combine
 from serving.engine.runner import Runner
-from serving.engine.sampling import exponential_race, law_logprobs
+from serving.engine.sampling import draw_uniforms, law_logprobs
 from serving.engine.sequence import Advance, Batch
 from serving.engine.transfer import HostArrays, RoundClock, to_device, to_host
 from serving.engine.verification import Verification, leading, match_choice, merge, ratio_test
@@ -194,9 +194,9 @@ def _verify(
     if batch.any_standard:
         assert law_BEV is not None
         uniform_BG = torch.rand(proposal.token_ids_BG.shape, generator=generator, device=batch.device)
-        race_BV = exponential_race(law_BEV[:, 0], generator)
+        lot_B = draw_uniforms(law_BEV[:, 0], generator)
         ratio = ratio_test(
-            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, race_BV
+            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, lot_B
         )
     if choice is not None and ratio is not None:
         return merge(batch.standard_B, ratio, choice)

@@ -38,12 +38,12 @@ def ratio_test(
     drafted_BG: Tensor,
     num_drafted_B: Tensor,
     uniform_BG: Tensor,
-    race_BV: Tensor,
+    lot_B: Tensor,
 ) -> Verification:
     """Accept while `uniform * draft < target` at the drafted token; see the module's docstring.
 
-    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` in
-    [0, 1), `race_BV` Exp(1).
+    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` and
+    `lot_B` (for the next token) on [0, 1).
     A residual that is numerically zero falls back to the target's law.
     """
     num_drafts = drafted_BG.shape[1]
@@ -64,7 +64,7 @@ def ratio_test(
             residual_BV = (law_BV - draft_law_BV).clamp_(min=0.0)
         use_residual_B = (num_accepted_B < num_drafted_B) & (residual_BV.sum(-1) > 0)
         law_BV = torch.where(use_residual_B[:, None], residual_BV, law_BV)
-    return Verification(num_accepted_B, draw(law_BV, race_BV))
+    return Verification(num_accepted_B, draw(law_BV, lot_B))
 
 
 def merge(ratio_rows_B: Tensor, ratio: Verification, choice: Verification) -> Verification:
