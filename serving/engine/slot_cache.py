@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+Where = tuple[Tensor, Tensor, Tensor]
+"""Rows [B, 1, 1], heads [H, 1] and columns [B, 1, T] that index keys or values [B, H, columns, D]."""
+
 
 class SlotCache(Cache):
     """KV [layers, 2, slots, kv heads, max_len + 1, head_dim]; `window` chooses what a pass sees."""
@@ -47,9 +50,9 @@ class SlotCache(Cache):
             span = slice(start, start + num_tokens) if is_run else None
         else:
             span = None
-        rows_B1 = torch.arange(num_rows, device=positions_BT.device)[:, None]
+        where = where_of(positions_BT, self.kv_L2SHTD.shape[3])
         for layer in self._slot_layers:
-            layer.aim(first_slot, num_rows, rows_B1, positions_BT, span, kv_len)
+            layer.aim(first_slot, num_rows, where, span, kv_len)
 
     def rows(self, first_slot: int, num_rows: int) -> list[Tensor]:
         """Keys and values in turn, by layer, of the slots [first_slot, first_slot + num_rows); views."""
@@ -78,6 +81,14 @@ class SlotCache(Cache):
         self.clear(destination, from_column=length)
 
 
+def where_of(positions_BT: Tensor, num_heads: int) -> Where:
+    """Where a pass writes, in the order in which the cache is stored: through a transposed view a compiler
+    would copy the whole cache."""
+    num_rows, device = positions_BT.shape[0], positions_BT.device
+    rows_B11 = torch.arange(num_rows, device=device)[:, None, None]
+    return rows_B11, torch.arange(num_heads, device=device)[:, None], positions_BT[:, None]
+
+
 def cache_of(layers: "list[SlotLayer]") -> Cache:
     """Layers that are aimed already, as transformers wants them."""
     return Cache(layers=list(layers))
@@ -97,14 +108,13 @@ class SlotLayer(CacheLayerMixin):
         self,
         first_slot: int,
         num_rows: int,
-        rows_B1: Tensor,
-        positions_BT: Tensor,
+        where: Where,
         span: slice | None,
         kv_len: int,
     ) -> None:
         slots = slice(first_slot, first_slot + num_rows)
         self._keys_BHTD, self._values_BHTD = self._keys_SHTD[slots], self._values_SHTD[slots]
-        self._rows_B1, self._positions_BT = rows_B1, positions_BT
+        self._where = where
         self._span, self._kv_len = span, kv_len
 
     def update(
@@ -115,9 +125,8 @@ class SlotLayer(CacheLayerMixin):
             self._keys_BHTD[:, :, self._span] = key_states
             self._values_BHTD[:, :, self._span] = value_states
         else:
-            where = (self._rows_B1, self._positions_BT)
-            self._keys_BHTD.transpose(1, 2)[where] = key_states.transpose(1, 2)
-            self._values_BHTD.transpose(1, 2)[where] = value_states.transpose(1, 2)
+            self._keys_BHTD[self._where] = key_states
+            self._values_BHTD[self._where] = value_states
         return self._keys_BHTD[:, :, : self._kv_len], self._values_BHTD[:, :, : self._kv_len]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
