@@ -1,7 +1,6 @@
 """Our engine in every way it may draft, each with an engine of its own on the same weights."""
 
 import copy
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,35 +11,46 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Outcome, Rounds
+from serving.compiling import CompileChoice
+from serving.engine.engine import Engine
+from serving.engine.proposal import NGRAM_VERSION
 from serving.engine.request import SamplingParams
-from serving.local import build_engine
+from serving.local import Speculation, build_engine
 from serving.models.loading import ModelPair
 
 RANDOM_SEED = 0
-_CAN_NGRAM = "speculation" in inspect.signature(build_engine).parameters
 
 
 def make_engines(
-    pair: ModelPair, adapted: nn.Module | None, *, num_slots: int, max_seq_len: int
+    pair: ModelPair,
+    adapted: nn.Module | None,
+    *,
+    num_slots: int,
+    max_seq_len: int,
+    compile: CompileChoice = "off",
 ) -> dict[str, Callable[[], Mode]]:
-    """By mode, makers of it. `adapted` is the pair's draft with the adapter in it, if there is one."""
+    """By mode, makers of it. `adapted` is the pair's draft with the adapter in it, if there is one. No prefix
+    is reused: whatever came before in a turn must not matter."""
 
     def engine(
-        draft: nn.Module | None, speculation: str, *, fixed: int | None = None, cap: int | None = None
+        draft: nn.Module | None,
+        speculation: Speculation,
+        *,
+        fixed: int | None = None,
+        cap: int | None = None,
     ) -> Mode:
         if draft is None:
             raise ModeUnavailableError("there is no adapted draft")
-        if speculation == "ngram" and not _CAN_NGRAM:
-            raise ModeUnavailableError("this engine has no n-gram drafter")
-        chosen: Any = {"speculation": speculation} if _CAN_NGRAM else {}
         built = build_engine(
             replace(pair, draft=draft),
             num_slots=num_slots,
             max_seq_len=max_seq_len,
             num_draft_tokens=fixed,
-            **chosen,
+            speculation=speculation,
+            compile=compile,
+            prefix_cache_mib=0,
         )
-        return EngineMode(built, cap=cap, drafts_with_a_model=speculation != "ngram")
+        return EngineMode(built, cap=cap)
 
     fixed = FIXED_DRAFT_TOKENS
     return {
@@ -49,27 +59,28 @@ def make_engines(
         "engine_adapted": lambda: engine(adapted, "model", fixed=fixed),
         "engine_ngram": lambda: engine(pair.draft, "ngram"),
         "engine_adaptive": lambda: engine(adapted, "auto"),
-        "engine_adaptive_random_draft": lambda: engine(random_like(pair.draft), "auto"),
+        "engine_adaptive_random_draft": lambda: engine(random_like(pair.draft), "model"),
     }
 
 
 class EngineMode:
     """An engine, and a cap on the draft length of its requests."""
 
-    def __init__(self, engine: Any, *, cap: int | None, drafts_with_a_model: bool) -> None:
-        self.drafts_with_a_model = drafts_with_a_model
+    def __init__(self, engine: Engine, *, cap: int | None) -> None:
         self._engine, self._cap = engine, cap
 
     def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
         sampling = SamplingParams(
             temperature=temperature, max_tokens=num_tokens, ignore_eos=True, num_draft_tokens=self._cap
         )
+        copied_before = self._num_copied()
         began_s = time.perf_counter()
         generations = self._engine.generate(prompts, sampling)
         wall_s = time.perf_counter() - began_s
         rounds = Rounds(
             num_rounds=sum(generation.num_rounds for generation in generations),
             num_drafted=sum(generation.num_drafted for generation in generations),
+            num_copied=self._num_copied() - copied_before,
             num_attempted=sum(generation.num_attempted for generation in generations),
             num_accepted=sum(generation.num_accepted for generation in generations),
         )
@@ -77,6 +88,10 @@ class EngineMode:
 
     def close(self) -> None:
         self._engine.close()
+
+    def _num_copied(self) -> int:
+        counters = self._engine.stats().counts.get(NGRAM_VERSION)
+        return 0 if counters is None else counters.num_drafted
 
 
 def random_like(draft: nn.Module | None) -> nn.Module | None:

@@ -6,14 +6,18 @@ cache as it would; nothing of the engine's own work is in these figures.
 B sequences, G draft tokens.
 """
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from serving.compiling import CompileChoice, Compiling
+from serving.engine.pass_compiler import CompileError
 from serving.engine.runner import Runner
+from serving.local import prepare_runner
+from serving.models.loading import ModelPair
 
 LENGTHS = (0, 1, 2, 4, 8)
 REPEATS = 15
@@ -30,11 +34,11 @@ class ForwardTimes:
     """One draft pass, the mean of the G before that target pass; 0 where G is 0."""
 
     def predicted_speedup(
-        self, block_efficiency: float, num_draft_tokens: float, *, drafts_with_a_model: bool = True
+        self, block_efficiency: float, num_draft_tokens: float, num_draft_passes: float
     ) -> float:
-        """Over one token a target pass: block_efficiency x T(B, 1) / (T(B, G + 1) + G x D(B)), linear
-        between measured lengths. A drafter that is no model costs nothing here."""
-        drafting_s = num_draft_tokens * self._at(self._draft_s(), num_draft_tokens) * drafts_with_a_model
+        """Over one token a target pass: block_efficiency x T(B, 1) / (T(B, G + 1) + P x D(B)), linear
+        between measured lengths. The P passes are G where the model drafts all, less where some is copied."""
+        drafting_s = num_draft_passes * self._at(self._draft_s(), num_draft_passes)
         round_s = self._at(self.target_pass_s, num_draft_tokens) + drafting_s
         return block_efficiency * self.target_pass_s[0] / round_s
 
@@ -53,21 +57,44 @@ class ForwardTimes:
         return seconds[left] + share * (seconds[right] - seconds[left])
 
 
+@dataclass(frozen=True)
+class PassRunners:
+    """Both models over caches of their own, with the passes that engines on them run."""
+
+    target: Runner
+    draft: Runner
+    passes: str
+    """What runs them: compiled, or eager and why."""
+
+
+def pass_runners(pair: ModelPair, *, num_slots: int, max_seq_len: int, compile: CompileChoice) -> PassRunners:
+    """Waits for the compiler; engines of the same shape then find what it left."""
+    assert pair.draft is not None
+    target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
+    draft = Runner(copy.deepcopy(pair.draft), num_slots=num_slots, max_seq_len=max_seq_len)
+    prepare_runner(target, pair.target_id)
+    prepare_runner(draft, pair.draft_id)
+    try:
+        state = Compiling(target, draft, "off" if compile == "off" else "on").state
+    except CompileError as error:
+        if compile == "on":
+            raise
+        state = f"eager ({error})"
+    return PassRunners(target, draft, state)
+
+
 def measure_forwards(
-    target: nn.Module, draft: nn.Module, *, batch_size: int, context_tokens: int, repeats: int = REPEATS
+    runners: PassRunners, *, batch_size: int, context_tokens: int, repeats: int = REPEATS
 ) -> ForwardTimes:
     """Medians; every length takes its turn."""
-    room = context_tokens + max(LENGTHS) + 1
-    target_runner = Runner(target, num_slots=batch_size, max_seq_len=room)
-    draft_runner = Runner(draft, num_slots=batch_size, max_seq_len=room)
     target_s: dict[int, list[float]] = {length: [] for length in LENGTHS}
     draft_s: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for turn in range(repeats + 1):
         for length in LENGTHS:
             drafting_s = sum(
-                _pass_s(draft_runner, 1, context_tokens + position) for position in range(length)
+                _pass_s(runners.draft, batch_size, 1, context_tokens + position) for position in range(length)
             )
-            verifying_s = _pass_s(target_runner, length + 1, context_tokens)
+            verifying_s = _pass_s(runners.target, batch_size, length + 1, context_tokens)
             if turn:  # the first one warms up
                 draft_s[length].append(drafting_s / max(1, length))
                 target_s[length].append(verifying_s)
@@ -78,9 +105,9 @@ def measure_forwards(
     )
 
 
-def _pass_s(runner: Runner, num_tokens: int, start: int) -> float:
-    tokens_BT = torch.zeros((runner.num_slots, num_tokens), dtype=torch.int64, device=runner.device)
-    positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(runner.num_slots, -1)
+def _pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
+    tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
+    positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
     began_s = time.perf_counter()
     runner.forward(tokens_BT, positions_BT, kv_len=start + num_tokens)
     if runner.device.type == "cuda":

@@ -11,8 +11,6 @@ class Lineup:
     def __init__(self, makers: Mapping[str, Callable[[], Mode]]) -> None:
         self._makers = makers
         self._modes: dict[str, Mode] = {}
-        self.without_draft_model: frozenset[str] = frozenset()
-        """Of the modes made so far, those whose drafts cost no pass."""
 
     def run(
         self, name: str, waves: Sequence[list[list[int]]], *, num_tokens: int, temperature: float
@@ -33,8 +31,6 @@ class Lineup:
     def _mode(self, name: str) -> Mode:
         if name not in self._modes:
             self._modes[name] = self._makers[name]()
-            if not self._modes[name].drafts_with_a_model:
-                self.without_draft_model |= {name}
         return self._modes[name]
 
     def _drop(self, name: str) -> None:

@@ -32,6 +32,8 @@ class Rounds:
 
     num_rounds: int = 0
     num_drafted: int = 0
+    num_copied: int = 0
+    """Of the drafted, those that no model drafted."""
     num_attempted: int = 0
     num_accepted: int = 0
 
@@ -39,6 +41,7 @@ class Rounds:
         return Rounds(
             self.num_rounds + other.num_rounds,
             self.num_drafted + other.num_drafted,
+            self.num_copied + other.num_copied,
             self.num_attempted + other.num_attempted,
             self.num_accepted + other.num_accepted,
         )
@@ -66,9 +69,6 @@ class Outcome:
 
 class Mode(Protocol):
     """One way to generate; warm after its first call."""
-
-    drafts_with_a_model: bool
-    """Whether a draft token costs a pass of the draft."""
 
     def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
         """Exactly `num_tokens` after each prompt, end of text or not; all prompts are asked at once."""

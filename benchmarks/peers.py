@@ -47,8 +47,6 @@ def make_peers(
 class Generate:
     """`model.generate`, on all prompts as one batch or on one after another."""
 
-    drafts_with_a_model = False
-
     def __init__(
         self, target: nn.Module, *, batched: bool = False, assistant: Any | None = None, **options: Any
     ) -> None:
@@ -79,8 +77,6 @@ class Generate:
 
 class Continuous:
     """transformers' continuous batching; its manager runs before the clock does, one for each temperature."""
-
-    drafts_with_a_model = False
 
     def __init__(self, target: nn.Module, concurrency: int, prompt_tokens: int, num_tokens: int) -> None:
         self._model = _endless(target)

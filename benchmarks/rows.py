@@ -52,8 +52,8 @@ class Measured:
     notes: Mapping[str, str]
     """Why a mode has no figures."""
     forwards: ForwardTimes
-    without_draft_model: frozenset[str] = frozenset()
-    """Modes whose drafts cost no pass."""
+    passes: str = "eager"
+    """What ran the passes of the engines."""
 
     def rows(self) -> list[Row]:
         return [self._row(mode) for mode in MODES]
@@ -106,6 +106,6 @@ class Measured:
             "predicted_speedup": self.forwards.predicted_speedup(
                 efficiency,
                 total.num_drafted / total.num_rounds,
-                drafts_with_a_model=mode not in self.without_draft_model,
+                (total.num_drafted - total.num_copied) / total.num_rounds,
             ),
         }

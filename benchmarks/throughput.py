@@ -5,6 +5,7 @@ so that a machine whose speed drifts treats them alike; figures are medians over
 of the turns' ratios. No prompt comes twice, so nobody gains from having seen it.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,17 +18,20 @@ from torch import nn
 
 from benchmarks.adapted import Adapter, Cycle, Recipe, adapted_to_the_demo
 from benchmarks.engine_modes import make_engines
-from benchmarks.forwards import measure_forwards
+from benchmarks.forwards import PassRunners, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import MODES, Outcome
 from benchmarks.peers import make_peers
 from benchmarks.prompts import demo_prompts, folder_prompts
 from benchmarks.rows import Measured, Row, Setting
+from serving.compiling import CompileChoice
 from serving.models.loading import ModelPair, load_pair
 
 PROMPTS_PER_TURN = 10
 """At least; asked `concurrency` at once, one such wave after the other."""
 WARM_UP_TOKENS = 16
+ROOMS = (512, 1152)
+"""Columns of a slot: few lengths, since passes are compiled for each."""
 NOTES = (
     "output tokens over the wall time from the first submission to the last token, prefill included; every "
     "mode emits exactly num_output_tokens a prompt, end of text or not",
@@ -57,6 +61,8 @@ class Plan:
     """A PEFT folder; None: learnt here, and kept in `cache`."""
     cache: Path = Path()
     recipe: Recipe = field(default_factory=Recipe)
+    compile: CompileChoice = "auto"
+    """auto waits for compiled passes where they can be had."""
 
     @property
     def num_steps(self) -> int:
@@ -87,9 +93,9 @@ def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Ite
                 models = (setting.dtype, setting.prompt_tokens)
                 lineup.close()
                 pair = load_pair(plan.target, plan.draft, dtype=setting.dtype)
-                lineup = _lineup(plan, pair, adapter, setting.prompt_tokens)
+                runners, lineup = _lineup(plan, pair, adapter, setting.prompt_tokens)
                 prompts = _prompts(plan, pair, setting.prompt_tokens)
-            yield _measure_setting(plan, setting, pair, lineup, prompts, tell)
+            yield _measure_setting(plan, setting, runners, lineup, prompts, tell)
     finally:
         lineup.close()
 
@@ -103,6 +109,7 @@ def figures(plan: Plan, measured: list[Measured]) -> tuple[dict[str, Any], dict[
         "num_output_tokens": plan.num_output_tokens,
         "num_threads": torch.get_num_threads(),
         "prompts": str(plan.data or "demo"),
+        "passes": sorted({one.passes for one in measured}),
         "greedy_float32_identical_fraction": _identical_fractions(measured),
         "notes": list(NOTES),
     }
@@ -121,22 +128,25 @@ def _adapter(plan: Plan, on_cycle: Callable[[Cycle], None]) -> Adapter | None:
     return adapted_to_the_demo(pair, plan.cache, plan.recipe, on_cycle)
 
 
-def _lineup(plan: Plan, pair: ModelPair, adapter: Adapter | None, prompt_tokens: int) -> Lineup:
-    """All modes, on this pair's weights."""
+def _lineup(
+    plan: Plan, pair: ModelPair, adapter: Adapter | None, prompt_tokens: int
+) -> tuple[PassRunners, Lineup]:
+    """All modes, on this pair's weights, and the bare passes of the engines among them."""
     assert pair.draft is not None
     adapted: nn.Module | None = adapter.merged(pair.draft) if adapter is not None else None
     concurrency = max(setting.concurrency for setting in plan.settings)
-    room = prompt_tokens + plan.num_output_tokens
-    return Lineup(
-        make_peers(
-            pair.target,
-            adapted,
-            concurrency=concurrency,
-            prompt_tokens=prompt_tokens,
-            num_tokens=plan.num_output_tokens,
-        )
-        | make_engines(pair, adapted, num_slots=concurrency, max_seq_len=room)
+    needed = prompt_tokens + plan.num_output_tokens
+    room = next((room for room in ROOMS if room >= needed), needed)
+    peers = make_peers(
+        copy.deepcopy(pair.target),  # engines exchange the attention of the one that they share
+        adapted,
+        concurrency=concurrency,
+        prompt_tokens=prompt_tokens,
+        num_tokens=plan.num_output_tokens,
     )
+    runners = pass_runners(pair, num_slots=concurrency, max_seq_len=room, compile=plan.compile)
+    engines = make_engines(pair, adapted, num_slots=concurrency, max_seq_len=room, compile=plan.compile)
+    return runners, Lineup(peers | engines)
 
 
 def _prompts(plan: Plan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]]:
@@ -147,14 +157,17 @@ def _prompts(plan: Plan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]
 
 
 def _measure_setting(
-    plan: Plan, setting: Setting, pair: ModelPair, lineup: Lineup, prompts: Iterator[list[int]], tell: Tell
+    plan: Plan,
+    setting: Setting,
+    runners: PassRunners,
+    lineup: Lineup,
+    prompts: Iterator[list[int]],
+    tell: Tell,
 ) -> Measured:
-    assert pair.draft is not None
     outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
     notes: dict[str, str] = {}
     forwards = measure_forwards(
-        pair.target,
-        pair.draft,
+        runners,
         batch_size=setting.concurrency,
         context_tokens=setting.prompt_tokens + plan.num_output_tokens // 2,
     )
@@ -171,7 +184,7 @@ def _measure_setting(
                 notes[mode] = outcome
             elif turn:
                 outcomes[mode].append(outcome)
-    return Measured(setting, outcomes, notes, forwards, lineup.without_draft_model)
+    return Measured(setting, outcomes, notes, forwards, runners.passes)
 
 
 def _identical_fractions(measured: list[Measured]) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""Which code runs the passes of an engine: the models' own, or compiled. Decided at start, changed once.
+"""Which code runs an engine's passes: the models' own, compiled, captured. Decided at start, changed once.
 
-"on" waits for the compiler, "auto" takes what an earlier start compiled and otherwise serves eagerly until it
-is ready, "off" never compiles. Compiled passes are used only where they were measured to be faster.
+On a processor "on" waits for the compiler, "auto" takes what an earlier start compiled and otherwise serves
+eagerly until it is ready, "off" never compiles. Compiled passes are used only where they were measured to be
+faster. On a GPU "on" and "auto" are static passes, captured as CUDA graphs at start and at first use; where
+they disagree with the model's own code "on" fails and "auto" serves eagerly.
 """
 
 import logging
@@ -9,9 +11,13 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from serving.engine.cost_table import CostTable, measure_costs
 from serving.engine.pass_compiler import CompileError, PassCompiler
-from serving.engine.runner import Pass, Runner
+from serving.engine.runner import Runner
+from serving.engine.slot_pass import Pass
+from serving.engine.static_check import static_error, static_pass_of
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine
@@ -31,6 +37,9 @@ class Compiling:
         self._target, self._draft = target, draft
         self._runners = [target] if draft is None else [target, draft]
         self._compiler: PassCompiler | None = None
+        if target.device.type == "cuda" and choice != "off":
+            self._capture(choice)
+            return
         reason = self._objection()
         if choice == "off" or (choice == "auto" and reason):
             self.state = f"eager ({reason or 'compile: off'})"
@@ -68,6 +77,30 @@ class Compiling:
         """End a compilation under way."""
         if self._compiler is not None:
             self._compiler.close()
+
+    def _capture(self, choice: CompileChoice) -> None:
+        """Static passes for all runners, or for none."""
+        try:
+            for runner in self._runners:
+                self._use_static(runner)
+        except (CompileError, RuntimeError) as error:
+            for runner in self._runners:
+                runner.static = None
+            if choice == "on":
+                raise CompileError(f"compile='on' cannot be had: {error}") from error
+            self.state = f"eager ({error})"
+            _log.warning("passes stay eager: %s", error)
+            return
+        self.state = "captured"
+
+    def _use_static(self, runner: Runner) -> None:
+        """Capture and check; the cache is idle, and cleared."""
+        static = static_pass_of(runner)
+        error = static_error(runner, static)
+        tolerance = 1e-3 if runner.dtype == torch.float32 else 0.05
+        if not error <= tolerance:
+            raise CompileError(f"static passes disagree with the model (relative error {error:.2g})")
+        runner.static = static
 
     def _objection(self) -> str:
         """Why passes cannot be compiled here, or nothing."""

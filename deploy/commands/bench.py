@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,6 +54,10 @@ def throughput(
         Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
     ] = None,
     threads: ThreadsOption = 1,
+    compile: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
+    ] = "auto",
     turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
     report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
@@ -85,6 +89,7 @@ def throughput(
         data=data,
         adapter=adapter,
         cache=_cache_folder(),
+        compile=compile,
     )
     report.parent.mkdir(parents=True, exist_ok=True)
     plot = plot or report.with_suffix(".png")

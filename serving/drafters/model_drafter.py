@@ -6,7 +6,6 @@ behind catches up by one chunk, alone, and drafts nothing in that round. After a
 legal (the law drawn from is the law verified) and are renewed one slot a round.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor
 from serving.drafters.stopping import LimitOnly, StoppingRule
 from serving.engine.proposal import Proposal
 from serving.engine.runner import Runner
-from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
+from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
 from serving.engine.sequence import Batch
+from serving.engine.transfer import to_device
 
 _MAX_SHARED_LAG = 32
 """Rows missing no more tokens than this catch up together, in the pass that drafts."""
@@ -53,7 +53,7 @@ class ModelDrafter:
         noise_BEV: Tensor | None,
         generator: torch.Generator | None,
     ) -> Proposal:
-        """See `Drafter.propose`. Stops early at the first position where a row's logits are not finite."""
+        """See `Drafter.propose`. Tokens drawn from logits that are not finite have log-probability NaN."""
         self._lengths = batch.lengths()
         self._refresh_one(len(batch))
         self._chunks_left = _MAX_CHUNKS
@@ -66,19 +66,14 @@ class ModelDrafter:
         if num_drafts == 0:
             nothing = Proposal.empty(len(batch), self.draft_version, batch.device)
             return replace(nothing, num_chunks=num_chunks)
-        logits_BV = self._first_pass(batch, wanted)
+        logits_BV, columns_BD = self._first_pass(batch, wanted)
         tokens: list[Tensor] = []
         laws, token_logprobs = [], []
-        num_broken = 0
         for position in range(num_drafts):
             _cut(wanted, position, self._stopping.before_draw(logits_BV))
             if position >= max(wanted):
                 break
             token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, tokens, noise_BEV, generator)
-            for row, logprob in enumerate(logprob_B.tolist()):
-                if not math.isfinite(logprob) and wanted[row] > position:
-                    wanted[row] = position
-                    num_broken += math.isnan(logprob)
             tokens.append(token_B)
             token_logprobs.append(logprob_B)
             if law_BV is not None:
@@ -86,18 +81,17 @@ class ModelDrafter:
             _cut(wanted, position + 1, self._stopping.after_draw(logits_BV))
             if position + 1 >= max(wanted):
                 break
-            logits_BV = self._next_pass(token_B, wanted, position)
+            logits_BV = self._next_pass(token_B, columns_BD, wanted, position)
         if not tokens:
             nothing = Proposal.empty(len(batch), self.draft_version, batch.device)
             return replace(nothing, num_chunks=num_chunks)
         return Proposal(
             draft_version=self.draft_version,
-            token_ids_BG=torch.stack(tokens, dim=1)[:, : max(wanted)],
+            token_ids_BG=torch.stack(tokens, dim=1),
             num_drafted_B=tuple(wanted),
-            logprobs_BGV=torch.stack(laws, dim=1)[:, : max(wanted)] if laws else None,
-            token_logprobs_BG=torch.stack(token_logprobs, dim=1)[:, : max(wanted)],
+            logprobs_BGV=torch.stack(laws, dim=1) if laws else None,
+            token_logprobs_BG=torch.stack(token_logprobs, dim=1),
             num_chunks=num_chunks,
-            num_broken_rows=num_broken,
         )
 
     def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
@@ -150,41 +144,42 @@ class ModelDrafter:
         self._cached[row] = end
         return end == target_len
 
-    def _first_pass(self, batch: Batch, wanted: list[int]) -> Tensor:
-        """Feed every drafting row what it still lacks; logits [B, V] after its last token."""
+    def _first_pass(self, batch: Batch, wanted: list[int]) -> tuple[Tensor, Tensor]:
+        """Feed every drafting row what it still lacks; logits [B, V] after its last token. And where the
+        draft tokens go that will be fed back, [B, D], sent along."""
         trash = self.runner.cache.trash_column
         starts = [self._cached[row] if count else self._lengths[row] for row, count in enumerate(wanted)]
         lags = [length - start for length, start in zip(self._lengths, starts, strict=True)]
-        width = max(lags)
-        tokens, positions = [], []
-        for sequence, start, lag in zip(batch.sequences, starts, lags, strict=True):
-            tokens.append(sequence.token_ids[start : start + lag] + [0] * (width - lag))
-            positions.append([*range(start, start + lag), *[trash] * (width - lag)])
-        device = self.runner.device
+        width, num_fed_back = max(lags), max(wanted) - 1
+        rows = []
+        for sequence, start, lag, count in zip(batch.sequences, starts, lags, wanted, strict=True):
+            padding, end = width - lag, start + lag
+            tokens = sequence.token_ids[start:end] + [0] * padding
+            positions = [*range(start, end), *[trash] * padding]
+            columns = [end + fed if count > fed + 1 else trash for fed in range(num_fed_back)]
+            rows.append([*tokens, *positions, max(lag - 1, 0), *columns])
+        sent = to_device(rows, self.runner.device)
+        token_ids_BT, positions_BT, last_B1, columns_BD = sent.split([width, width, 1, num_fed_back], dim=1)
         logits_BTV = self.runner.forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
+            token_ids_BT,
+            positions_BT,
             kv_len=max(length for length, lag in zip(self._lengths, lags, strict=True) if lag),
         )
         for row, count in enumerate(wanted):
             if count:
                 self._cached[row] = self._lengths[row]
         if width == 1:
-            return logits_BTV[:, 0]
-        last_B = torch.tensor([max(lag - 1, 0) for lag in lags], device=device)
-        return logits_BTV[torch.arange(len(lags), device=device), last_B]
+            return logits_BTV[:, 0], columns_BD
+        rows_B = torch.arange(len(lags), device=self.runner.device)
+        return logits_BTV[rows_B, last_B1[:, 0]], columns_BD
 
-    def _next_pass(self, token_B: Tensor, wanted: list[int], position: int) -> Tensor:
+    def _next_pass(self, token_B: Tensor, columns_BD: Tensor, wanted: list[int], position: int) -> Tensor:
         """Feed the draft token at `position` back; logits [B, V] for the next."""
-        trash = self.runner.cache.trash_column
-        columns = [
-            length + position if count > position + 1 else trash
-            for length, count in zip(self._lengths, wanted, strict=True)
-        ]
+        drafting = (
+            length for length, count in zip(self._lengths, wanted, strict=True) if count > position + 1
+        )
         return self.runner.forward(
-            token_B[:, None],
-            torch.tensor(columns, device=self.runner.device)[:, None],
-            kv_len=max(column for column in columns if column != trash) + 1,
+            token_B[:, None], columns_BD[:, position : position + 1], kv_len=max(drafting) + position + 1
         )[:, 0]
 
 
@@ -221,7 +216,7 @@ def _draw_one(
     law_BV = law_logprobs(logits_BV[:, None], law)[:, 0]
     law_BV = torch.where(torch.isfinite(best_B)[:, None], law_BV, torch.nan)
     if batch.any_standard:
-        token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
+        token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
     else:
         token_B = law_BV.argmax(dim=-1)
     if noise_BEV is not None:

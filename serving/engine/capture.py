@@ -4,7 +4,7 @@ Raw top-K at temperature 1, one scalar that re-tempers it exactly, and the final
 tokens. Positions after a first rejection are kept too: they are conditioned on the draft's own mistakes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from serving.engine.proposal import NGRAM_VERSION, Proposal
 from serving.engine.request import CapturedRound
 from serving.engine.sequence import Advance, Batch
+from serving.engine.transfer import HostArrays
 
 TOP_K = 32
 """Kept entries a position (fewer in a smaller vocabulary)."""
@@ -31,6 +32,12 @@ class RoundCapture:
     drafted_target_logprobs_BG: NDArray[np.float32]
     drafted_draft_logprobs_BG: NDArray[np.float32]
     next_target_logprobs_B: NDArray[np.float32]
+
+    @classmethod
+    def read(cls, draft_version: int, arrays: HostArrays) -> "RoundCapture":
+        """From what `capture_tensors` named, on the host, perhaps among other arrays."""
+        names = [each.name for each in fields(cls) if each.name != "draft_version"]
+        return cls(draft_version, **{name: arrays[name] for name in names})
 
     def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
         """Row `row`, cut to its own draft length and to the tokens it emitted."""
@@ -52,7 +59,7 @@ class RoundCapture:
         )
 
 
-def capture_round(
+def capture_tensors(
     batch: Batch,
     proposal: Proposal,
     raw_logits_BEV: Tensor,
@@ -61,8 +68,9 @@ def capture_round(
     choice_BE: Tensor | None,
     num_accepted_B: Tensor,
     next_token_B: Tensor,
-) -> RoundCapture:
-    """`law_BEV` is the final law's log-probabilities; None when every row is greedy (`choice_BE` is it)."""
+) -> dict[str, Tensor]:
+    """What a RoundCapture is made of, still on the device, by its names. `law_BEV` is the final law's
+    log-probabilities; None when every row is greedy (`choice_BE` is it)."""
     num_kept = min(TOP_K, raw_logits_BEV.shape[-1])
     topk_BEK = raw_logits_BEV.topk(num_kept, dim=-1)
     drafted_BG = proposal.token_ids_BG
@@ -77,16 +85,15 @@ def capture_round(
         drafted_target_BG = law_BEV[:, :num_drafts].gather(-1, drafted_BG[..., None])[..., 0]
         rows_B = torch.arange(len(batch), device=drafted_BG.device)
         next_target_B = law_BEV[rows_B, num_accepted_B, next_token_B]
-    return RoundCapture(
-        draft_version=proposal.draft_version,
-        topk_token_ids_BEK=topk_BEK.indices.to(torch.int32).cpu().numpy(),
-        topk_logprobs_BEK=(topk_BEK.values - logsumexp_BE[..., None]).half().cpu().numpy(),
-        retemper_BE=_retemper(batch, raw_logits_BEV, logsumexp_BE).cpu().numpy(),
-        drafted_token_ids_BG=drafted_BG.to(torch.int32).cpu().numpy(),
-        drafted_target_logprobs_BG=drafted_target_BG.float().cpu().numpy(),
-        drafted_draft_logprobs_BG=proposal.token_logprobs_BG.float().cpu().numpy(),
-        next_target_logprobs_B=next_target_B.float().cpu().numpy(),
-    )
+    return {
+        "topk_token_ids_BEK": topk_BEK.indices.to(torch.int32),
+        "topk_logprobs_BEK": (topk_BEK.values - logsumexp_BE[..., None]).half(),
+        "retemper_BE": _retemper(batch, raw_logits_BEV, logsumexp_BE),
+        "drafted_token_ids_BG": drafted_BG.to(torch.int32),
+        "drafted_target_logprobs_BG": drafted_target_BG.float(),
+        "drafted_draft_logprobs_BG": proposal.token_logprobs_BG.float(),
+        "next_target_logprobs_B": next_target_B.float(),
+    }
 
 
 def _retemper(batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor) -> Tensor:

@@ -11,27 +11,45 @@ from serving.engine.capture import RoundCapture
 from serving.engine.proposal import Proposal
 from serving.engine.request import TopLogprobs
 from serving.engine.sequence import NO_ADVANCE, Advance, Batch, Sequence
+from serving.engine.transfer import HostArrays
 from serving.engine.verification import Verification
 
 
-def commit(
+def outcome_tensors(
     batch: Batch,
     proposal: Proposal,
+    num_usable_B: Tensor,
     verification: Verification,
     finite_B: Tensor,
     raw_logits_BEV: Tensor,
     logsumexp_BE: Tensor,
-    capture: RoundCapture | None,
+) -> dict[str, Tensor]:
+    """All that `commit` wants to know, still on the device."""
+    emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
+    emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
+    outcome = {
+        "num_drafted_B": num_usable_B,
+        "num_accepted_B": verification.num_accepted_B,
+        "emitted_BE": emitted_BE,
+        "raw_BE": raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE,
+        "finite_B": finite_B,
+    }
+    if batch.any_logprobs:
+        top = raw_logits_BEV.topk(min(batch.max_top_logprobs, raw_logits_BEV.shape[-1]), dim=-1)
+        outcome |= {"top_ids_BEK": top.indices, "top_BEK": top.values - logsumexp_BE[..., None]}
+    return outcome
+
+
+def commit(
+    batch: Batch, proposal: Proposal, outcome: HostArrays, capture: RoundCapture | None
 ) -> list[Advance]:
     """Advance every sequence. A row whose target logits are not finite commits nothing: after drafts, which
     may have caused it, the next round goes without; without drafts the generation ends with an error."""
-    accepted_B: list[int] = verification.num_accepted_B.tolist()
-    emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
-    emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
-    raw_BE = raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE
-    is_finite = finite_B.tolist()
-    top_BE = _top_logprobs(batch, raw_logits_BEV, logsumexp_BE)
-    emitted_rows, raw_rows = emitted_BE.tolist(), raw_BE.tolist()
+    accepted_B: list[int] = outcome["num_accepted_B"].tolist()
+    drafted_B: list[int] = outcome["num_drafted_B"].tolist()
+    is_finite: list[bool] = outcome["finite_B"].tolist()
+    emitted_rows, raw_rows = outcome["emitted_BE"].tolist(), outcome["raw_BE"].tolist()
+    top_BE = _top_logprobs(outcome)
 
     advances = []
     for row, sequence in enumerate(batch.sequences):
@@ -49,8 +67,8 @@ def commit(
             token_ids=tuple(emitted_rows[row][:kept]),
             logprobs=tuple(raw_rows[row][:kept]),
             top_logprobs=_asked_for(sequence, top_BE[row][:kept]) if top_BE else (),
-            num_drafted=proposal.num_drafted_B[row],
-            num_attempted=min(kept, accepted_B[row] + 1, proposal.num_drafted_B[row]),
+            num_drafted=drafted_B[row],
+            num_attempted=min(kept, accepted_B[row] + 1, drafted_B[row]),
             num_accepted=min(kept, accepted_B[row]),
             num_matched=proposal.num_matched(row),
         )
@@ -77,18 +95,13 @@ def _append(sequence: Sequence, emitted: list[int]) -> int:
     return kept
 
 
-def _top_logprobs(
-    batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor
-) -> list[list[TopLogprobs]] | None:
+def _top_logprobs(outcome: HostArrays) -> list[list[TopLogprobs]] | None:
     """The most likely tokens at every position, as many as any row asked for; None if none did."""
-    if not batch.any_logprobs:
+    if "top_ids_BEK" not in outcome:
         return None
-    count = min(batch.max_top_logprobs, raw_logits_BEV.shape[-1])
-    top = raw_logits_BEV.topk(count, dim=-1)
-    logprobs_BEK = (top.values - logsumexp_BE[..., None]).tolist()
     return [
         [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in zip(*row, strict=True)]
-        for row in zip(top.indices.tolist(), logprobs_BEK, strict=True)
+        for row in zip(outcome["top_ids_BEK"].tolist(), outcome["top_BEK"].tolist(), strict=True)
     ]
 
 

@@ -35,9 +35,10 @@ from serving.engine.request import (
     TokenEvent,
 )
 from serving.engine.round import run_round
-from serving.engine.runner import Pass, Runner
+from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import NO_ADVANCE, Batch, Sequence
+from serving.engine.slot_pass import Pass
 from serving.engine.stats import EngineStats, Meter, SwapReport
 
 _log = logging.getLogger(__name__)

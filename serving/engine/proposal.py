@@ -28,13 +28,14 @@ class Proposal:
     logprobs_BGV: Tensor | None
     """Final law of the draft at each position; None if it is one-hot in every row (greedy, or copied)."""
     token_logprobs_BG: Tensor
-    """That law at the drafted tokens; 0 where it is one-hot."""
+    """That law at the drafted tokens; 0 where it is one-hot. Where it is not finite, that token and all after
+    it count as not drafted; NaN says that the draft is broken."""
     num_matched_B: tuple[int, ...] = ()
     """Context tokens that a row's copied drafts continue; 0 where a model drafted. Empty: 0 in all rows."""
     num_chunks: int = 0
     """Passes that only caught up: real time, but not what drafting costs."""
     num_broken_rows: int = 0
-    """Rows whose draft logits were NaN or infinite, or all of them if the drafter raised."""
+    """All rows if the drafter raised; broken ones are told by their `token_logprobs_BG`."""
 
     @classmethod
     def empty(cls, num_rows: int, draft_version: int, device: torch.device | str) -> "Proposal":

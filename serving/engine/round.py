@@ -7,21 +7,22 @@ by row; the engine turns it into events. Legend: B rows (row = slot), G drafted,
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engine.capture import capture_round
-from serving.engine.commit import commit
+from serving.engine.capture import RoundCapture, capture_tensors
+from serving.engine.commit import commit, outcome_tensors
 from serving.engine.noise import gumbel_noise
 from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, Share, combine
 from serving.engine.runner import Runner
-from serving.engine.sampling import exponential_race, law_logprobs
+from serving.engine.sampling import draw_uniforms, law_logprobs
 from serving.engine.sequence import Advance, Batch
-from serving.engine.verification import Verification, match_choice, merge, ratio_test
+from serving.engine.transfer import HostArrays, RoundClock, to_device, to_host
+from serving.engine.verification import Verification, leading, match_choice, merge, ratio_test
 
 _log = logging.getLogger(__name__)
 
@@ -51,31 +52,34 @@ def run_round(
     generator: torch.Generator | None = None,
 ) -> RoundReport:
     """Advance every sequence of the batch by one to G + 1 tokens."""
-    began_s = time.perf_counter()
+    clock = RoundClock(batch.device)
+    clock.mark()
     noise_BEV = _coupled_noise(batch, plan.max_draft_tokens + 1, target)
     parts = [_propose(batch, share, noise_BEV, generator) for share in plan.shares]
     nothing = Proposal.empty(len(batch), plan.draft_version, batch.device)
     proposal = replace(combine(parts), draft_version=plan.draft_version) if parts else nothing
-    proposed_s = time.perf_counter()
-    raw_logits_BEV = _target_pass(batch, proposal, target)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    verified_s = time.perf_counter()
+    clock.mark()
+    raw_logits_BEV, num_drafted_B = _target_pass(batch, proposal, target)
+    clock.mark()
 
+    # A draft token whose law was not finite, and all after it, count as not drafted.
+    num_usable_B = leading(torch.isfinite(proposal.token_logprobs_BG), num_drafted_B)
     logits_BEV = raw_logits_BEV
     if batch.processing is not None:
         logits_BEV = batch.processing.apply(raw_logits_BEV, proposal.token_ids_BG)
     law_BEV, choice_BE = _target_choice(batch, logits_BEV, noise_BEV)
-    verification = _verify(batch, proposal, law_BEV, choice_BE, generator)
+    verification = _verify(batch, proposal, num_usable_B, law_BEV, choice_BE, generator)
 
     logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
     finite_B = torch.isfinite(logsumexp_BE).all(dim=-1)
     if batch.processing is not None:  # what is allowed may be what the target's own padding excludes
         finite_B &= torch.isfinite(logits_BEV.amax(dim=-1)).all(dim=-1)
     verification = replace(verification, num_accepted_B=verification.num_accepted_B * finite_B)
-    capture = None
+    outcome = outcome_tensors(
+        batch, proposal, num_usable_B, verification, finite_B, raw_logits_BEV, logsumexp_BE
+    )
     if batch.any_capture:
-        capture = capture_round(
+        outcome |= capture_tensors(
             batch,
             proposal,
             raw_logits_BEV,
@@ -85,19 +89,23 @@ def run_round(
             verification.num_accepted_B,
             verification.next_token_B,
         )
-    _observe(plan.shares, parts, verification)
-    advances = commit(batch, proposal, verification, finite_B, raw_logits_BEV, logsumexp_BE, capture)
+    host = to_host(outcome | {"token_logprobs_BG": proposal.token_logprobs_BG})
+
+    _observe(plan.shares, parts, host)
+    capture = RoundCapture.read(proposal.draft_version, host) if batch.any_capture else None
+    advances = commit(batch, proposal, host, capture)
     if batch.processing is not None:
         batch.processing.commit([advance.token_ids for advance in advances])
+    propose_s, target_pass_s = clock.seconds()
     return RoundReport(
         draft_version=proposal.draft_version,
         num_draft_tokens=proposal.max_drafted,
         num_draft_passes=max((part.max_drafted for part in parts if not part.num_matched_B), default=0),
         advances=advances,
-        propose_s=proposed_s - began_s,
+        propose_s=propose_s,
         num_chunks=proposal.num_chunks,
-        target_pass_s=verified_s - proposed_s,
-        num_broken_draft_rows=proposal.num_broken_rows,
+        target_pass_s=target_pass_s,
+        num_broken_draft_rows=proposal.num_broken_rows + _num_broken(proposal, host),
     )
 
 
@@ -124,24 +132,37 @@ def _propose(
         return replace(proposal, num_broken_rows=num_broken)
 
 
-def _observe(shares: Sequence[Share], parts: Sequence[Proposal], verification: Verification) -> None:
-    accepted_B = verification.num_accepted_B.tolist() if shares else []
+def _observe(shares: Sequence[Share], parts: Sequence[Proposal], host: HostArrays) -> None:
+    """Tell each drafter how its own rows fared."""
+    usable_B, accepted_B = host["num_drafted_B"].tolist(), host["num_accepted_B"].tolist()
     for share, part in zip(shares, parts, strict=True):
-        share.drafter.observe(list(part.num_drafted_B), accepted_B)
+        drafted_B = [min(own, usable) for own, usable in zip(part.num_drafted_B, usable_B, strict=True)]
+        share.drafter.observe(drafted_B, accepted_B)
 
 
-def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> Tensor:
-    """Raw logits [B, E, V]: position e decides the token after the last committed one and e drafts."""
+def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> tuple[Tensor, Tensor]:
+    """Raw logits [B, E, V]: position e decides the token after the last committed one and e drafts. And how
+    many draft tokens each row was given, [B]."""
     lengths = batch.lengths()
-    last_B1 = torch.tensor([[sequence.token_ids[-1]] for sequence in batch.sequences], device=batch.device)
-    token_ids_BE = torch.cat([last_B1, proposal.token_ids_BG], dim=1)
+    num_verified = proposal.max_drafted + 1
     trash = target.cache.trash_column
-    positions = [
-        [length - 1 + e if e <= num_drafted else trash for e in range(token_ids_BE.shape[1])]
-        for length, num_drafted in zip(lengths, proposal.num_drafted_B, strict=True)
-    ]
+    sent = to_device(
+        [
+            [
+                sequence.token_ids[-1],
+                *[length - 1 + e if e <= num_drafted else trash for e in range(num_verified)],
+                num_drafted,
+            ]
+            for sequence, length, num_drafted in zip(
+                batch.sequences, lengths, proposal.num_drafted_B, strict=True
+            )
+        ],
+        batch.device,
+    )
+    last_B1, positions_BE, num_drafted_B1 = sent.split([1, num_verified, 1], dim=1)
+    token_ids_BE = torch.cat([last_B1, proposal.token_ids_BG], dim=1)
     kv_len = max(n + g for n, g in zip(lengths, proposal.num_drafted_B, strict=True))
-    return target.forward(token_ids_BE, torch.tensor(positions, device=batch.device), kv_len=kv_len)
+    return target.forward(token_ids_BE, positions_BE, kv_len=kv_len), num_drafted_B1[:, 0]
 
 
 def _target_choice(
@@ -161,24 +182,35 @@ def _target_choice(
 def _verify(
     batch: Batch,
     proposal: Proposal,
+    num_drafted_B: Tensor,
     law_BEV: Tensor | None,
     choice_BE: Tensor | None,
     generator: torch.Generator | None,
 ) -> Verification:
     """Each row by its own rule: match the target's choice, or the ratio test."""
-    num_drafted_B = torch.tensor(proposal.num_drafted_B, device=batch.device)
     choice = ratio = None
     if choice_BE is not None:
         choice = match_choice(choice_BE, proposal.token_ids_BG, num_drafted_B)
     if batch.any_standard:
         assert law_BEV is not None
         uniform_BG = torch.rand(proposal.token_ids_BG.shape, generator=generator, device=batch.device)
-        race_BV = exponential_race(law_BEV[:, 0], generator)
+        lot_B = draw_uniforms(law_BEV[:, 0], generator)
         ratio = ratio_test(
-            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, race_BV
+            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, lot_B
         )
     if choice is not None and ratio is not None:
         return merge(batch.standard_B, ratio, choice)
     verification = choice if choice is not None else ratio
     assert verification is not None
     return verification
+
+
+def _num_broken(proposal: Proposal, host: HostArrays) -> int:
+    """Rows of whose draft tokens one was drawn from a law that is NaN."""
+    token_logprobs_BG = host["token_logprobs_BG"]
+    return sum(
+        usable < num_drafted and bool(np.isnan(token_logprobs_BG[row, usable]))
+        for row, (usable, num_drafted) in enumerate(
+            zip(host["num_drafted_B"].tolist(), proposal.num_drafted_B, strict=True)
+        )
+    )

@@ -1,16 +1,15 @@
 """One model and its slot cache: tokens at positions in, logits out. Knows nothing of rounds or drafts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from serving.engine.kv_shape import KvShape
 from serving.engine.slot_cache import SlotCache
-from serving.engine.slot_pass import additive_mask
-
-Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
-"""As SlotPass.forward; what a compiled pass offers."""
+from serving.engine.slot_pass import Pass, additive_mask
+from serving.engine.static_pass import StaticPass
+from serving.engine.transfer import to_device
 
 
 class Runner:
@@ -39,6 +38,8 @@ class Runner:
         )
         self.compiled: Pass | None = None
         """Runs the passes instead of the model's own code, once there is one. Set between two rounds."""
+        self.static: StaticPass | None = None
+        """Runs the passes that it holds, before all others; its logits are valid until the next one."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
 
     def twin(self) -> "Runner":
@@ -63,8 +64,12 @@ class Runner:
         column. `kv_len` is one more than the largest real position.
         """
         assert token_ids_BT.shape == positions_BT.shape
-        embedded_BT = token_ids_BT.clamp(max=self.num_embedded - 1)
-        if self.compiled is None:
+        embedded_BT = token_ids_BT
+        if self.num_embedded < self.vocab_size:
+            embedded_BT = token_ids_BT.clamp(max=self.num_embedded - 1)
+        if self.static is not None and self.static.holds(first_slot, *token_ids_BT.shape):
+            logits_BTV = self.static(embedded_BT, positions_BT, kv_len)[:, -logits_to_keep:]
+        elif self.compiled is None:
             logits_BTV = self._model_pass(embedded_BT, positions_BT, kv_len, first_slot, logits_to_keep)
         else:
             num_rows, num_tokens = token_ids_BT.shape
@@ -103,9 +108,10 @@ class Runner:
     def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
         """Cache one slot's tokens at positions start, start + 1, …; their logits are not needed."""
         end = start + len(token_ids)
+        sent = to_device([list(token_ids), range(start, end)], self.device)
         self.forward(
-            torch.tensor([list(token_ids)], device=self.device),
-            torch.arange(start, end, device=self.device)[None],
+            sent[:1],
+            sent[1:],
             kv_len=end,
             first_slot=slot,
             logits_to_keep=1,

@@ -109,16 +109,16 @@ def _keep_min_p(warm_NXV: Tensor, min_p_N: Tensor) -> Tensor:
     return warm_NXV.masked_fill(warm_NXV < threshold_NX1, -torch.inf)
 
 
-def draw(probs_BV: Tensor, race_BV: Tensor) -> Tensor:
-    """One token a row, [B], exactly by the law `probs / sum(probs)`.
+def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One token a row, [B], by the law `probs / sum(probs)`: where the running sum, in float64, first exceeds
+    `uniform` of the whole. A token of probability 0 is never drawn."""
+    mass_BV = probs_BV.double().cumsum(dim=-1)
+    whole_B1 = mass_BV[:, -1:].contiguous()
+    token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * whole_B1, right=True)
+    last_B1 = torch.searchsorted(mass_BV, whole_B1)  # where rounding reached the whole
+    return torch.minimum(token_B1, last_B1)[:, 0].clamp_(max=probs_BV.shape[-1] - 1)
 
-    `race_BV` holds independent Exp(1) variables: the first arrival of a race of exponentials with
-    rates `probs` is token v with probability proportional to probs[v].
-    """
-    return (probs_BV / race_BV).argmax(dim=-1)
 
-
-def exponential_race(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Exp(1) noise of the given shape, never 0."""
-    noise_BV = torch.empty_like(like_BV).exponential_(generator=generator)
-    return noise_BV.clamp_(min=torch.finfo(noise_BV.dtype).tiny)
+def draw_uniforms(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """What `draw` needs for so many rows: [B] on [0, 1), float64."""
+    return torch.rand(like_BV.shape[0], dtype=torch.float64, generator=generator, device=like_BV.device)

@@ -19,6 +19,7 @@ from serving.engine.request import (
     VersionSpan,
 )
 from serving.engine.sampling import SamplingLaw
+from serving.engine.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -175,5 +176,5 @@ class Batch:
 
     def output_positions_BX(self, num_positions: int) -> Tensor:
         """Output index of the next `num_positions` tokens of each row."""
-        starts_B = torch.tensor([sequence.num_output for sequence in self.sequences], device=self.device)
-        return starts_B[:, None] + torch.arange(num_positions, device=self.device)
+        starts_B1 = to_device([[sequence.num_output] for sequence in self.sequences], self.device)
+        return starts_B1 + torch.arange(num_positions, device=self.device)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+Where = tuple[Tensor, Tensor, Tensor]
+"""Rows [B, 1, 1], heads [H, 1] and columns [B, 1, T] that index keys or values [B, H, columns, D]."""
+
 
 class SlotCache(Cache):
     """KV [layers, 2, slots, kv heads, max_len + 1, head_dim]; `window` chooses what a pass sees."""
@@ -41,15 +44,15 @@ class SlotCache(Cache):
     def window(self, first_slot: int, positions_BT: Tensor, kv_len: int) -> None:
         """The next pass runs slots [first_slot, first_slot + B) and writes at `positions_BT`."""
         num_rows, num_tokens = positions_BT.shape
-        if num_rows == 1:
+        if num_rows == 1 and positions_BT.device.type == "cpu":  # elsewhere reading positions means waiting
             start = int(positions_BT[0, 0])
             is_run = int(positions_BT[0, -1]) == start + num_tokens - 1
             span = slice(start, start + num_tokens) if is_run else None
         else:
             span = None
-        rows_B1 = torch.arange(num_rows, device=positions_BT.device)[:, None]
+        where = where_of(positions_BT, self.kv_L2SHTD.shape[3])
         for layer in self._slot_layers:
-            layer.aim(first_slot, num_rows, rows_B1, positions_BT, span, kv_len)
+            layer.aim(first_slot, num_rows, where, span, kv_len)
 
     def rows(self, first_slot: int, num_rows: int) -> list[Tensor]:
         """Keys and values in turn, by layer, of the slots [first_slot, first_slot + num_rows); views."""
@@ -71,9 +74,19 @@ class SlotCache(Cache):
         self.kv_L2SHTD.zero_()
 
     def move(self, source: int, destination: int, length: int) -> None:
-        """Copy the first `length` columns of a slot over another's; slots stay contiguous that way."""
+        """Copy the first `length` columns of a slot over another's and clear the rest of it; slots stay
+        contiguous that way."""
         if length > 0:
             self.kv_L2SHTD[:, :, destination, :, :length] = self.kv_L2SHTD[:, :, source, :, :length]
+        self.clear(destination, from_column=length)
+
+
+def where_of(positions_BT: Tensor, num_heads: int) -> Where:
+    """Where a pass writes, in the order in which the cache is stored: through a transposed view a compiler
+    would copy the whole cache."""
+    num_rows, device = positions_BT.shape[0], positions_BT.device
+    rows_B11 = torch.arange(num_rows, device=device)[:, None, None]
+    return rows_B11, torch.arange(num_heads, device=device)[:, None], positions_BT[:, None]
 
 
 def cache_of(layers: "list[SlotLayer]") -> Cache:
@@ -95,14 +108,13 @@ class SlotLayer(CacheLayerMixin):
         self,
         first_slot: int,
         num_rows: int,
-        rows_B1: Tensor,
-        positions_BT: Tensor,
+        where: Where,
         span: slice | None,
         kv_len: int,
     ) -> None:
         slots = slice(first_slot, first_slot + num_rows)
         self._keys_BHTD, self._values_BHTD = self._keys_SHTD[slots], self._values_SHTD[slots]
-        self._rows_B1, self._positions_BT = rows_B1, positions_BT
+        self._where = where
         self._span, self._kv_len = span, kv_len
 
     def update(
@@ -113,9 +125,8 @@ class SlotLayer(CacheLayerMixin):
             self._keys_BHTD[:, :, self._span] = key_states
             self._values_BHTD[:, :, self._span] = value_states
         else:
-            where = (self._rows_B1, self._positions_BT)
-            self._keys_BHTD.transpose(1, 2)[where] = key_states.transpose(1, 2)
-            self._values_BHTD.transpose(1, 2)[where] = value_states.transpose(1, 2)
+            self._keys_BHTD[self._where] = key_states
+            self._values_BHTD[self._where] = value_states
         return self._keys_BHTD[:, :, : self._kv_len], self._values_BHTD[:, :, : self._kv_len]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -4,12 +4,16 @@ Knows no slots: it is given the rows that it runs. Writes each token's keys and 
 attends to the first K columns, K being the mask's width. Legend: B rows, T tokens, K columns, E kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from serving.engine.slot_cache import SlotLayer, cache_of
+from serving.engine.slot_cache import SlotLayer, cache_of, where_of
+
+Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+"""As SlotPass.forward; what a compiled pass offers."""
 
 
 class SlotPass(nn.Module):
@@ -29,11 +33,11 @@ class SlotPass(nn.Module):
         keys_and_values: list[Tensor],
     ) -> Tensor:
         """Logits [B, E, V] in float32 at the positions `keep_E`; `keys_and_values` in turn, by layer."""
-        rows_B1 = torch.arange(token_ids_BT.shape[0], device=token_ids_BT.device)[:, None]
+        where = where_of(columns_BT, keys_and_values[0].shape[1])
         layers = []
         for keys_BHSD, values_BHSD in zip(keys_and_values[::2], keys_and_values[1::2], strict=True):
             layer = SlotLayer(keys_BHSD, values_BHSD)
-            layer.aim(0, token_ids_BT.shape[0], rows_B1, columns_BT, None, mask_B1TK.shape[-1])
+            layer.aim(0, token_ids_BT.shape[0], where, None, mask_B1TK.shape[-1])
             layers.append(layer)
         output: Any = self.model(
             input_ids=token_ids_BT,

@@ -28,7 +28,7 @@ class Verification:
 
 def match_choice(choice_BE: Tensor, drafted_BG: Tensor, num_drafted_B: Tensor) -> Verification:
     """Keep draft tokens up to the first that differs from the target's choice; then that choice."""
-    num_accepted_B = _leading(choice_BE[:, :-1] == drafted_BG, num_drafted_B)
+    num_accepted_B = leading(choice_BE[:, :-1] == drafted_BG, num_drafted_B)
     return Verification(num_accepted_B, choice_BE.gather(1, num_accepted_B[:, None])[:, 0])
 
 
@@ -38,12 +38,12 @@ def ratio_test(
     drafted_BG: Tensor,
     num_drafted_B: Tensor,
     uniform_BG: Tensor,
-    race_BV: Tensor,
+    lot_B: Tensor,
 ) -> Verification:
     """Accept while `uniform * draft < target` at the drafted token; see the module's docstring.
 
-    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` in
-    [0, 1), `race_BV` Exp(1).
+    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` and
+    `lot_B` (for the next token) on [0, 1).
     A residual that is numerically zero falls back to the target's law.
     """
     num_drafts = drafted_BG.shape[1]
@@ -51,7 +51,7 @@ def ratio_test(
     target_BG = target_logprobs_BEV[:, :num_drafts].gather(-1, picked_BG1)[..., 0].exp()
     if draft_logprobs_BGV is not None:
         uniform_BG = uniform_BG * draft_logprobs_BGV.gather(-1, picked_BG1)[..., 0].exp()
-    num_accepted_B = _leading(uniform_BG < target_BG, num_drafted_B)
+    num_accepted_B = leading(uniform_BG < target_BG, num_drafted_B)
 
     rows_B = torch.arange(drafted_BG.shape[0], device=drafted_BG.device)
     law_BV = target_logprobs_BEV[rows_B, num_accepted_B].exp()
@@ -64,7 +64,7 @@ def ratio_test(
             residual_BV = (law_BV - draft_law_BV).clamp_(min=0.0)
         use_residual_B = (num_accepted_B < num_drafted_B) & (residual_BV.sum(-1) > 0)
         law_BV = torch.where(use_residual_B[:, None], residual_BV, law_BV)
-    return Verification(num_accepted_B, draw(law_BV, race_BV))
+    return Verification(num_accepted_B, draw(law_BV, lot_B))
 
 
 def merge(ratio_rows_B: Tensor, ratio: Verification, choice: Verification) -> Verification:
@@ -75,7 +75,7 @@ def merge(ratio_rows_B: Tensor, ratio: Verification, choice: Verification) -> Ve
     )
 
 
-def _leading(accepted_BG: Tensor, num_drafted_B: Tensor) -> Tensor:
+def leading(accepted_BG: Tensor, num_drafted_B: Tensor) -> Tensor:
     """Length of each row's run of True from the left, within its drafted tokens."""
     positions_G = torch.arange(accepted_BG.shape[1], device=accepted_BG.device)
     kept_BG = accepted_BG & (positions_G < num_drafted_B[:, None])

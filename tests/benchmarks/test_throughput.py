@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.adapted import Adapter, Recipe, adapt
-from benchmarks.forwards import ForwardTimes, measure_forwards
+from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import MODES, Outcome, Rounds
 from benchmarks.prompts import DataError, demo_prompts, folder_prompts
@@ -73,6 +73,7 @@ def measured(
         num_output_tokens=12,
         data=data,
         adapter=adapter_folder,
+        compile="off",
     )
     said: list[str] = []
     found = list(measure(plan, on_cycle=lambda cycle: None, tell=said.append))
@@ -128,19 +129,20 @@ def test_the_report_is_plain_json_and_can_be_drawn(
 
 def test_predicted_speedup_by_hand() -> None:
     # 3 tokens a round: 3 x 10 / (14 + 4 x 1)
-    assert TIMES.predicted_speedup(3.0, 4.0) == pytest.approx(30.0 / 18.0)
+    assert TIMES.predicted_speedup(3.0, 4.0, 4.0) == pytest.approx(30.0 / 18.0)
     # between 2 and 4: a target pass of 13 and draft passes of 1.5
-    assert TIMES.predicted_speedup(2.0, 3.0) == pytest.approx(20.0 / (13.0 + 3 * 1.5))
+    assert TIMES.predicted_speedup(2.0, 3.0, 3.0) == pytest.approx(20.0 / (13.0 + 3 * 1.5))
     # under one draft token a pass costs what the first does
-    assert TIMES.predicted_speedup(1.2, 0.5) == pytest.approx(12.0 / (10.5 + 0.5 * 2.0))
-    assert TIMES.predicted_speedup(1.2, 0.5, drafts_with_a_model=False) == pytest.approx(12.0 / 10.5)
-    assert TIMES.predicted_speedup(1.0, 0.0) == 1.0
-    assert TIMES.predicted_speedup(5.0, 8.0) == pytest.approx(50.0 / 26.0)
+    assert TIMES.predicted_speedup(1.2, 0.5, 0.5) == pytest.approx(12.0 / (10.5 + 0.5 * 2.0))
+    assert TIMES.predicted_speedup(1.2, 0.5, 0.0) == pytest.approx(12.0 / 10.5)
+    assert TIMES.predicted_speedup(1.0, 0.0, 0.0) == 1.0
+    assert TIMES.predicted_speedup(5.0, 8.0, 8.0) == pytest.approx(50.0 / 26.0)
 
 
 def test_forwards_are_timed_at_every_length(pair: ModelPair) -> None:
     assert pair.draft is not None
-    times = measure_forwards(pair.target, pair.draft, batch_size=2, context_tokens=16, repeats=2)
+    runners = pass_runners(pair, num_slots=2, max_seq_len=64, compile="off")
+    times = measure_forwards(runners, batch_size=2, context_tokens=16, repeats=2)
     assert len(times.target_pass_s) == len(times.draft_pass_s) == len(times.num_draft_tokens)
     assert all(seconds > 0.0 for seconds in times.target_pass_s)
     assert times.draft_pass_s[0] == 0.0 and all(seconds > 0.0 for seconds in times.draft_pass_s[1:])
@@ -186,7 +188,6 @@ class Failing:
     """Works once, then breaks; counts how often it was made."""
 
     num_made = 0
-    drafts_with_a_model = True
 
     def __init__(self) -> None:
         Failing.num_made += 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serving.engine.sampling import draw, exponential_race
+from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.verification import Verification
 from tests.support.chi_square import fit_p_value
 
@@ -57,7 +57,7 @@ def check_rule(rule: Rule, pair: tuple[Tensor, Tensor]) -> None:
         drafted_BG,
         torch.full((NUM_ROWS,), num_drafts),
         torch.rand(NUM_ROWS, num_drafts, generator=generator),
-        exponential_race(torch.empty(NUM_ROWS, target_EV.shape[1]), generator),
+        draw_uniforms(torch.empty(NUM_ROWS, target_EV.shape[1]), generator),
     )
     accepted_B1 = verification.num_accepted_B[:, None]
     if torch.equal(draft_GV, target_EV[:-1]):
@@ -72,7 +72,7 @@ def check_rule(rule: Rule, pair: tuple[Tensor, Tensor]) -> None:
 
 def _draws(law_V: Tensor, generator: torch.Generator) -> Tensor:
     probs_BV = law_V.exp().expand(NUM_ROWS, -1)
-    return draw(probs_BV, exponential_race(probs_BV, generator))
+    return draw(probs_BV, draw_uniforms(probs_BV, generator))
 
 
 def _product_law(target_EV: Tensor) -> dict[tuple[int, ...], float]:

@@ -22,7 +22,7 @@ from serving.engine.live_draft import StagedWeights
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.proposal import Drafter, LookupDrafter, Proposal
 from serving.engine.runner import Runner
-from serving.engine.sampling import draw, exponential_race
+from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.sequence import Batch
 from serving.engine.slot_cache import SlotCache
 from tests.support.schedules import Cancel, Join, Schedule, Swap
@@ -74,7 +74,7 @@ class ArbitraryDrafter:
         sharpness = (0.0, 1.0, 30.0)[self._integer(3)]
         law_BGV = (sharpness * torch.randn(shape, generator=self._generator)).log_softmax(-1)
         flat_NV = law_BGV.flatten(0, 1)
-        token_BG = draw(flat_NV.exp(), exponential_race(flat_NV, self._generator)).view(shape[:2])
+        token_BG = draw(flat_NV.exp(), draw_uniforms(flat_NV, self._generator)).view(shape[:2])
         return Proposal(
             draft_version=self.draft_version,
             token_ids_BG=token_BG,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from serving.engine.noise import gumbel_noise, noise_key
-from serving.engine.sampling import SamplingLaw, draw, exponential_race, law_logprobs
+from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 
 
@@ -62,11 +62,23 @@ def test_the_law_of_every_row_equals_the_plain_reference(
             assert got[row, position].tolist() == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_draw_by_exponential_race_follows_the_law() -> None:
+def test_a_draw_follows_the_law() -> None:
     probs = torch.tensor([0.5, 0.25, 0.2, 0.05, 0.0]).expand(50_000, 5)
-    tokens = draw(probs, exponential_race(probs, torch.Generator().manual_seed(0)))
+    tokens = draw(probs, draw_uniforms(probs, torch.Generator().manual_seed(0)))
     law = dict(enumerate(probs[0].tolist()))
     assert fit_p_value(tokens.tolist(), law) > FALSE_ALARM_RATE
+
+
+@pytest.mark.parametrize("lot", [0.0, 0.3, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_a_token_of_probability_zero_is_never_drawn(lot: float, scale: float) -> None:
+    probs = scale * torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.7, 0.0, 0.3], [1 / 3, 0.0, 0.0, 0.0]])
+    tokens = draw(probs, torch.full((3,), lot, dtype=torch.float64))
+    assert (probs.gather(1, tokens[:, None]) > 0).all()
+
+
+def test_a_draw_from_what_is_not_finite_is_still_a_token() -> None:
+    assert draw(torch.full((2, 5), torch.nan), torch.tensor([0.2, 0.9], dtype=torch.float64)).max() < 5
 
 
 def test_coupled_noise_is_gumbel() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.engine.sampling import draw, exponential_race
+from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.verification import Verification, match_choice, ratio_test
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 
@@ -32,7 +32,7 @@ def _p_value(rule: Rule, seed: int) -> float:
     drafted, draft_laws, contexts = [], [], [previous_B]
     for _ in range(G):
         law_BV = draft_VV[contexts[-1]]
-        token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
+        token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
         drafted.append(token_B)
         draft_laws.append(law_BV)
         contexts.append(token_B)
@@ -44,13 +44,13 @@ def _p_value(rule: Rule, seed: int) -> float:
         drafted_BG,
         torch.full((ROWS,), G),
         torch.rand(ROWS, G, generator=generator),
-        exponential_race(target_BEV[:, 0], generator),
+        draw_uniforms(target_BEV[:, 0], generator),
     )
     accepted_B, next_B = verification.num_accepted_B, verification.next_token_B
     emitted_BE = torch.cat([drafted_BG, torch.zeros(ROWS, 1, dtype=torch.int64)], 1)
     emitted_BE[torch.arange(ROWS), accepted_B] = next_B
     # A row that emitted one token draws its second from the target, as a later round of length 0 would.
-    fresh_B = draw(target_VV[emitted_BE[:, 0]].exp(), exponential_race(target_BEV[:, 0], generator))
+    fresh_B = draw(target_VV[emitted_BE[:, 0]].exp(), draw_uniforms(target_BEV[:, 0], generator))
     second_B = torch.where(accepted_B >= 1, emitted_BE[:, 1], fresh_B)
     law = {
         (first, second): float((target_VV[0, first] + target_VV[first, second]).exp())
@@ -96,7 +96,7 @@ def test_acceptance_of_one_token_is_the_sum_of_minima_by_enumeration() -> None:
             torch.full((2000, 1), token),
             torch.ones(2000, dtype=torch.int64),
             grid[:, None],
-            torch.ones(2000, V),
+            torch.zeros(2000, dtype=torch.float64),
         )
         got += float(draft_V[token].exp()) * float(verification.num_accepted_B.float().mean())
     assert got == pytest.approx(float(expected), abs=1e-3)
@@ -112,7 +112,7 @@ def test_a_recovered_token_comes_only_from_where_the_target_exceeds_the_draft() 
         torch.full((rows, 1), 3),
         torch.ones(rows, dtype=torch.int64),
         torch.zeros(rows, 1),
-        exponential_race(torch.zeros(rows, 4), torch.Generator().manual_seed(0)),
+        draw_uniforms(torch.zeros(rows, 4), torch.Generator().manual_seed(0)),
     )
     assert verification.num_accepted_B.tolist() == [0] * rows
     assert verification.next_token_B.tolist() == [0] * rows
@@ -126,7 +126,7 @@ def test_a_residual_of_zero_falls_back_to_the_targets_law() -> None:
         torch.zeros((1, 1), dtype=torch.int64),
         torch.ones(1, dtype=torch.int64),
         torch.full((1, 1), 1.0),  # one beyond [0, 1): forces a rejection of an equal law
-        torch.tensor([[1.0, 1.0]]),
+        torch.tensor([0.5], dtype=torch.float64),
     )
     assert verification.next_token_B.tolist() == [1]
 
@@ -143,13 +143,13 @@ def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
     target_VV, _ = _laws(3)
     generator = torch.Generator().manual_seed(0)
     law_BV = target_VV[torch.zeros(5000, dtype=torch.int64)]
-    token_B = draw(law_BV.exp(), exponential_race(law_BV, generator))
+    token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
     verification = ratio_test(
         torch.stack([law_BV, target_VV[token_B]], 1),
         law_BV[:, None],
         token_B[:, None],
         torch.ones(5000, dtype=torch.int64),
         torch.rand(5000, 1, generator=generator),
-        exponential_race(law_BV, generator),
+        draw_uniforms(law_BV, generator),
     )
     assert int(verification.num_accepted_B.sum()) == 5000
