@@ -108,15 +108,15 @@ def test_un_drawing_an_unlikely_token_is_caught() -> None:
 
 
 def test_noise_that_drew_the_draft_and_decides_again_in_the_ratio_test_is_caught(monkeypatch: Patch) -> None:
-    races: list[Tensor] = []
+    lots: list[Tensor] = []
     right = round_module.draw_uniforms
 
     def remembered(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        races.append(right(like_BV, generator))
-        return races[-1]
+        lots.append(right(like_BV, generator))
+        return lots[-1]
 
     def shared(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        return races[-1] if races and races[-1].shape == like_BV.shape else right(like_BV, generator)
+        return lots[-1] if lots and len(lots[-1]) == len(like_BV) else right(like_BV, generator)
 
     monkeypatch.setattr(model_drafter_module, "draw_uniforms", remembered)
     monkeypatch.setattr(round_module, "draw_uniforms", shared)
