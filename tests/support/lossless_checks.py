@@ -15,8 +15,9 @@ from tests.support.scheduled_engine import ScheduledEngine, play
 from tests.support.schedules import Schedule
 from tests.support.table_model import TableModel
 
-_NEAR_TIE = 2**-6
-"""Of the largest logit: two units in bfloat16's last place."""
+_NEAR_TIE = 2**-5
+"""Of the largest logit: four units in bfloat16's last place. Three passes of different shapes round here, in
+every layer: both engines', and the one that measures the gap."""
 
 
 def target_of(schedule: Schedule, model_class: type[TableModel] = TableModel) -> TableModel:

@@ -41,8 +41,8 @@ def _processed(raw_logits_V: Tensor, request: GenerationRequest, output: Sequenc
         factor = params.repetition_penalty
         logits_V[token] = logits_V[token] / factor if logits_V[token] > 0 else logits_V[token] * factor
     for token, count in Counter(output).items():
-        logits_V[token] -= torch.tensor(params.frequency_penalty) * count
-        logits_V[token] -= params.presence_penalty
+        # One subtraction, as in the engine: another order could round a near tie the other way.
+        logits_V[token] -= torch.tensor(params.frequency_penalty) * count + params.presence_penalty
     return logits_V
 
 

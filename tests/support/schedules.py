@@ -80,7 +80,9 @@ _VOCAB_SIZES = st.sampled_from([2, 3, 5, 17, 100, 1000])
 _TEMPERATURES = st.sampled_from([0.0, 0.0, 1e-3, 0.1, 0.7, 1.0, 1.0, 5.0])
 _TOP_PS = st.sampled_from([1.0, 1.0, 1e-6, 0.25, 0.5, 0.9, 1.0 - 2**-24])
 _MIN_PS = st.sampled_from([0.0, 0.0, 1e-9, 0.1, 1.0])
-_PENALTIES = st.sampled_from([0.0, 0.0, 0.0, -2.0, 0.3, 2.0])
+_PENALTIES = st.sampled_from([0.0, 0.0, 0.0, -2.0, 0.25, 2.0])
+"""Exact in binary, like the factors of repetition: what ties in whole numbers ties in float32."""
+_REPETITIONS = st.sampled_from([1.0, 1.0, 2**-6, 0.5, 2.0, 64.0])
 _LENGTHS = st.lists(st.integers(0, 8), min_size=1, max_size=4)
 _TABLES = st.sampled_from(["random", "sharp", "zero", "holes", "huge", "nan", "inf", "target"])
 
@@ -122,7 +124,7 @@ def sampling_params(
         num_draft_tokens=draw(st.one_of(st.none(), st.integers(0, 8))),
         presence_penalty=draw(_PENALTIES),
         frequency_penalty=draw(_PENALTIES),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 0.01, 0.7, 1.3, 100.0])),
+        repetition_penalty=draw(_REPETITIONS),
         logit_bias=biases,
         allowed_token_ids=allowed,
     )
