@@ -166,6 +166,19 @@ def adapt(
     return result
 
 
+def adapter_for(
+    pair: ModelPair,
+    folder: Path | None,
+    cache: Path,
+    on_cycle: Callable[[Cycle], None] = lambda cycle: None,
+    recipe: Recipe | None = None,
+) -> Adapter | None:
+    """The one in `folder`, or else learnt from the demo's traffic."""
+    if folder is not None:
+        return Adapter.load(folder)
+    return adapted_to_the_demo(pair, cache, recipe or Recipe(), on_cycle)
+
+
 def adapted_to_the_demo(
     pair: ModelPair, cache: Path, recipe: Recipe, on_cycle: Callable[[Cycle], None] = lambda cycle: None
 ) -> Adapter | None:

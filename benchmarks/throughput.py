@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.adapted import Adapter, Cycle, Recipe, adapted_to_the_demo
+from benchmarks.adapted import Adapter, Cycle, Recipe, adapter_for
 from benchmarks.engine_modes import make_engines
 from benchmarks.forwards import PassRunners, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
@@ -84,7 +84,8 @@ def full_settings() -> tuple[Setting, ...]:
 
 def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Iterator[Measured]:
     """One setting after the other. `tell` hears of each mode's turn, `on_cycle` of the draft's learning."""
-    adapter = _adapter(plan, on_cycle)
+    pair = load_pair(plan.target, plan.draft)
+    adapter = adapter_for(pair, plan.adapter, plan.cache, on_cycle, plan.recipe)
     models: tuple[str, int] | None = None
     lineup = Lineup({})
     try:
@@ -119,13 +120,6 @@ def figures(plan: Plan, measured: list[Measured]) -> tuple[dict[str, Any], dict[
         series["turns"] += [label | {"mode": mode, "tokens_per_s": one.rates(mode)} for mode in MODES]
         series["forwards"].append(label | vars(one.forwards))
     return metrics, series
-
-
-def _adapter(plan: Plan, on_cycle: Callable[[Cycle], None]) -> Adapter | None:
-    if plan.adapter is not None:
-        return Adapter.load(plan.adapter)
-    pair = load_pair(plan.target, plan.draft, dtype="float32")
-    return adapted_to_the_demo(pair, plan.cache, plan.recipe, on_cycle)
 
 
 def _lineup(

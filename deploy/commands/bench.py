@@ -1,6 +1,7 @@
 """`everdraft bench`: what this machine makes of it; ratios from one run, modes in turn, medians."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,13 @@ RESULTS = Path("benchmarks") / "results"
 
 TargetOption = Annotated[str, typer.Option(help="Path or hub id.")]
 DraftOption = Annotated[str, typer.Option(help="Path or hub id.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
+]
+CompileOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
+]
 ThreadsOption = Annotated[int, typer.Option(help="Of one forward pass, the same for all.", min=1)]
 
 
@@ -50,14 +58,9 @@ def throughput(
     ] = None,
     target: TargetOption = str(PAIR / "target"),
     draft: DraftOption = str(PAIR / "draft"),
-    adapter: Annotated[
-        Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
-    ] = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = 1,
-    compile: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
-    ] = "auto",
+    compile: CompileOption = "auto",
     turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
     report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
@@ -102,6 +105,39 @@ def throughput(
             write_report(report, "throughput", metrics, series)  # what is known so far
             plot_throughput(metrics["rows"], plot)
     output().print(f"figures: {report}\npicture: {plot}")
+
+
+@app.command()
+def overheads(
+    target: TargetOption = str(PAIR / "target"),
+    draft: DraftOption = str(PAIR / "draft"),
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    pairs: Annotated[int, typer.Option(help="Turns of every comparison.", min=2)] = 16,
+    compile: CompileOption = "auto",
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "overheads.json",
+) -> None:
+    """A round's own time, what capture costs, and a draft that never pays."""
+    import torch
+
+    from benchmarks.adapted import adapter_for, check_adapter
+    from benchmarks.overheads import Work, measure
+    from benchmarks.prompts import demo_prompts
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+    torch.set_num_threads(threads)
+    pair = load_pair(target, draft)
+    learnt = adapter_for(pair, adapter, _cache_folder(), lambda cycle: errors().print(str(cycle)))
+    if learnt is not None and pair.draft is not None:
+        pair = replace(pair, draft=learnt.merged(pair.draft))
+    work = Work(pair, demo_prompts(pair.tokenizer, 64), pairs, compile, errors().print)
+    metrics = measure(work)
+    output().print_json(data=metrics)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "overheads", {"threads": threads, **metrics}, {})
 
 
 def _cache_folder() -> Path:
