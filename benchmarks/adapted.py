@@ -82,7 +82,7 @@ class Adapter:
 class Recipe:
     """How much traffic, and of which kind; all of it is captured."""
 
-    num_requests: int = 640
+    num_requests: int = 960
     requests_per_cycle: int = 32
     num_slots: int = 16
     max_tokens: int = 64

@@ -1,6 +1,7 @@
 """Our engine in every way it may draft, each with an engine of its own on the same weights."""
 
 import copy
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Out
 from serving.compiling import CompileChoice
 from serving.engine.engine import Engine
 from serving.engine.proposal import NGRAM_VERSION
-from serving.engine.request import SamplingParams
+from serving.engine.request import Generation, GenerationRequest, SamplingParams, TokenEvent
 from serving.local import Speculation, build_engine
 from serving.models.loading import ModelPair
 
@@ -69,13 +70,15 @@ class EngineMode:
     def __init__(self, engine: Engine, *, cap: int | None) -> None:
         self._engine, self._cap = engine, cap
 
-    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
+    def generate(
+        self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
+    ) -> Outcome:
         sampling = SamplingParams(
             temperature=temperature, max_tokens=num_tokens, ignore_eos=True, num_draft_tokens=self._cap
         )
         copied_before = self._num_copied()
         began_s = time.perf_counter()
-        generations = self._engine.generate(prompts, sampling)
+        generations = ask_by_clients(self._engine, prompts, sampling, concurrency)
         wall_s = time.perf_counter() - began_s
         rounds = Rounds(
             num_rounds=sum(generation.num_rounds for generation in generations),
@@ -92,6 +95,29 @@ class EngineMode:
     def _num_copied(self) -> int:
         counters = self._engine.stats().counts.get(NGRAM_VERSION)
         return 0 if counters is None else counters.num_drafted
+
+
+def ask_by_clients(
+    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, num_clients: int
+) -> list[Generation]:
+    """All prompts, `num_clients` under way at any time; in the order of the prompts."""
+    requests = [
+        GenerationRequest(f"client-{index}", tuple(prompt), sampling) for index, prompt in enumerate(prompts)
+    ]
+    waiting = iter(requests[num_clients:])
+    answered: queue.SimpleQueue[Generation] = queue.SimpleQueue()
+
+    def on_event(event: TokenEvent) -> None:
+        if event.generation is not None:
+            answered.put(event.generation)
+            if following := next(waiting, None):
+                engine.submit(following, on_event)
+
+    for request in requests[:num_clients]:
+        engine.submit(request, on_event)
+    found = [answered.get() for _ in requests]
+    by_id = {generation.request_id: generation for generation in found}
+    return [by_id[request.request_id] for request in requests]
 
 
 def random_like(draft: nn.Module | None) -> nn.Module | None:

@@ -1,8 +1,8 @@
 """The modes that take part, each made when it is first called; one that fails never stops the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-from benchmarks.modes import Mode, Outcome, Rounds
+from benchmarks.modes import Mode, Outcome
 
 
 class Lineup:
@@ -13,13 +13,13 @@ class Lineup:
         self._modes: dict[str, Mode] = {}
 
     def run(
-        self, name: str, waves: Sequence[list[list[int]]], *, num_tokens: int, temperature: float
+        self, name: str, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
     ) -> Outcome | str:
-        """All waves, one after the other; or why it could not, and the mode is made anew next time."""
+        """One turn of a mode; or why it could not, and the mode is made anew next time."""
         try:
-            mode = self._mode(name)
-            outcomes = [mode.generate(wave, num_tokens=num_tokens, temperature=temperature) for wave in waves]
-            return _together(outcomes)
+            return self._mode(name).generate(
+                prompts, concurrency=concurrency, num_tokens=num_tokens, temperature=temperature
+            )
         except Exception as error:  # whatever a peer raises is a finding, not an end
             self._drop(name)
             return f"{type(error).__name__}: {error}"
@@ -37,12 +37,3 @@ class Lineup:
         mode = self._modes.pop(name, None)
         if mode is not None:
             mode.close()
-
-
-def _together(outcomes: Sequence[Outcome]) -> Outcome:
-    rounds = [outcome.rounds for outcome in outcomes if outcome.rounds is not None]
-    return Outcome(
-        sum(outcome.wall_s for outcome in outcomes),
-        [token_ids for outcome in outcomes for token_ids in outcome.output_token_ids],
-        sum(rounds, Rounds()) if len(rounds) == len(outcomes) else None,
-    )

@@ -70,8 +70,11 @@ class Outcome:
 class Mode(Protocol):
     """One way to generate; warm after its first call."""
 
-    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
-        """Exactly `num_tokens` after each prompt, end of text or not; all prompts are asked at once."""
+    def generate(
+        self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
+    ) -> Outcome:
+        """Exactly `num_tokens` after each prompt, end of text or not. `concurrency` prompts are under way at
+        any time: when one is answered the next is asked, as by so many clients."""
         ...
 
     def close(self) -> None: ...

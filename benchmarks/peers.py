@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
@@ -53,18 +53,21 @@ class Generate:
         self._model = _endless(target)
         self._batched, self._assistant, self._options = batched, assistant, options
 
-    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
+    def generate(
+        self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
+    ) -> Outcome:
         config = generation_config(num_tokens, temperature, **self._options)
-        batches = [prompts] if self._batched else [[prompt] for prompt in prompts]
+        size = concurrency if self._batched else 1
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         began_s = time.perf_counter()
         outputs = [token_ids for batch in batches for token_ids in self._one_call(batch, config)]
         return Outcome(time.perf_counter() - began_s, outputs)
 
     def _one_call(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-        inputs_BT = torch.tensor(prompts)
+        inputs_BT, mask_BT = left_padded(prompts)
         outputs_BT = self._model.generate(
             inputs_BT,
-            attention_mask=torch.ones_like(inputs_BT),
+            attention_mask=mask_BT,
             generation_config=config,
             assistant_model=self._assistant,
         )
@@ -73,6 +76,15 @@ class Generate:
 
     def close(self) -> None:
         pass
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, as `generate` takes a ragged batch."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    token_ids = [[0] * missing + prompt for missing, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * missing + [1] * (longest - missing) for missing in padding]
+    return torch.tensor(token_ids), torch.tensor(mask)
 
 
 class Continuous:
@@ -86,10 +98,12 @@ class Continuous:
         self._manager: Any = None
         self._temperature = -1.0
 
-    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
+    def generate(
+        self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
+    ) -> Outcome:
         self._be_ready(temperature)
         began_s = time.perf_counter()
-        request_ids = self._manager.add_requests(prompts, max_new_tokens=num_tokens)
+        request_ids = self._manager.add_requests(prompts[:concurrency], max_new_tokens=num_tokens)
         results: dict[str, list[int]] = {}
         while len(results) < len(prompts):
             result = self._manager.get_result(timeout=_SILENT_S)
@@ -99,6 +113,8 @@ class Continuous:
                 )
             if result.is_finished():
                 results[result.request_id] = list(result.generated_tokens)
+                following = prompts[len(request_ids) : len(request_ids) + 1]
+                request_ids += self._manager.add_requests(following, max_new_tokens=num_tokens)
         wall_s = time.perf_counter() - began_s
         return Outcome(wall_s, [results[request_id] for request_id in request_ids])
 

@@ -1,7 +1,8 @@
-"""Prompts of exactly as many tokens as asked, so that no mode pads and all do the same work.
+"""Prompts of a given length, the same for every mode.
 
-A prompt is the end of a conversation: the question that is asked now, and before it earlier exchanges of the
-same topic until the length is reached. Topics take turns; a stream never repeats before its source does.
+A short one is a question as it stands, of at most so many tokens. A long one has exactly as many: the end of
+a conversation, the question that is asked now and before it earlier exchanges of the same topic. Topics take
+turns; a stream never repeats before its source does.
 """
 
 import json
@@ -14,6 +15,10 @@ from typing import Any
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.corpus import prompts as demo_stream
 from deploy.errors import DeployError
+
+SHORT_TOKENS = 64
+"""Up to this length nothing is put before a question: models that were never trained on conversations would
+answer it with noise."""
 
 
 class DataError(DeployError, ValueError):
@@ -59,7 +64,7 @@ def check_folder(folder: Path | None) -> list[Path]:
 def _prompts(tokenizer: Any, topics: list[Iterator[Exchange]], num_tokens: int) -> Iterator[list[int]]:
     for exchanges in cycle(topics):
         messages = [_said("user", next(exchanges).question)]
-        while len(token_ids := _token_ids(tokenizer, messages)) < num_tokens:
+        while len(token_ids := _token_ids(tokenizer, messages)) < num_tokens > SHORT_TOKENS:
             earlier = next(exchanges)
             messages = [_said("user", earlier.question), _said("assistant", earlier.answer), *messages]
         yield token_ids[-num_tokens:]

@@ -27,14 +27,16 @@ from benchmarks.rows import Measured, Row, Setting
 from serving.compiling import CompileChoice
 from serving.models.loading import ModelPair, load_pair
 
-PROMPTS_PER_TURN = 10
-"""At least; asked `concurrency` at once, one such wave after the other."""
+PROMPTS_PER_TURN = 20
+"""At least, and a multiple of the concurrency: four of each of the demo's domains."""
 WARM_UP_TOKENS = 16
 ROOMS = (512, 1152)
 """Columns of a slot: few lengths, since passes are compiled for each."""
 NOTES = (
     "output tokens over the wall time from the first submission to the last token, prefill included; every "
     "mode emits exactly num_output_tokens a prompt, end of text or not",
+    "`concurrency` prompts are under way at any time: when one is answered the next is asked; only "
+    "transformers_generate takes them in batches, the next when all of one are answered",
     "transformers' assisted generation and prompt lookup take one sequence at a time: prompts asked at once "
     "run one after another there",
     "assisted generation has the adapted draft; its default schedule, and a fixed length equal to ours",
@@ -166,14 +168,20 @@ def _measure_setting(
         context_tokens=setting.prompt_tokens + plan.num_output_tokens // 2,
     )
     for turn in range(plan.turns + 1):
-        num_waves = math.ceil(PROMPTS_PER_TURN / setting.concurrency) if turn else 1
+        num_prompts = setting.concurrency * (math.ceil(PROMPTS_PER_TURN / setting.concurrency) if turn else 1)
         num_tokens = plan.num_output_tokens if turn else min(WARM_UP_TOKENS, plan.num_output_tokens)
-        waves = [list(islice(prompts, setting.concurrency)) for _ in range(num_waves)]
+        asked = list(islice(prompts, num_prompts))
         for mode in MODES:
             tell(f"{setting.kind}, {setting.concurrency} at once, turn {turn}/{plan.turns}: {mode}")
             if mode in notes:
                 continue
-            outcome = lineup.run(mode, waves, num_tokens=num_tokens, temperature=setting.temperature)
+            outcome = lineup.run(
+                mode,
+                asked,
+                concurrency=setting.concurrency,
+                num_tokens=num_tokens,
+                temperature=setting.temperature,
+            )
             if isinstance(outcome, str):
                 notes[mode] = outcome
             elif turn:

@@ -18,8 +18,8 @@ from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logpro
 from serving.engine.sequence import Batch
 from serving.engine.transfer import to_device
 
-_MAX_SHARED_LAG = 32
-"""Rows missing no more tokens than this catch up together, in the pass that drafts."""
+_MAX_SHARED_LAG = 8
+"""Rows missing no more tokens than this catch up together, in the pass that drafts: it is as wide for all."""
 _MAX_CHUNKS = 2
 """Rows that may catch up by a chunk of their own in one round; the others sit it out, so that no round
 takes much longer than its neighbours."""
@@ -145,8 +145,9 @@ class ModelDrafter:
         return end == target_len
 
     def _first_pass(self, batch: Batch, wanted: list[int]) -> tuple[Tensor, Tensor]:
-        """Feed every drafting row what it still lacks; logits [B, V] after its last token. And where the
-        draft tokens go that will be fed back, [B, D], sent along."""
+        """Feed every drafting row what it still lacks; logits [B, V] after its last token, the last column in
+        every row: the vocabulary is most of a small draft's work. And where the draft tokens go that will be
+        fed back, [B, D], sent along."""
         trash = self.runner.cache.trash_column
         starts = [self._cached[row] if count else self._lengths[row] for row, count in enumerate(wanted)]
         lags = [length - start for length, start in zip(self._lengths, starts, strict=True)]
@@ -154,24 +155,22 @@ class ModelDrafter:
         rows = []
         for sequence, start, lag, count in zip(batch.sequences, starts, lags, wanted, strict=True):
             padding, end = width - lag, start + lag
-            tokens = sequence.token_ids[start:end] + [0] * padding
-            positions = [*range(start, end), *[trash] * padding]
+            tokens = [0] * padding + sequence.token_ids[start:end]
+            positions = [*[trash] * padding, *range(start, end)]
             columns = [end + fed if count > fed + 1 else trash for fed in range(num_fed_back)]
-            rows.append([*tokens, *positions, max(lag - 1, 0), *columns])
+            rows.append([*tokens, *positions, *columns])
         sent = to_device(rows, self.runner.device)
-        token_ids_BT, positions_BT, last_B1, columns_BD = sent.split([width, width, 1, num_fed_back], dim=1)
-        logits_BTV = self.runner.forward(
+        token_ids_BT, positions_BT, columns_BD = sent.split([width, width, num_fed_back], dim=1)
+        logits_B1V = self.runner.forward(
             token_ids_BT,
             positions_BT,
             kv_len=max(length for length, lag in zip(self._lengths, lags, strict=True) if lag),
+            logits_to_keep=1,
         )
         for row, count in enumerate(wanted):
             if count:
                 self._cached[row] = self._lengths[row]
-        if width == 1:
-            return logits_BTV[:, 0], columns_BD
-        rows_B = torch.arange(len(lags), device=self.runner.device)
-        return logits_BTV[rows_B, last_B1[:, 0]], columns_BD
+        return logits_B1V[:, 0], columns_BD
 
     def _next_pass(self, token_B: Tensor, columns_BD: Tensor, wanted: list[int], position: int) -> Tensor:
         """Feed the draft token at `position` back; logits [B, V] for the next."""

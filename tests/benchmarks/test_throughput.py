@@ -193,7 +193,9 @@ class Failing:
         Failing.num_made += 1
         self._calls = iter([Outcome(2.0, [[1, 2]], Rounds(2, 1, 1, 0))])
 
-    def generate(self, prompts: list[list[int]], *, num_tokens: int, temperature: float) -> Outcome:
+    def generate(
+        self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
+    ) -> Outcome:
         return next(self._calls)
 
     def close(self) -> None:
@@ -202,11 +204,11 @@ class Failing:
 
 def test_a_mode_that_fails_becomes_a_note_and_is_made_anew() -> None:
     lineup = Lineup({"shaky": Failing})
-    assert lineup.run("shaky", [[[1]]], num_tokens=2, temperature=0.0) == Outcome(
+    assert lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0) == Outcome(
         2.0, [[1, 2]], Rounds(2, 1, 1, 0)
     )
-    assert "StopIteration" in str(lineup.run("shaky", [[[1]]], num_tokens=2, temperature=0.0))
-    assert isinstance(lineup.run("shaky", [[[1]]], num_tokens=2, temperature=0.0), Outcome)
+    assert "StopIteration" in str(lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0))
+    assert isinstance(lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0), Outcome)
     assert Failing.num_made == 2
 
 
