@@ -1,29 +1,22 @@
 """Time to the first token of prompts that share their beginning, with prefix reuse and without, in turn.
 
-`python -m benchmarks.prefix`. Two engines on one pair, one idle while the other answers; every turn asks a
+Two engines on one pair, one idle while the other answers; every turn asks a
 question of its own after the same system prompt, so only the system prompt can be reused. Medians.
 """
 
 import statistics
 import time
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import torch
-import typer
-from rich.console import Console
 from rich.table import Table
 
-from deploy.commands.demo import PAIR
 from deploy.demo.corpus import DOMAINS, prompts
-from deploy.demo.report import write_report
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.request import Generation, TokenEvent
 from serving.local import LocalEngine, build_engine
-from serving.models.loading import ModelPair, load_pair
+from serving.models.loading import ModelPair
 
-RESULTS = Path(__file__).parent / "results"
 QUESTION_TOKENS = 24
 MAX_TOKENS = 4
 
@@ -99,31 +92,20 @@ def _first_token_s(engine: LocalEngine, prompt: tuple[int, ...]) -> tuple[float,
     return arrivals[0] - began_s, generation
 
 
-def prefix(
-    target: Annotated[str, typer.Option(help="Path or hub id.")] = str(PAIR / "target"),
-    draft: Annotated[str, typer.Option(help="Path or hub id.")] = str(PAIR / "draft"),
-    device: Annotated[str, typer.Option()] = "cpu",
-    dtype: Annotated[str, typer.Option()] = "float32",
-    threads: Annotated[int, typer.Option(help="Of one forward pass.")] = 1,
-    system_tokens: Annotated[int, typer.Option(help="What the prompts share.")] = 800,
-    repeats: Annotated[int, typer.Option(help="Turns of both arms.")] = 9,
-    report: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS / "prefix.json",
-) -> None:
-    """Time to the first token after a shared system prompt, with and without prefix reuse."""
-    torch.set_num_threads(threads)
-    pair = load_pair(target, draft, device=device, dtype=dtype)
-    modes = {"no_speculation": 0, "adaptive": None}
-    metrics = {
+MODES = {"no_speculation": 0, "adaptive": None}
+"""Draft length of the requests' engine, by name."""
+
+
+def measure_modes(pair: ModelPair, *, system_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    return {
         mode: measure(pair, system_tokens=system_tokens, repeats=repeats, num_draft_tokens=length)
-        for mode, length in modes.items()
+        for mode, length in MODES.items()
     }
-    shown = Table("figure", *modes, box=None, padding=(0, 2, 0, 0))
+
+
+def table(metrics: dict[str, dict[str, Any]]) -> Table:
+    """The same figures for people."""
+    shown = Table("figure", *metrics, box=None, padding=(0, 2, 0, 0))
     for name in metrics["adaptive"]:
-        shown.add_row(name, *(f"{metrics[mode][name]:.4g}" for mode in modes))
-    Console().print(shown)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(report, "prefix", {"threads": threads, "dtype": dtype, "repeats": repeats, **metrics}, {})
-
-
-if __name__ == "__main__":
-    typer.run(prefix)
+        shown.add_row(name, *(f"{metrics[mode][name]:.4g}" for mode in metrics))
+    return shown

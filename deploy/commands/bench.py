@@ -140,6 +140,29 @@ def overheads(
     write_report(report, "overheads", {"threads": threads, **metrics}, {})
 
 
+@app.command()
+def prefix(
+    target: TargetOption = str(PAIR / "target"),
+    draft: DraftOption = str(PAIR / "draft"),
+    threads: ThreadsOption = 1,
+    system_tokens: Annotated[int, typer.Option(help="What the prompts share.", min=1)] = 800,
+    turns: Annotated[int, typer.Option(help="Of both arms, warm-up aside.", min=1)] = 15,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "prefix.json",
+) -> None:
+    """Time to the first token after a shared system prompt, with and without prefix reuse."""
+    import torch
+
+    from benchmarks.prefix import measure_modes, table
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    torch.set_num_threads(threads)
+    metrics = measure_modes(load_pair(target, draft), system_tokens=system_tokens, repeats=turns)
+    output().print(table(metrics))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "prefix", {"threads": threads, "turns": turns, **metrics}, {})
+
+
 def _cache_folder() -> Path:
     """Where a learnt adapter is kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everdraft"

