@@ -208,7 +208,7 @@ def _draw_one(
         logits_BV = batch.processing.apply(logits_BV[:, None], drafted_BD, position)[:, 0]
     if batch.law.all_greedy:
         best = logits_BV.max(dim=-1)
-        logprob_B = torch.where(torch.isfinite(best.values), 0.0, torch.nan)
+        logprob_B = best.values - best.values  # 0, or NaN of what is not finite
         return best.indices, None, _none_allowed(batch, raw_logits_BV, best.values, logprob_B)
     law: SamplingLaw = batch.law
     best_B = logits_BV.amax(-1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from serving.engine.proposal import NGRAM_VERSION, Proposal
 from serving.engine.request import CapturedRound
@@ -31,7 +31,7 @@ class RoundCapture:
     drafted_token_ids_BG: NDArray[np.int32]
     drafted_target_logprobs_BG: NDArray[np.float32]
     drafted_draft_logprobs_BG: NDArray[np.float32]
-    next_target_logprobs_B: NDArray[np.float32]
+    emitted_target_logprobs_BE: NDArray[np.float32]
 
     @classmethod
     def read(cls, draft_version: int, arrays: HostArrays) -> "RoundCapture":
@@ -40,22 +40,20 @@ class RoundCapture:
         return cls(draft_version, **{name: arrays[name] for name in names})
 
     def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
-        """Row `row`, cut to its own draft length and to the tokens it emitted."""
+        """Row `row`, cut to its own draft length and to the tokens it emitted; views of the batch's arrays."""
         num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
-        drafted_target = self.drafted_target_logprobs_BG[row, :num_drafted]
-        emitted = np.append(drafted_target[: advance.num_accepted], self.next_target_logprobs_B[row])
         return CapturedRound(
             start=start,
             draft_version=NGRAM_VERSION if advance.num_matched else self.draft_version,
             num_accepted=advance.num_accepted,
             num_attempted=advance.num_attempted,
-            drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),
-            drafted_target_logprobs_G=drafted_target.copy(),
-            drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted].copy(),
-            emitted_target_logprobs_C=emitted[: len(advance.token_ids)].astype(np.float32),
-            topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified].copy(),
-            topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified].copy(),
-            retemper_E=self.retemper_BE[row, :verified].copy(),
+            drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted],
+            drafted_target_logprobs_G=self.drafted_target_logprobs_BG[row, :num_drafted],
+            drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted],
+            emitted_target_logprobs_C=self.emitted_target_logprobs_BE[row, : len(advance.token_ids)],
+            topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified],
+            topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified],
+            retemper_E=self.retemper_BE[row, :verified],
         )
 
 
@@ -92,7 +90,9 @@ def capture_tensors(
         "drafted_token_ids_BG": drafted_BG.to(torch.int32),
         "drafted_target_logprobs_BG": drafted_target_BG.float(),
         "drafted_draft_logprobs_BG": proposal.token_logprobs_BG.float(),
-        "next_target_logprobs_B": next_target_B.float(),
+        "emitted_target_logprobs_BE": nn.functional.pad(drafted_target_BG.float(), (0, 1)).scatter_(
+            1, num_accepted_B[:, None], next_target_B.float()[:, None]
+        ),
     }
 
 
