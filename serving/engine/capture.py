@@ -40,7 +40,7 @@ class RoundCapture:
         return cls(draft_version, **{name: arrays[name] for name in names})
 
     def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
-        """Row `row`, cut to its own draft length and to the tokens it emitted; views of the batch's arrays."""
+        """Row `row`, cut to its own draft length and the tokens it emitted; views of the batch's arrays."""
         num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
         return CapturedRound(
             start=start,
