@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.modes import MODES
+from benchmarks.prompts import SHORT_TOKENS
 from benchmarks.rows import Row
 
 _COLOURS = {
@@ -94,7 +95,9 @@ def _draw_panel(axes, kind, panel) -> None:  # type: ignore[no-untyped-def]  # m
         label = "none" if rate is None else f"{rate:.0f}"
         axes.text(x, rate or 0.0, f" {label}", ha="center", va="bottom", fontsize=7, rotation=90)
     drawn = f"temperature {temperature:g}" if temperature else "greedy"
-    axes.set_title(f"{dtype}, {drawn}, prompts of {prompt_tokens} tokens", loc="left", fontsize=11)
+    bound = "at most " if prompt_tokens <= SHORT_TOKENS else ""
+    title = f"{dtype}, {drawn}, prompts of {bound}{prompt_tokens} tokens"
+    axes.set_title(title, loc="left", fontsize=11)
     axes.set_xticks(
         range(len(concurrencies)),
         [f"{count} request{'s'[: count > 1]}" for count in concurrencies],

@@ -9,14 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.adapted import Adapter, Recipe, adapt
+from benchmarks.engine_modes import ask_by_clients
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import MODES, Outcome, Rounds
-from benchmarks.prompts import DataError, demo_prompts, folder_prompts
+from benchmarks.prompts import SHORT_TOKENS, DataError, demo_prompts, folder_prompts
 from benchmarks.rows import KEYS, Measured, Setting
 from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
 from benchmarks.throughput_views import plot_throughput, table
 from deploy.cli import app
+from serving.engine import SamplingParams
+from serving.local import load_engine
 from serving.models.loading import ModelPair, load_pair
 from tests.support.tiny_learner import quick_settings as quick_learner
 from tests.support.tiny_models import save_tiny_pair
@@ -149,19 +152,34 @@ def test_forwards_are_timed_at_every_length(pair: ModelPair) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [64, 1000])
-def test_demo_prompts_have_exactly_the_length_and_end_with_the_question(
+def test_demo_prompts_end_with_the_question_and_long_ones_have_exactly_the_length(
     pair: ModelPair, num_tokens: int
 ) -> None:
     prompts = list(islice(demo_prompts(pair.tokenizer, num_tokens), 10))
-    assert [len(prompt) for prompt in prompts] == [num_tokens] * 10
+    lengths = [len(prompt) for prompt in prompts]
+    assert max(lengths) <= num_tokens if num_tokens == SHORT_TOKENS else lengths == [num_tokens] * 10
     ending = pair.tokenizer.encode("<|end|><|assistant|>")
     assert all(prompt[-len(ending) :] == ending for prompt in prompts)
     assert len({tuple(prompt) for prompt in prompts}) == 10
 
 
-def test_prompts_of_a_folder_have_exactly_the_length_and_never_end(pair: ModelPair, data: Path) -> None:
-    prompts = list(islice(folder_prompts(pair.tokenizer, data, 40), 12))
-    assert [len(prompt) for prompt in prompts] == [40] * 12
+def test_prompts_of_a_folder_have_the_length_and_never_end(pair: ModelPair, data: Path) -> None:
+    long = list(islice(folder_prompts(pair.tokenizer, data, SHORT_TOKENS + 1), 12))
+    assert [len(prompt) for prompt in long] == [SHORT_TOKENS + 1] * 12
+    short = list(islice(folder_prompts(pair.tokenizer, data, 40), 12))
+    assert all(0 < len(prompt) <= 40 for prompt in short)
+
+
+def test_clients_keep_so_many_requests_under_way_and_answers_stay_in_order(
+    folders: tuple[str, str],
+) -> None:
+    prompts = [[5 + index, 9] for index in range(7)]
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with load_engine(*folders, num_slots=4, max_seq_len=64) as engine:
+        asked = ask_by_clients(engine, prompts, greedy, 3)
+        alone = engine.generate(prompts, greedy)
+    assert [g.output_token_ids for g in asked] == [g.output_token_ids for g in alone]
+    assert [g.prompt_token_ids for g in asked] == [tuple(prompt) for prompt in prompts]
 
 
 def test_a_folder_without_prompts_is_refused(pair: ModelPair, tmp_path: Path) -> None:
