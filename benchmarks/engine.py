@@ -31,6 +31,7 @@ def measure(target: str, draft: str, *, device: str, dtype: str, repeats: int) -
         device=device,
         dtype=dtype,
         num_slots=max(BATCHES),
+        speculation="model",
         prefix_cache_mib=0,  # every turn sends the same prompts
     ) as engine:
         for batch in BATCHES:
