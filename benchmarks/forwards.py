@@ -8,12 +8,10 @@ B sequences, G draft tokens.
 
 import copy
 import statistics
-import time
 from dataclasses import dataclass
 
-import torch
-
 from serving.compiling import CompileChoice, Compiling
+from serving.engine.cost_table import pass_s
 from serving.engine.pass_compiler import CompileError
 from serving.engine.runner import Runner
 from serving.local import prepare_runner
@@ -92,9 +90,9 @@ def measure_forwards(
     for turn in range(repeats + 1):
         for length in LENGTHS:
             drafting_s = sum(
-                _pass_s(runners.draft, batch_size, 1, context_tokens + position) for position in range(length)
+                pass_s(runners.draft, batch_size, 1, context_tokens + position) for position in range(length)
             )
-            verifying_s = _pass_s(runners.target, batch_size, length + 1, context_tokens)
+            verifying_s = pass_s(runners.target, batch_size, length + 1, context_tokens)
             if turn:  # the first one warms up
                 draft_s[length].append(drafting_s / max(1, length))
                 target_s[length].append(verifying_s)
@@ -103,13 +101,3 @@ def measure_forwards(
         tuple(statistics.median(target_s[length]) for length in LENGTHS),
         tuple(statistics.median(draft_s[length]) for length in LENGTHS),
     )
-
-
-def _pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
-    tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
-    positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
-    began_s = time.perf_counter()
-    runner.forward(tokens_BT, positions_BT, kv_len=start + num_tokens)
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize(runner.device)
-    return time.perf_counter() - began_s

@@ -93,8 +93,8 @@ def measure_costs(
 
 
 def _time_pass(runner: Runner, batch_size: int, num_tokens: int, start: int, repeats: int) -> float:
-    _pass_s(runner, batch_size, num_tokens, start)
-    return min(_pass_s(runner, batch_size, num_tokens, start) for _ in range(repeats))
+    pass_s(runner, batch_size, num_tokens, start)
+    return min(pass_s(runner, batch_size, num_tokens, start) for _ in range(repeats))
 
 
 def _time_drafting(
@@ -103,13 +103,14 @@ def _time_drafting(
     """Seconds of the draft's first pass after one of the target's, and of a pass after its own."""
     first_s, next_s = [], []
     for _ in range(repeats):
-        _pass_s(target, batch_size, 1, start)
-        first_s.append(_pass_s(draft, batch_size, 1, start))
-        next_s.append(_pass_s(draft, batch_size, 1, start))
+        pass_s(target, batch_size, 1, start)
+        first_s.append(pass_s(draft, batch_size, 1, start))
+        next_s.append(pass_s(draft, batch_size, 1, start))
     return min(first_s), min(next_s)
 
 
-def _pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
+def pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
+    """Seconds of one pass over the first slots, at columns start, start + 1, …; what they held is lost."""
     tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
     positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
     began_s = time.perf_counter()
