@@ -21,8 +21,9 @@ from buffer.redis_server import EmbeddedRedis, find_server_binary
 ROOT = Path(__file__).parents[2]
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from buffer.redis_server import EmbeddedRedis
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
 server = EmbeddedRedis().start()
 print(server.pid, flush=True)
 if sys.argv[1] == "sleep":
