@@ -1,5 +1,6 @@
 """The demo's picture: acceptance over requests, domains shaded, swaps marked."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from serving.engine.counters import acceptance_rate
 
 WINDOW = 30
 """Requests of the moving average."""
+LEAST_ATTEMPTED = 10
+"""Draft tokens in the window under which there is no average to speak of."""
 
 
 def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int]], file: Path) -> None:
@@ -24,9 +27,8 @@ def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int
         axes.axvspan(start, start + count, color=colours[index % len(colours)], alpha=0.45, lw=0)
         axes.text(start + count / 2, 1.015, name, ha="center", va="bottom", fontsize=10)
         start += count
-    axes.plot(
-        moving_acceptance(outcomes), color="#1b4f72", lw=1.8, label=f"acceptance, mean of {WINDOW} requests"
-    )
+    rates = [math.nan if rate is None else rate for rate in moving_acceptance(outcomes)]
+    axes.plot(rates, color="#1b4f72", lw=1.8, label=f"acceptance, mean of {WINDOW} requests")
     for number, (request, version) in enumerate(swaps(outcomes)):
         label = "a new draft answers" if number == 0 else None
         axes.axvline(request, color="#c0392b", lw=0.9, ls="--", alpha=0.7, label=label)
@@ -43,15 +45,16 @@ def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int
     pyplot.close(figure)
 
 
-def moving_acceptance(outcomes: Sequence[Outcome]) -> list[float]:
-    """Accepted over attempted in the last WINDOW requests, at each request."""
-    return [
-        acceptance_rate(
-            sum(outcome.num_accepted for outcome in outcomes[max(0, end - WINDOW) : end]),
-            sum(outcome.num_attempted for outcome in outcomes[max(0, end - WINDOW) : end]),
-        )
-        for end in range(1, len(outcomes) + 1)
-    ]
+def moving_acceptance(outcomes: Sequence[Outcome]) -> list[float | None]:
+    """Accepted over attempted in the last WINDOW requests, at each request; None where hardly anything was
+    drafted, since speculation was off."""
+    rates: list[float | None] = []
+    for end in range(1, len(outcomes) + 1):
+        window = outcomes[max(0, end - WINDOW) : end]
+        attempted = sum(outcome.num_attempted for outcome in window)
+        accepted = sum(outcome.num_accepted for outcome in window)
+        rates.append(acceptance_rate(accepted, attempted) if attempted >= LEAST_ATTEMPTED else None)
+    return rates
 
 
 def swaps(outcomes: Sequence[Outcome]) -> list[tuple[int, int]]:

@@ -72,7 +72,9 @@ def save_plot(story: Story, file: Path) -> None:
 def series(story: Story) -> dict[str, list[Any]]:
     """What the plot shows, as numbers."""
     return {
-        "acceptance_moving_average": [round(value, 4) for value in moving_acceptance(story.traffic)],
+        "acceptance_moving_average": [
+            None if rate is None else round(rate, 4) for rate in moving_acceptance(story.traffic)
+        ],
         "domain": [outcome.domain for outcome in story.traffic],
         "draft_version": [outcome.draft_version for outcome in story.traffic],
         "swaps": [list(swap) for swap in swaps(story.traffic)],

@@ -56,6 +56,11 @@ def test_the_moving_average_forgets_what_left_its_window() -> None:
     assert average[29] == 0.0 and average[44] == 0.5 and average[59] == 1.0
 
 
+def test_there_is_no_average_where_hardly_anything_was_drafted() -> None:
+    outcomes = [_outcome(attempted=1, accepted=1)] * 9 + [_outcome(attempted=5, accepted=0)]
+    assert moving_acceptance(outcomes) == [None] * 9 + [9 / 14]
+
+
 def test_the_picture_and_the_report_are_written(tmp_path: Path) -> None:
     plot_acceptance([_outcome(v // 3) for v in range(12)], [("prose", 6), ("sql", 6)], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
