@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from deploy.demo.corpus import DOMAINS, prompts
 from serving.engine import SamplingParams
+from serving.engine.cost_table import pass_s
 from serving.engine.counters import acceptance_rate
 from serving.engine.runner import Runner
 from serving.local import LocalEngine, load_engine
@@ -53,29 +53,21 @@ def _passes(engine: LocalEngine, batch: int, repeats: int) -> dict[str, float]:
     assert engine.pair.draft is not None
     target = Runner(engine.pair.target, num_slots=batch, max_seq_len=2 * CONTEXT_TOKENS)
     draft = Runner(engine.pair.draft, num_slots=batch, max_seq_len=2 * CONTEXT_TOKENS)
-    arms: dict[str, Callable[[], None]] = {
-        "target_pass_1_s": lambda: _pass(target, batch, 1),
-        "target_pass_5_s": lambda: _pass(target, batch, 5),
-        "draft_pass_first_s": lambda: _pass(draft, batch, 1),
-        "draft_pass_next_s": lambda: _pass(draft, batch, 1),
+    arms: dict[str, Callable[[], float]] = {
+        "target_pass_1_s": lambda: pass_s(target, batch, 1, CONTEXT_TOKENS),
+        "target_pass_5_s": lambda: pass_s(target, batch, 5, CONTEXT_TOKENS),
+        "draft_pass_first_s": lambda: pass_s(draft, batch, 1, CONTEXT_TOKENS),
+        "draft_pass_next_s": lambda: pass_s(draft, batch, 1, CONTEXT_TOKENS),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(10 * repeats):
         for name, run in arms.items():
-            seconds[name].append(_timed(run))
+            seconds[name].append(run())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return medians | {
         f"target_over_draft_{which}": medians["target_pass_1_s"] / medians[f"draft_pass_{which}_s"]
         for which in ("first", "next")
     }
-
-
-def _pass(runner: Runner, batch: int, num_tokens: int) -> None:
-    positions = torch.arange(CONTEXT_TOKENS, CONTEXT_TOKENS + num_tokens, device=runner.device)
-    tokens = torch.zeros((batch, num_tokens), dtype=torch.int64, device=runner.device)
-    runner.forward(tokens, positions.expand(batch, -1), kv_len=CONTEXT_TOKENS + num_tokens)
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize(runner.device)
 
 
 def _generation(engine: LocalEngine, batch: int, repeats: int) -> dict[str, float]:
@@ -116,9 +108,3 @@ def _prompts(engine: LocalEngine, count: int) -> list[list[int]]:
         )
         for prompt in chosen
     ]
-
-
-def _timed(run: Callable[[], None]) -> float:
-    began_s = time.perf_counter()
-    run()
-    return time.perf_counter() - began_s

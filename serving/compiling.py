@@ -34,7 +34,7 @@ class Compiling:
         """Raises CompileError if "on" is impossible. Uses what is compiled already, before any round."""
         self.state = "eager"
         """For people: what runs the passes, and why."""
-        self._target, self._draft = target, draft
+        self._target = target
         self._runners = [target] if draft is None else [target, draft]
         self._compiler: PassCompiler | None = None
         if target.device.type == "cuda" and choice != "off":

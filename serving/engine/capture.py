@@ -40,20 +40,21 @@ class RoundCapture:
         return cls(draft_version, **{name: arrays[name] for name in names})
 
     def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
-        """Row `row`, cut to its own draft length and the tokens it emitted; views of the batch's arrays."""
+        """Row `row`, cut to its own draft length and the tokens it emitted. Copies: views would keep the
+        rows of its batch mates for as long as it runs, beyond what memory was planned for."""
         num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
         return CapturedRound(
             start=start,
             draft_version=NGRAM_VERSION if advance.num_matched else self.draft_version,
             num_accepted=advance.num_accepted,
             num_attempted=advance.num_attempted,
-            drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted],
-            drafted_target_logprobs_G=self.drafted_target_logprobs_BG[row, :num_drafted],
-            drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted],
-            emitted_target_logprobs_C=self.emitted_target_logprobs_BE[row, : len(advance.token_ids)],
-            topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified],
-            topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified],
-            retemper_E=self.retemper_BE[row, :verified],
+            drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),
+            drafted_target_logprobs_G=self.drafted_target_logprobs_BG[row, :num_drafted].copy(),
+            drafted_draft_logprobs_G=self.drafted_draft_logprobs_BG[row, :num_drafted].copy(),
+            emitted_target_logprobs_C=self.emitted_target_logprobs_BE[row, : len(advance.token_ids)].copy(),
+            topk_token_ids_EK=self.topk_token_ids_BEK[row, :verified].copy(),
+            topk_logprobs_EK=self.topk_logprobs_BEK[row, :verified].copy(),
+            retemper_E=self.retemper_BE[row, :verified].copy(),
         )
 
 

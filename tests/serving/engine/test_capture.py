@@ -32,6 +32,13 @@ def _captured(engine: LocalEngine, sampling: SamplingParams) -> Generation:
     return handle.result(30)
 
 
+def test_a_captured_row_keeps_nothing_of_its_batch_mates_alive(engine: LocalEngine) -> None:
+    generation = _captured(engine, SamplingParams(temperature=0.0, max_tokens=20))
+    arrays = [value for trace in generation.captured_rounds for value in vars(trace).values()]
+    kept = [array for array in arrays if isinstance(array, np.ndarray)]
+    assert kept and all(array.base is None for array in kept), "a view keeps the whole round's array"
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
