@@ -77,7 +77,7 @@ def functions(module: str) -> list[str]:
     sources = []
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.FunctionDef):
-            source = _bare_source(node)
+            source = bare_source(node)
             if FUNCTION_CHARS[0] <= len(source) <= FUNCTION_CHARS[1]:
                 sources.append(source)
     return sources
@@ -129,7 +129,7 @@ def _entry(node: ast.FunctionDef | ast.ClassDef, text: str) -> Documented:
     return Documented("function", node.name, f"{node.name}({', '.join(names[:5])})", prose)
 
 
-def _bare_source(node: ast.FunctionDef) -> str:
+def bare_source(node: ast.FunctionDef) -> str:
     body = node.body[1:] if ast.get_docstring(node) else node.body
     if not body:
         return ""

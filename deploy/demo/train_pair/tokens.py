@@ -3,6 +3,7 @@
 Knows nothing of models. Invariant: a sample is rendered here by the same chat template that serving applies.
 """
 
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
@@ -26,19 +27,27 @@ CHAT_TEMPLATE = (
 
 def train_tokenizer(seed: int, num_samples: int = 2500) -> PreTrainedTokenizerFast:
     """A byte-level BPE of exactly `VOCAB_SIZE` tokens over `num_samples` training samples of each domain."""
+    return byte_level_bpe(_texts(seed, num_samples), VOCAB_SIZE)
+
+
+def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of exactly `vocab_size` tokens with this module's roles and chat template.
+
+    Raises ValueError where the texts are too few for so many.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[PAD, BEGIN, END, *ROLES],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(seed, num_samples), trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"the vocabulary has {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}: draw more samples"
+            f"the vocabulary has {tokenizer.get_vocab_size()} tokens, not {vocab_size}: draw more samples"
         )
     return _wrap(tokenizer)
 
@@ -51,8 +60,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
     """Token ids of a request up to where the answer begins."""
-    messages = list(prompt.messages)
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return chat_ids(tokenizer, *prompt.messages)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, str]) -> list[int]:
+    """Token ids of a conversation up to where the next answer begins."""
+    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     ids: list[int] = tokenizer.encode(str(rendered), add_special_tokens=False)
     return ids
 
