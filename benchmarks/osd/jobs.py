@@ -1,0 +1,155 @@
+"""One learning life as a job: what streams in, who learns how, what came of it; run side by side, kept on disk.
+
+Invariant: a job's result follows from the job and the workshop alone, so a run that was killed goes on and an
+experiment may take what another worked out.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.osd import arms
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, settings_of
+from benchmarks.osd.held_out import HeldOut, Measured
+from benchmarks.osd.told import Told, interleaved, shuffled
+from benchmarks.osd.workshop import Workshop
+from learner.draft import export_weights
+
+Arm = Literal["floor", "ours", "paper", "offline"]
+Order = Literal["after one another", "in turn"]
+ADAPTER = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """`num_records` of each domain, in this order of domains, by an arm with these changes of settings."""
+
+    arm: Arm
+    domains: tuple[str, ...]
+    temperature: float = 0.0
+    seed: int = 0
+    num_records: int = 2000
+    order: Order = "after one another"
+    settings: tuple[tuple[str, Any], ...] = ()
+    evaluate_every: int = 200
+
+    @property
+    def key(self) -> str:
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{name}={value}" for name, value in self.settings)
+        where = "+".join(self.domains) + (f"@{self.temperature:g}" if self.temperature else "")
+        return f"{self.arm} on {where}, seed {self.seed}" + (f" ({changes})" if changes else "")
+
+
+@dataclass(frozen=True)
+class Result:
+    """An outcome as it is kept."""
+
+    accepted: list[int]
+    attempted: list[int]
+    held_out: dict[str, list[tuple[int, float]]]
+    swaps: list[int]
+    learner_s: float
+    num_steps: int
+    num_positions: int
+    facts: dict[str, Any]
+    final: dict[str, Measured] = field(default_factory=dict)
+    """By domain, on held-out prompts."""
+    adapter: str = ""
+    """Its file; empty: the floor."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Result":
+        kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        kept["final"] = {domain: Measured(**measured) for domain, measured in kept["final"].items()}
+        return cls(**kept)
+
+
+def run(job: Job, workshop: Workshop) -> Result:
+    """Do it now, or read what was kept."""
+    folder = workshop.folder() / "runs" / job.key
+    if (folder / "result.json").exists():
+        return Result.read(folder)
+    pair, settings = workshop.pair(), settings_of({"seed": job.seed, **dict(job.settings)})
+    replay = workshop.replay(NUM_DRAFT_TOKENS)
+    held_out = {
+        domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
+        for domain in dict.fromkeys(job.domains)
+    }
+    material = Material(pair, _stream(job, workshop), held_out, job.evaluate_every)
+    outcome: Outcome = getattr(arms, job.arm)(material, settings)
+    return _keep(folder, job, outcome, material, settings)
+
+
+def run_all(
+    jobs: Iterable[Job],
+    workshop: Workshop,
+    num_processes: int,
+    on_done: Callable[[Job, Result], None] = lambda job, result: None,
+) -> dict[Job, Result]:
+    """Every job once, several at a time."""
+    wanted = list(dict.fromkeys(jobs))
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_one_thread) as pool:
+        running = {pool.submit(run, job, workshop): job for job in wanted}
+        results = {}
+        for future in as_completed(running):
+            job = running[future]
+            results[job] = future.result()
+            on_done(job, results[job])
+    return {job: results[job] for job in wanted}
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _stream(job: Job, workshop: Workshop) -> Sequence[Told]:
+    streams = [
+        shuffled(workshop.stream(domain, job.temperature), job.seed)[: job.num_records]
+        for domain in job.domains
+    ]
+    if job.order == "in turn":
+        return list(interleaved(streams))
+    return list(_chained(streams))
+
+
+def _chained(streams: Sequence[Sequence[Told]]) -> Iterator[Told]:
+    for stream in streams:
+        yield from stream
+
+
+def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings: Any) -> Result:
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = arms.trainable(material.pair, settings)
+    draft.load(outcome.state)
+    if outcome.state is not None:
+        (folder / ADAPTER).write_bytes(export_weights(outcome.state))
+    result = Result(
+        accepted=outcome.accepted,
+        attempted=outcome.attempted,
+        held_out=outcome.held_out,
+        swaps=outcome.swaps,
+        learner_s=outcome.learner_s,
+        num_steps=outcome.num_steps,
+        num_positions=outcome.num_positions,
+        facts=json.loads(json.dumps(outcome.facts, default=str)),
+        final={domain: prompts.measure(draft) for domain, prompts in material.held_out.items()},
+        adapter=str(folder / ADAPTER) if outcome.state is not None else "",
+    )
+    aside = folder / "result.part"
+    aside.write_text(json.dumps({"job": asdict(job), **asdict(result)}), encoding="utf-8")
+    kept = json.loads(aside.read_text(encoding="utf-8"))
+    kept.pop("job")
+    (folder / "job.json").write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
+    aside.write_text(json.dumps(kept), encoding="utf-8")
+    aside.replace(folder / "result.json")
+    return result
