@@ -23,7 +23,7 @@ from buffer.records import DEFAULT_ROUTE, GenerationRecord
 from buffer.store import StreamKey
 from deploy.commands.demo import LEARNER
 from deploy.errors import DeployError
-from learner.draft import TrainableDraft
+from learner.draft import TrainableDraft, build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
 from serving.engine.counters import acceptance_rate
@@ -211,15 +211,8 @@ class _Sink:
 
 def _trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
     assert pair.draft is not None
-    return TrainableDraft(
-        copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
-        draft_id=pair.draft_id,
-        draft_revision=pair.draft_revision,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        target_modules=settings.target_modules,
-        seed=settings.seed,
-    )
+    own = copy.deepcopy(pair.draft).float()  # learning changes its base in place
+    return build_draft(own, settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision)
 
 
 def _serve(engine: LocalEngine, prompts: Iterator[list[int]], recipe: Recipe, first: int) -> list[Generation]:

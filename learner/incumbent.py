@@ -11,7 +11,7 @@ from dataclasses import replace
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
-from learner.draft import AdapterState, TrainableDraft, export_config, export_weights, import_weights
+from learner.draft import AdapterState, TrainableDraft, export_weights, import_weights
 
 
 class Incumbent:
@@ -94,7 +94,7 @@ class Incumbent:
             rank=draft.rank,
             alpha=draft.alpha,
             target_modules=draft.target_modules,
-            adapter_config_json=export_config(draft),
+            adapter_config_json=draft.config_json,
             sha256=hashlib.sha256(weights).hexdigest(),
             num_bytes=len(weights),
             created_at_s=self._now_s(),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.draft import export_config, export_weights
+from learner.draft import export_weights
 from learner.tracking import MlflowTracker
 from tests.learner.test_checkpoint import MANIFEST
 from tests.support.tiny_learner import tiny_draft
@@ -25,7 +25,7 @@ def test_a_run_its_adapters_and_aliases_survive_a_restart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     uri, draft = f"sqlite:///{tmp_path / 'mlflow.db'}", tiny_draft()
-    first = replace(MANIFEST, draft_version=1, adapter_config_json=export_config(draft))
+    first = replace(MANIFEST, draft_version=1, adapter_config_json=draft.config_json)
     second = replace(first, draft_version=2)
     weights = export_weights(draft.state())
 
