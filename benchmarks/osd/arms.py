@@ -1,8 +1,8 @@
 """The arms: how a draft may learn from a stream of told requests, and what each was worth as it went.
 
-`ours` is the product's own learner, gate included, fed through the product's store; `paper` is the setting of
-Online Speculative Decoding; `offline` distils everything that `ours` may learn from until nothing is gained, with
-the same trainable parameters, as the ceiling. Knows no engine: rounds are replayed (replay.py).
+`ours` is the product's own learner, gate included, fed through the product's store; `paper` is the setting
+of Online Speculative Decoding, ungated; `offline` distils everything that `ours` may learn from until nothing
+is gained, with the same trainable parameters, as the ceiling. Knows no engine: rounds are replayed.
 """
 
 import copy
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,10 @@ from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import StreamKey
 from learner.distill import build_optimizer, distill_step
-from learner.draft import AdapterState, TrainableDraft, import_weights
+from learner.draft import AdapterState, TrainableDraft, build_draft, import_weights
 from learner.draw import is_held_out
 from learner.loop import Learner
-from learner.settings import LearnerSettings
+from learner.settings import LearnerSettings, paper_setting
 from learner.trainer import Trainer, objective_of
 from serving.models.loading import ModelPair
 
@@ -33,16 +34,6 @@ REQUESTS_PER_TURN = 8
 """Serving and learning take turns; the paper's update interval."""
 UNHURRIED = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_record_age_s": 24 * 3600.0}
 """Nothing else runs here, so the learner need not rest."""
-PAPER = {
-    "trainable": "full",
-    "divergence": "osd",
-    "replay_share": 0.0,
-    "records_per_step": REQUESTS_PER_TURN,
-    "warmup_steps": 0,
-    "max_grad_norm": float("inf"),
-    "greedy_temperature": 1.0,
-}
-"""Forward KL at the first rejected positions only, the index right, AdamW at a constant rate, no replay."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +76,16 @@ class Outcome:
             self.held_out.setdefault(domain, []).append((len(self.accepted), value))
 
 
-def settings_of(overrides: Mapping[str, object]) -> LearnerSettings:
-    """The product's defaults, never resting, and what an experiment changes."""
-    return LearnerSettings.model_validate({**UNHURRIED, **overrides})
+def settings_of(arm: str, overrides: Mapping[str, Any]) -> LearnerSettings:
+    """The product's defaults, or the paper's setting, and what an experiment changes; never resting."""
+    start = paper_setting() if arm == "paper" else LearnerSettings()
+    return LearnerSettings.model_validate({**start.model_dump(), **UNHURRIED, **overrides})
 
 
 def trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
     assert pair.draft is not None
-    return TrainableDraft(
-        copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
-        draft_id=pair.draft_id,
-        draft_revision=pair.draft_revision,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        target_modules=settings.target_modules,
-        seed=settings.seed,
-    )
+    own = copy.deepcopy(pair.draft).float()  # learning changes its base in place
+    return build_draft(own, settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision)
 
 
 def floor(material: Material, settings: LearnerSettings) -> Outcome:
@@ -223,6 +208,6 @@ def _replay(material: Material) -> Replay:
 
 
 def _evaluate_now_and_then(material: Material, outcome: Outcome, draft: TrainableDraft) -> None:
-    count = len(outcome.accepted)
-    if (count % material.evaluate_every < REQUESTS_PER_TURN and count >= material.evaluate_every) or count == len(material.stream):
+    count, every = len(outcome.accepted), material.evaluate_every
+    if count == len(material.stream) or count // every > (count - REQUESTS_PER_TURN) // every:
         outcome.evaluate(material.held_out, draft)

@@ -1,7 +1,7 @@
 """Acceptance on prompts that nobody learns from: the mean, and its interval over prompts.
 
-Greedy: replayed rounds, accepted over attempted tokens. At temperature 1: the expected acceptance of the ratio
-test, which is how requests without a seed are served, by the one estimator.
+Greedy: replayed rounds, accepted over attempted tokens. At temperature 1: the expected acceptance of the
+ratio test, which is how requests without a seed are served, by the one estimator.
 """
 
 from collections.abc import Sequence

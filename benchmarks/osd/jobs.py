@@ -1,4 +1,4 @@
-"""One learning life as a job: what streams in, who learns how, what came of it; run side by side, kept on disk.
+"""One learning life as a job: what streams in, who learns how, what came of it; several at a time, kept.
 
 Invariant: a job's result follows from the job and the workshop alone, so a run that was killed goes on and an
 experiment may take what another worked out.
@@ -79,7 +79,7 @@ def run(job: Job, workshop: Workshop) -> Result:
     folder = workshop.folder() / "runs" / job.key
     if (folder / "result.json").exists():
         return Result.read(folder)
-    pair, settings = workshop.pair(), settings_of({"seed": job.seed, **dict(job.settings)})
+    pair, settings = workshop.pair(), settings_of(job.arm, {"seed": job.seed, **dict(job.settings)})
     replay = workshop.replay(NUM_DRAFT_TOKENS)
     held_out = {
         domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
@@ -145,11 +145,8 @@ def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings
         final={domain: prompts.measure(draft) for domain, prompts in material.held_out.items()},
         adapter=str(folder / ADAPTER) if outcome.state is not None else "",
     )
-    aside = folder / "result.part"
-    aside.write_text(json.dumps({"job": asdict(job), **asdict(result)}), encoding="utf-8")
-    kept = json.loads(aside.read_text(encoding="utf-8"))
-    kept.pop("job")
     (folder / "job.json").write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
-    aside.write_text(json.dumps(kept), encoding="utf-8")
+    aside = folder / "result.part"
+    aside.write_text(json.dumps(asdict(result)), encoding="utf-8")
     aside.replace(folder / "result.json")
     return result

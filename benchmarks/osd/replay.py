@@ -10,6 +10,7 @@ Legend: N told tokens, G drafted tokens of a round, V vocabulary.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from learner.draft import TrainableDraft
 from learner.rows import trajectory_row
 from serving.engine.noise import gumbel_noise, noise_key
 
+Kept = TypeVar("Kept", bound=np.generic)
 RECORD_TTL_S = 24 * 3600.0
 _TOKENS_PER_PASS, _POSITIONS_PER_PASS = 8192, 2048
 
@@ -148,8 +150,10 @@ def _trace(
     )
 
 
-def _padded(array_NK: NDArray[np.generic], missing: int, value: float) -> NDArray[np.generic]:
-    return np.pad(array_NK, ((0, missing), (0, 0)), constant_values=value) if missing else array_NK
+def _padded(array_NK: NDArray[Kept], missing: int, value: float) -> NDArray[Kept]:
+    if not missing:
+        return array_NK
+    return np.concatenate([array_NK, np.full((missing, array_NK.shape[1]), value, array_NK.dtype)])
 
 
 def chunks(told: Sequence[Told], size: int) -> Iterator[Sequence[Told]]:

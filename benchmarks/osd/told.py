@@ -64,7 +64,7 @@ class Asking:
     """How requests are put: the longest prompt (cut from the left) and answer, in tokens."""
 
     prompt_tokens: int = 96
-    max_tokens: int = 48
+    max_tokens: int = 40
 
 
 def tell(
@@ -116,7 +116,8 @@ def save(file: Path, told: Sequence[Told]) -> None:
     arrays["widths"] = np.array([len(one.prompt_embedding_H) for one in told])
     heads = [[one.request_id, one.domain, one.kind, one.temperature, one.seed, one.stopped] for one in told]
     aside = file.with_suffix(".part.npz")
-    np.savez(aside, heads=np.array(json.dumps(heads)), **arrays)
+    with aside.open("wb") as opened:
+        np.savez(opened, allow_pickle=False, heads=np.array(json.dumps(heads)), **arrays)
     aside.replace(file)
 
 

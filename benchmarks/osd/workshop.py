@@ -6,7 +6,7 @@ rows), so another pair or folder never meets it.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -27,7 +27,7 @@ class Workshop:
     draft: str
     data: Path
     cache: Path
-    asking: Asking = Asking()
+    asking: Asking = field(default_factory=Asking)
     num_stream: int = 2000
     num_held_out: int = 200
 
