@@ -1,4 +1,4 @@
-"""Records, manifests, events, statuses and route states to bytes and back. No pickle.
+"""Records, manifests, events, statuses, route states and route tables to bytes and back. No pickle.
 
 Layout: magic, schema version, kind, checksum of the body; then the body, msgpack with raw
 little-endian arrays. It knows nothing of where the bytes live. Invariant: `decode` returns what was
@@ -7,16 +7,19 @@ encoded or raises a SeamError, whatever bytes it is given.
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.columns import decode_rounds, encode_rounds
 from buffer.errors import CorruptRecordError, SchemaVersionError
 from buffer.plain import from_plain, to_plain
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_state import RouteState
+from buffer.route_table import RouteTable, table_from_plain, table_to_plain
 
 SCHEMA_VERSION = 1
 
@@ -30,18 +33,21 @@ _KINDS: dict[type, int] = {
     AdapterEvent: 3,
     ServingStatus: 5,
     RouteState: 5,
+    RouteTable: 6,
 }
 _RECORD_HINTS = get_type_hints(GenerationRecord)
 _TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
-_RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds"})
+_EMBEDDING = "prompt_embedding_H"
+"""Absent where the record has none, as in all records of builds before it."""
+_MAX_EMBEDDING = 2**16
+_RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds", _EMBEDDING})
 
 T = TypeVar("T")
 
 
 def encode(value: Any) -> bytes:
-    """Bytes of one of the five kinds. Raises ValueError or TypeError for a malformed value."""
-    plain = _record_to_plain(value) if isinstance(value, GenerationRecord) else to_plain(value)
-    body: bytes = msgpack.packb(plain)
+    """Bytes of one of the six kinds. Raises ValueError or TypeError for a malformed value."""
+    body: bytes = msgpack.packb(_TO_PLAIN.get(type(value), to_plain)(value))
     return _HEADER.pack(_MAGIC, SCHEMA_VERSION, _KINDS[type(value)], zlib.crc32(body)) + body
 
 
@@ -52,7 +58,7 @@ def decode(cls: type[T], data: bytes) -> T:
     body = _checked_body(cls, data)
     try:
         plain = msgpack.unpackb(body, strict_map_key=False)
-        value = _record_from_plain(plain) if cls is GenerationRecord else from_plain(cls, plain)
+        value = _FROM_PLAIN[cls](plain) if cls in _FROM_PLAIN else from_plain(cls, plain)
     except Exception as error:  # foreign bytes may fail in any way; callers handle exactly one
         raise _corrupt(cls, data, str(error)) from error
     assert isinstance(value, cls)
@@ -89,15 +95,37 @@ def _record_to_plain(record: GenerationRecord) -> dict[str, Any]:
     for name in _TOKEN_FIELDS:
         plain[name] = np.ascontiguousarray(getattr(record, name), dtype="<i4").tobytes()
     try:
+        if record.prompt_embedding_H is not None:
+            plain[_EMBEDDING] = _checked_embedding(record.prompt_embedding_H).tobytes()
         return {**plain, "rounds": encode_rounds(record.rounds)}
     except ValueError as error:
         raise ValueError(f"record {record.record_id!r}: {error}") from error
 
 
 def _record_from_plain(plain: dict[str, Any]) -> GenerationRecord:
-    if plain.keys() != _RECORD_HINTS.keys():
+    if plain.keys() | {_EMBEDDING} != _RECORD_HINTS.keys():
         raise ValueError(f"fields are {sorted(plain)}")
     values = {name: from_plain(_RECORD_HINTS[name], plain[name]) for name in _RECORD_SCALARS}
     for name in _TOKEN_FIELDS:
         values[name] = np.frombuffer(plain[name], dtype="<i4")
+    if _EMBEDDING in plain:
+        values[_EMBEDDING] = _checked_embedding(np.frombuffer(plain[_EMBEDDING], dtype="<f2"))
     return GenerationRecord(**values, rounds=decode_rounds(plain["rounds"]))
+
+
+def _checked_embedding(embedding_H: NDArray[Any]) -> NDArray[np.float16]:
+    """A mean over routes' records takes in every entry: one that is not finite would mislead all prompts."""
+    halves_H = np.ascontiguousarray(embedding_H, dtype="<f2")
+    if halves_H.ndim != 1 or not 0 < halves_H.size <= _MAX_EMBEDDING or not np.isfinite(halves_H).all():
+        raise ValueError(
+            f"prompt_embedding_H of shape {np.shape(embedding_H)} must be finite in float16, one axis of 1 "
+            f"to {_MAX_EMBEDDING} entries; not encoded"
+        )
+    return halves_H
+
+
+_TO_PLAIN: dict[type, Callable[[Any], Any]] = {GenerationRecord: _record_to_plain, RouteTable: table_to_plain}
+_FROM_PLAIN: dict[type, Callable[[Any], Any]] = {
+    GenerationRecord: _record_from_plain,
+    RouteTable: table_from_plain,
+}

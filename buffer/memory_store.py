@@ -15,6 +15,7 @@ from buffer.codec import decode, encode
 from buffer.memory_stream import Entry, Stream
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_state import RouteState, promotion, turn
+from buffer.route_table import RouteTable
 from buffer.store import Bounds, Delivery, StreamKey, StreamSize
 
 
@@ -118,6 +119,7 @@ class MemoryAdapterFeed:
         self._adapters: dict[tuple[str, int], tuple[AdapterManifest, bytes]] = {}
         self._events: defaultdict[str, deque[AdapterEvent]] = defaultdict(lambda: deque(maxlen=max_events))
         self._statuses: dict[str, tuple[float, ServingStatus]] = {}
+        self._route_table: RouteTable | None = None
         self._lock = threading.RLock()
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
@@ -174,6 +176,14 @@ class MemoryAdapterFeed:
     def routes(self) -> list[str]:
         with self._lock:
             return sorted(self._events)
+
+    def put_route_table(self, table: RouteTable) -> None:
+        with self._lock:
+            self._route_table = table
+
+    def route_table(self) -> RouteTable | None:
+        with self._lock:
+            return self._route_table
 
     def report(self, status: ServingStatus) -> None:
         with self._lock:

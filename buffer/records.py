@@ -87,6 +87,9 @@ class GenerationRecord:
     """Unix time after which nobody may read the record."""
     replica_id: str = ""
     segment: int = 0
+    prompt_embedding_H: NDArray[np.float16] | None = None
+    """The target's last hidden state, mean over the prompt's tokens (in every segment those of the request's
+    own prompt): by it prompts are routed. None: it was not taken."""
 
     @property
     def num_positions(self) -> int:

@@ -15,6 +15,7 @@ from buffer.errors import StoreUnavailableError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
 from buffer.redis_store import RedisLink
 from buffer.route_state import RouteState, promotion, turn
+from buffer.route_table import RouteTable
 
 _NUM_READS = 5
 """Tries to read a state and what it names, while others publish and trim."""
@@ -110,6 +111,15 @@ class RedisAdapterFeed:
     def routes(self) -> list[str]:
         with self._link.translated():
             return sorted(name.decode() for name in self._link.client.smembers(f"{self._prefix}:routes"))
+
+    def put_route_table(self, table: RouteTable) -> None:
+        with self._link.translated():
+            self._link.client.set(f"{self._prefix}:route_table", encode(table))
+
+    def route_table(self) -> RouteTable | None:
+        with self._link.translated():
+            data = self._link.client.get(f"{self._prefix}:route_table")
+        return None if data is None else decode(RouteTable, data)
 
     def report(self, status: ServingStatus) -> None:
         with self._link.translated():

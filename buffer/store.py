@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+from buffer.route_table import RouteTable
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class RecordStore(Protocol):
 
 
 class AdapterFeed(Protocol):
-    """Adapters by route, the pointer to the one that serves, their history, and replicas' status."""
+    """Adapters by route, the pointer to the one that serves, their history, the table that routes prompts,
+    and replicas' status."""
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
         """Keep the adapter, point the route at it (unless pinned), add a `promoted` event.
@@ -142,6 +144,14 @@ class AdapterFeed(Protocol):
         ...
 
     def routes(self) -> list[str]: ...
+
+    def put_route_table(self, table: RouteTable) -> None:
+        """Replace the table by which prompts without a tag are routed."""
+        ...
+
+    def route_table(self) -> RouteTable | None:
+        """None: none was ever put; every prompt without a tag is of the default route."""
+        ...
 
     def report(self, status: ServingStatus) -> None:
         """Replace this replica's status; it expires by itself when no longer renewed."""

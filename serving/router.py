@@ -4,14 +4,13 @@ Knows no HTTP framework: it is given the tag and the header as they came. Raises
 could not be a stream's key.
 """
 
-import re
 from collections.abc import Mapping
 
 from buffer.records import DEFAULT_ROUTE
+from buffer.route_table import check_route_name
 
 ROUTE_HEADER = "X-Everdraft-Route"
 ROUTE_TAG = "route"
-_ROUTE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def choose_route(metadata: Mapping[str, str] | None, header: str | None) -> str:
@@ -20,9 +19,8 @@ def choose_route(metadata: Mapping[str, str] | None, header: str | None) -> str:
     name = tag if tag is not None else header
     if name is None:
         return DEFAULT_ROUTE
-    if _ROUTE_NAME.fullmatch(name) is None:
-        raise ValueError(
-            f"route={name!r} must be 1 to 64 letters, digits, '_', '.' or '-', starting with a letter or "
-            "digit; the request was not started"
-        )
+    try:
+        check_route_name(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; the request was not started") from None
     return name

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from buffer.records import AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
+from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 
 START_S = 1_000_000.0
@@ -86,3 +87,13 @@ def make_manifest(draft_version: int, parent_version: int = 0, *, route: str = "
         created_at_s=START_S,
         evidence={"gain": 0.25},
     )
+
+
+def make_table(*routes: str, hidden_size: int = 3, **changes: Any) -> RouteTable:
+    """Centroids along the axes, one unit from a mean of tens."""
+    mean_H = np.full(hidden_size, 10.0, dtype=np.float32)
+    centroids_RH = (
+        mean_H + np.eye(max(hidden_size, len(routes)), hidden_size, dtype=np.float32)[: len(routes)]
+    )
+    table = RouteTable("revision", START_S, mean_H, centroids_RH, routes, min_similarity=0.5)
+    return replace(table, **changes)

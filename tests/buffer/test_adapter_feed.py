@@ -8,7 +8,7 @@ import pytest
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.records import AdapterEvent, PassCosts, ServingStatus, VersionCounts
 from buffer.store import AdapterFeed
-from tests.buffer.samples import START_S, STATUS_TTL_S, FakeClock, make_manifest
+from tests.buffer.samples import START_S, STATUS_TTL_S, FakeClock, make_manifest, make_table
 
 ROUTE = "default"
 
@@ -244,6 +244,29 @@ def test_readers_never_see_a_version_without_its_adapter(feed: AdapterFeed) -> N
     stop.set()
     reader.join()
     assert failures == []
+
+
+def test_prompts_are_routed_by_no_table_until_one_is_put(feed: AdapterFeed) -> None:
+    assert feed.route_table() is None
+
+
+def test_the_last_route_table_comes_back_whole(feed: AdapterFeed) -> None:
+    feed.put_route_table(make_table("chat"))
+    table = make_table("sql", "code", updated_at_s=START_S + 1.0, min_similarity=0.25)
+    feed.put_route_table(table)
+    found = feed.route_table()
+    assert found is not None
+    assert (found.routes, found.target_revision) == (("sql", "code"), "revision")
+    assert (found.updated_at_s, found.min_similarity) == (START_S + 1.0, 0.25)
+    assert (found.mean_H.tobytes(), found.centroids_RH.tobytes()) == (
+        table.mean_H.tobytes(),
+        table.centroids_RH.tobytes(),
+    )
+
+
+def test_a_route_table_opens_no_route(feed: AdapterFeed) -> None:
+    feed.put_route_table(make_table("sql"))
+    assert feed.routes() == []
 
 
 def status(replica_id: str, at_s: float = START_S) -> ServingStatus:

@@ -26,6 +26,7 @@ from buffer.records import (
     VersionCounts,
 )
 from buffer.route_state import RouteState
+from buffer.route_table import RouteTable
 from tests.buffer.samples import make_manifest, make_record, make_round
 
 int32 = st.integers(-(2**31), 2**31 - 1)
@@ -78,6 +79,8 @@ records = st.builds(
     expires_at_s=numbers,
     replica_id=texts,
     segment=counts,
+    prompt_embedding_H=st.none()
+    | arrays(np.dtype("<f2"), 5, elements=st.floats(width=16, allow_nan=False, allow_infinity=False)),
 )
 costs = st.builds(
     PassCosts,
@@ -186,6 +189,31 @@ def test_arrays_that_do_not_fit_each_other_are_refused_before_they_are_stored(na
         encode(make_record(rounds=(trace, torn)))
 
 
+@pytest.mark.parametrize(
+    "embedding",
+    [np.array([]), np.zeros((2, 2)), np.array([1.0, np.nan]), np.array([1e6]), np.zeros(2**16 + 1)],
+)
+def test_an_embedding_that_could_mislead_is_refused_before_it_is_stored(embedding: Any) -> None:
+    with (
+        pytest.raises(ValueError, match=r"record 'a': prompt_embedding_H .* not encoded"),
+        np.errstate(all="ignore"),
+    ):
+        encode(make_record(prompt_embedding_H=embedding))
+
+
+def test_a_stored_embedding_that_is_not_finite_is_corrupt() -> None:
+    body = msgpack.unpackb(encode(make_record(prompt_embedding_H=np.ones(4, dtype=np.float16)))[9:])
+    body["prompt_embedding_H"] = np.array([1.0, np.inf], dtype="<f2").tobytes()
+    with pytest.raises(CorruptRecordError, match="prompt_embedding_H"):
+        decode(GenerationRecord, sealed(1, msgpack.packb(body)))
+
+
+def test_a_record_without_an_embedding_is_what_builds_before_it_wrote() -> None:
+    body = msgpack.unpackb(encode(make_record())[9:])
+    assert "prompt_embedding_H" not in body
+    assert decode(GenerationRecord, encode(make_record())).prompt_embedding_H is None
+
+
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, 65535])
 def test_another_schema_version_is_named_and_refused(version: int) -> None:
     data = encode(make_record())
@@ -213,7 +241,7 @@ def test_errors_cross_processes() -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-KINDS = (GenerationRecord, AdapterManifest, AdapterEvent, ServingStatus, RouteState)
+KINDS = (GenerationRecord, AdapterManifest, AdapterEvent, ServingStatus, RouteState, RouteTable)
 
 
 @given(st.sampled_from(KINDS), st.binary(max_size=64))
