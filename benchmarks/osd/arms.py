@@ -7,10 +7,10 @@ is gained, with the same trainable parameters, as the ceiling. Knows no engine: 
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +32,9 @@ NUM_DRAFT_TOKENS = 5
 """The paper's."""
 REQUESTS_PER_TURN = 8
 """Serving and learning take turns; the paper's update interval."""
+MAX_EPOCHS = 12
+Routing = Literal["none", "tags", "router"]
+"""Whether requests carry their domain as a tag, or the router must find out."""
 UNHURRIED = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_record_age_s": 24 * 3600.0}
 """Nothing else runs here, so the learner need not rest."""
 
@@ -45,6 +48,7 @@ class Material:
     held_out: Mapping[str, HeldOut]
     """By domain."""
     evaluate_every: int = 200
+    routing: Routing = "none"
 
 
 @dataclass
@@ -63,8 +67,8 @@ class Outcome:
     num_positions: int = 0
     """Target rows that losses looked at, repeats included."""
     facts: dict[str, object] = field(default_factory=dict)
-    state: AdapterState | None = None
-    """What serves at the end; None: the floor."""
+    states: dict[str, AdapterState | None] = field(default_factory=lambda: {DEFAULT_ROUTE: None})
+    """By route, what serves at the end; None: the floor."""
 
     def served(self, replayed: Sequence[Replayed]) -> None:
         self.accepted += [one.num_accepted for one in replayed]
@@ -93,47 +97,96 @@ def floor(material: Material, settings: LearnerSettings) -> Outcome:
     return _without_learning(material, trainable(material.pair, settings), Outcome())
 
 
-def ours(
-    material: Material, settings: LearnerSettings, on_turn: Callable[[Outcome], None] = lambda outcome: None
-) -> Outcome:
+def ours(material: Material, settings: LearnerSettings) -> Outcome:
     """Serve a few, learn when it is due, follow the feed: the product's loop."""
     outcome, replay = Outcome(), _replay(material)
-    served, version = trainable(material.pair, settings), FLOOR_VERSION
     store, feed = MemoryRecordStore(), MemoryAdapterFeed()
-    key = StreamKey(material.pair.target_revision, DEFAULT_ROUTE)
+    serving = _Serving(trainable(material.pair, settings), feed, material.routing)
+    revision = material.pair.target_revision
     with TemporaryDirectory() as folder:
         learner = Learner(
             trainable(material.pair, settings),
             store,
             feed,
             settings.model_copy(update={"checkpoint_folder": folder}),
-            target_revision=material.pair.target_revision,
+            target_revision=revision,
         )
-        outcome.evaluate(material.held_out, served)
+        serving.evaluate(outcome, material)
         for part in chunks(material.stream, REQUESTS_PER_TURN):
-            replayed = replay.play(served, version, part)
-            outcome.served(replayed)
-            store.append(key, [one.record for one in replayed])
+            for route, asked in serving.by_route(part).items():
+                replayed = replay.play(serving.draft_of(route), serving.version(route), asked, route)
+                outcome.served(replayed)
+                store.append(StreamKey(revision, route), [one.record for one in replayed])
             began_s = time.thread_time()
-            learner.run_cycle()
+            while learner.run_cycle():
+                pass
             outcome.learner_s += time.thread_time() - began_s
-            manifest = feed.latest(DEFAULT_ROUTE)
-            now = FLOOR_VERSION if manifest is None else manifest.draft_version
-            if now != version:
-                version = now
-                outcome.state = import_weights(feed.weights(DEFAULT_ROUTE, now)) if now else None
-                served.load(outcome.state)
-                outcome.swaps.append(len(outcome.accepted))
-            _evaluate_now_and_then(material, outcome, served)
-            on_turn(outcome)
-        outcome.facts = learner.snapshot()
+            outcome.swaps += [len(outcome.accepted)] * serving.follow()
+            if _is_time(material, outcome):
+                serving.evaluate(outcome, material)
+        outcome.facts = learner.snapshot() | {"routes_of": serving.routes_of}
         outcome.num_steps = learner.snapshot()["num_steps"]
+    outcome.states = serving.states
     return outcome
 
 
-def paper(
-    material: Material, settings: LearnerSettings, on_turn: Callable[[Outcome], None] = lambda outcome: None
-) -> Outcome:
+class _Serving:
+    """What replicas do, as far as acceptance goes: a draft a route, that of `default` for the rest."""
+
+    def __init__(self, draft: TrainableDraft, feed: MemoryAdapterFeed, routing: Routing) -> None:
+        self._draft, self._feed, self._routing = draft, feed, routing
+        self._versions: dict[str, int] = {}
+        self.states: dict[str, AdapterState | None] = {DEFAULT_ROUTE: None}
+        self.routes_of: dict[str, dict[str, int]] = {}
+        """Domain -> route -> requests."""
+
+    def by_route(self, part: Sequence[Told]) -> dict[str, list[Told]]:
+        found: dict[str, list[Told]] = {}
+        for one in part:
+            route = self.route_of(one)
+            found.setdefault(route, []).append(one)
+            counts = self.routes_of.setdefault(one.domain, {})
+            counts[route] = counts.get(route, 0) + 1
+        return found
+
+    def route_of(self, told: Told) -> str:
+        if self._routing == "tags":
+            return told.domain
+        table = self._feed.route_table() if self._routing == "router" else None
+        return DEFAULT_ROUTE if table is None else table.route_of(told.prompt_embedding_H)
+
+    def version(self, route: str) -> int:
+        return self._versions.get(self._answering(route), FLOOR_VERSION)
+
+    def draft_of(self, route: str) -> TrainableDraft:
+        """The draft that answers for the route, loaded."""
+        self._draft.load(self.states[self._answering(route)])
+        return self._draft
+
+    def follow(self) -> int:
+        """Serve what the feed points to. Returns how many routes changed."""
+        num_changed = 0
+        for route in [DEFAULT_ROUTE, *self._feed.routes()]:
+            manifest = self._feed.latest(route)
+            version = FLOOR_VERSION if manifest is None else manifest.draft_version
+            if version == self._versions.get(route, FLOOR_VERSION):
+                continue
+            num_changed += 1
+            self._versions[route] = version
+            self.states[route] = import_weights(self._feed.weights(route, version)) if version else None
+        return num_changed
+
+    def evaluate(self, outcome: Outcome, material: Material) -> None:
+        """Each domain with the draft that most of its requests would meet."""
+        for domain, prompts in material.held_out.items():
+            value = prompts.acceptance(self.draft_of(self.route_of(prompts.typical)))
+            outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
+
+    def _answering(self, route: str) -> str:
+        return route if self._versions.get(route, FLOOR_VERSION) else DEFAULT_ROUTE
+
+
+def paper(material: Material, settings: LearnerSettings) -> Outcome:
     """A step every few requests on those alone; every step serves, whatever it did."""
     outcome, replay = Outcome(), _replay(material)
     trainer = Trainer(trainable(material.pair, settings), settings)
@@ -145,19 +198,13 @@ def paper(
         step = trainer.step([one.record for one in replayed])
         outcome.learner_s += time.thread_time() - began_s
         outcome.num_positions += step.num_positions
-        _evaluate_now_and_then(material, outcome, trainer.draft)
-        on_turn(outcome)
-    outcome.num_steps, outcome.state = trainer.num_steps, trainer.draft.state()
+        if _is_time(material, outcome):
+            outcome.evaluate(material.held_out, trainer.draft)
+    outcome.num_steps, outcome.states = trainer.num_steps, {DEFAULT_ROUTE: trainer.draft.state()}
     return outcome
 
 
-def offline(
-    material: Material,
-    settings: LearnerSettings,
-    *,
-    max_epochs: int = 12,
-    on_turn: Callable[[Outcome], None] = lambda outcome: None,
-) -> Outcome:
+def offline(material: Material, settings: LearnerSettings) -> Outcome:
     """Passes over all that `ours` may learn from; the rate halves where a pass gains nothing on the records
     that `ours` holds out, and the third time ends it."""
     outcome, replay, rng = Outcome(), _replay(material), np.random.default_rng(settings.seed)
@@ -168,7 +215,7 @@ def offline(
     learnt = [record for record in records if not is_held_out(record.request_id, share)]
     kept = [record for record in records if is_held_out(record.request_id, share)]
     best, best_state, num_stalls = -1.0, trainer.draft.state(), 0
-    for _ in range(max_epochs):
+    for _ in range(MAX_EPOCHS):
         began_s = time.thread_time()
         order = rng.permutation(len(learnt))
         for start in range(0, len(order), settings.records_per_step):
@@ -188,9 +235,8 @@ def offline(
             if num_stalls == 3:
                 break
             objective = replace(objective, learning_rate=objective.learning_rate / 2)
-        on_turn(outcome)
     trainer.draft.load(best_state)
-    outcome.state = best_state
+    outcome.states = {DEFAULT_ROUTE: best_state}
     return _without_learning(material, trainer.draft, outcome)
 
 
@@ -207,7 +253,7 @@ def _replay(material: Material) -> Replay:
     return Replay(material.pair.target_revision, NUM_DRAFT_TOKENS)
 
 
-def _evaluate_now_and_then(material: Material, outcome: Outcome, draft: TrainableDraft) -> None:
+def _is_time(material: Material, outcome: Outcome) -> bool:
+    """To look at held-out prompts: every so many requests, and at the end."""
     count, every = len(outcome.accepted), material.evaluate_every
-    if count == len(material.stream) or count // every > (count - REQUESTS_PER_TURN) // every:
-        outcome.evaluate(material.held_out, draft)
+    return count == len(material.stream) or count // every > (count - REQUESTS_PER_TURN) // every

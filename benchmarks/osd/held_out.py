@@ -35,6 +35,11 @@ class HeldOut:
         self._told, self._replay = told, replay
         self._records = [_standard(replay.bare_record(one)) for one in told]
 
+    @property
+    def typical(self) -> Told:
+        """One of the requests."""
+        return self._told[0]
+
     def acceptance(self, draft: TrainableDraft) -> float:
         """Of the draft as it stands."""
         counts_P2 = self.counts(draft)

@@ -15,16 +15,18 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.adapted import Adapter
 from benchmarks.osd import arms
-from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, settings_of
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, Routing, settings_of
 from benchmarks.osd.held_out import HeldOut, Measured
 from benchmarks.osd.told import Told, interleaved, shuffled
 from benchmarks.osd.workshop import Workshop
+from buffer.records import DEFAULT_ROUTE
 from learner.draft import export_weights
+from learner.settings import LearnerSettings
 
 Arm = Literal["floor", "ours", "paper", "offline"]
 Order = Literal["after one another", "in turn"]
-ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Job:
     order: Order = "after one another"
     settings: tuple[tuple[str, Any], ...] = ()
     evaluate_every: int = 200
+    routing: Routing = "none"
 
     @property
     def key(self) -> str:
@@ -63,9 +66,9 @@ class Result:
     num_positions: int
     facts: dict[str, Any]
     final: dict[str, Measured] = field(default_factory=dict)
-    """By domain, on held-out prompts."""
+    """By domain, on held-out prompts, with the draft of `default`."""
     adapter: str = ""
-    """Its file; empty: the floor."""
+    """Folder of what serves `default` at the end; empty: the floor."""
 
     @classmethod
     def read(cls, folder: Path) -> "Result":
@@ -85,7 +88,7 @@ def run(job: Job, workshop: Workshop) -> Result:
         domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
         for domain in dict.fromkeys(job.domains)
     }
-    material = Material(pair, _stream(job, workshop), held_out, job.evaluate_every)
+    material = Material(pair, _stream(job, workshop), held_out, job.evaluate_every, job.routing)
     outcome: Outcome = getattr(arms, job.arm)(material, settings)
     return _keep(folder, job, outcome, material, settings)
 
@@ -127,12 +130,13 @@ def _chained(streams: Sequence[Sequence[Told]]) -> Iterator[Told]:
         yield from stream
 
 
-def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings: Any) -> Result:
+def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings: LearnerSettings) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     draft = arms.trainable(material.pair, settings)
-    draft.load(outcome.state)
-    if outcome.state is not None:
-        (folder / ADAPTER).write_bytes(export_weights(outcome.state))
+    state = outcome.states[DEFAULT_ROUTE]
+    draft.load(state)
+    if state is not None:
+        Adapter(export_weights(state), draft.config_json).save(folder)
     result = Result(
         accepted=outcome.accepted,
         attempted=outcome.attempted,
@@ -143,7 +147,7 @@ def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings
         num_positions=outcome.num_positions,
         facts=json.loads(json.dumps(outcome.facts, default=str)),
         final={domain: prompts.measure(draft) for domain, prompts in material.held_out.items()},
-        adapter=str(folder / ADAPTER) if outcome.state is not None else "",
+        adapter=str(folder) if state is not None else "",
     )
     (folder / "job.json").write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
     aside = folder / "result.part"
