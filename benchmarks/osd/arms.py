@@ -6,6 +6,7 @@ is gained, with the same trainable parameters, as the ceiling. Knows no engine: 
 """
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.adapted import Recipe, adapt
 from benchmarks.osd.held_out import HeldOut
 from benchmarks.osd.replay import Replay, Replayed, chunks
 from benchmarks.osd.told import Told
@@ -184,6 +186,36 @@ class _Serving:
 
     def _answering(self, route: str) -> str:
         return route if self._versions.get(route, FLOOR_VERSION) else DEFAULT_ROUTE
+
+
+def through_engine(material: Material, settings: LearnerSettings) -> Outcome:
+    """As `ours`, but nothing is replayed: requests run in the real engine, and records hold what it captured,
+    positions after a rejection too."""
+    stream, outcome = material.stream, Outcome()
+    recipe = Recipe(
+        num_requests=len(stream),
+        requests_per_cycle=REQUESTS_PER_TURN,
+        num_slots=REQUESTS_PER_TURN,
+        num_draft_tokens=NUM_DRAFT_TOKENS,
+        speculation="model",
+        max_tokens=max(one.num_tokens for one in stream),
+        prompt_tokens=max(len(one.prompt_token_ids) for one in stream),
+        sampled_share=0.0,
+        time_limit_s=math.inf,
+        seed=settings.seed,
+    )
+    prompts = (one.prompt_token_ids.tolist() for one in stream)
+    adaptation = adapt(material.pair, prompts, settings, recipe)
+    draft = trainable(material.pair, settings)
+    if adaptation.adapter is not None:
+        draft.load(import_weights(adaptation.adapter.weights))
+        outcome.states = {DEFAULT_ROUTE: draft.state()}
+    for cycle in adaptation.history:
+        outcome.accepted.append(cycle.num_accepted)
+        outcome.attempted.append(cycle.num_attempted)
+    outcome.learner_s = adaptation.learner_s
+    outcome.evaluate(material.held_out, draft)
+    return outcome
 
 
 def paper(material: Material, settings: LearnerSettings) -> Outcome:

@@ -5,20 +5,26 @@ seeds, and every arm of a comparison saw the same requests in the same order.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+from benchmarks.adapted import Adapter
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
 from benchmarks.osd.jobs import Job, Result, run_all
+from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
 from benchmarks.osd.workshop import Tell, Workshop
+from learner.draft import import_weights
 
 PAPER_RATES = (3e-4, 1e-3, 3e-3)
 WINDOW = 50
 """Records of the moving average, as in the paper."""
 THINNING = 10
 """Every so many records a point of a series."""
-ABLATION_RECORDS = 1000
+ABLATION_RECORDS, SHORT_RECORDS = 1000, 600
+WHOLE_ROWS = 1 << 20
 
 Series = dict[str, list[Any]]
 Metrics = dict[str, Any]
@@ -298,31 +304,61 @@ ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
 }
 
 
-def ablations(plan: Plan, temperature: float = 0.0) -> tuple[Metrics, Series]:
-    """Ours with one setting changed at a time, on the first domain of the plan."""
+def ablations(plan: Plan) -> tuple[Metrics, Series]:
+    """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
     domain, count = plan.domains[0], min(plan.num_records, ABLATION_RECORDS)
-    jobs = {
-        (what, value): Job("ours", (domain,), temperature, 0, count, settings=changes)
-        for what, values in ABLATIONS.items()
-        for value, changes in values.items()
-    }
+    jobs = _ablation_jobs(domain, count)
     results = plan.work(jobs.values())
     metrics: Metrics = {"domain": domain, "num_records": count}
     for (what, value), job in jobs.items():
         result = results[job]
-        metrics.setdefault(what, {})[value] = {
+        row = {
             "acceptance_rate": result.final[domain].acceptance,
             "interval": [result.final[domain].low, result.final[domain].high],
             "mean_while_learning": sum(result.accepted) / max(1, sum(result.attempted)),
             "learner_s": result.learner_s,
             "num_swaps": len(result.swaps),
         }
+        if what.startswith("num_kept"):
+            row["bytes_per_token"] = bytes_per_token(job.num_kept)
+        metrics.setdefault(what, {})[value] = row
+    metrics["estimator"] = _estimator(plan, domain, results[jobs["divergence", "forward_kl"]].adapter)
     return metrics, {}
 
 
-EXPERIMENTS: Mapping[str, Callable[[Plan], Any]] = {
-    "domain": per_domain,
-    "shift": shift,
-    "mixture": mixture,
-    "ablations": ablations,
-}
+def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
+    short = min(count, SHORT_RECORDS)
+    jobs = {
+        (what, value): Job("ours", (domain,), num_records=count, settings=changes)
+        for what, values in ABLATIONS.items()
+        for value, changes in values.items()
+    }
+    for temperature in (0.0, 1.0):
+        for kept in (8, 32, 128, WHOLE_ROWS):
+            name = "whole rows" if kept == WHOLE_ROWS else str(kept)
+            jobs[label("num_kept", temperature), name] = Job(
+                "ours", (domain,), temperature, num_records=short, num_kept=kept
+            )
+    for weight in (0.0, 0.5, 1.0):
+        changes = (("rejected_suffix_weight", weight),)
+        jobs["rejected_suffix_weight", f"{weight:g}"] = Job(
+            "through_engine", (domain,), num_records=short, settings=changes
+        )
+    jobs["through", "engine"] = jobs["rejected_suffix_weight", "0"]
+    jobs["through", "replay"] = Job("ours", (domain,), num_records=short)
+    return jobs
+
+
+def _estimator(plan: Plan, domain: str, folder: str) -> Metrics:
+    """Of the floor and of what ours learnt, on held-out prompts, at both temperatures."""
+    workshop, found = plan.workshop, {}
+    draft = trainable(workshop.pair(), settings_of("ours", {}))
+    states = {"floor": None, "ours": import_weights(Adapter.load(Path(folder)).weights) if folder else None}
+    for temperature in plan.temperatures:
+        told = workshop.held_out(domain, temperature)
+        for name, state in states.items():
+            draft.load(state)
+            found[label(name, temperature)] = acceptance_from(
+                workshop.pair(), draft, told, workshop.replay(NUM_DRAFT_TOKENS)
+            )
+    return found

@@ -5,10 +5,11 @@ experiment may take what another worked out.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,15 @@ from benchmarks.adapted import Adapter
 from benchmarks.osd import arms
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, Routing, settings_of
 from benchmarks.osd.held_out import HeldOut, Measured
+from benchmarks.osd.kept_rows import with_kept
 from benchmarks.osd.told import Told, interleaved, shuffled
 from benchmarks.osd.workshop import Workshop
 from buffer.records import DEFAULT_ROUTE
 from learner.draft import export_weights
 from learner.settings import LearnerSettings
+from serving.engine.capture import TOP_K
 
-Arm = Literal["floor", "ours", "paper", "offline"]
+Arm = Literal["floor", "ours", "paper", "offline", "through_engine"]
 Order = Literal["after one another", "in turn"]
 
 
@@ -42,6 +45,8 @@ class Job:
     settings: tuple[tuple[str, Any], ...] = ()
     evaluate_every: int = 200
     routing: Routing = "none"
+    num_kept: int = TOP_K
+    """Entries of the target's rows that records keep."""
 
     @property
     def key(self) -> str:
@@ -88,7 +93,10 @@ def run(job: Job, workshop: Workshop) -> Result:
         domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
         for domain in dict.fromkeys(job.domains)
     }
-    material = Material(pair, _stream(job, workshop), held_out, job.evaluate_every, job.routing)
+    stream = _stream(job, workshop)
+    if job.num_kept != TOP_K:
+        stream = [with_kept(pair, one, job.num_kept) for one in stream]
+    material = Material(pair, stream, held_out, job.evaluate_every, job.routing)
     outcome: Outcome = getattr(arms, job.arm)(material, settings)
     return _keep(folder, job, outcome, material, settings)
 
@@ -122,12 +130,7 @@ def _stream(job: Job, workshop: Workshop) -> Sequence[Told]:
     ]
     if job.order == "in turn":
         return list(interleaved(streams))
-    return list(_chained(streams))
-
-
-def _chained(streams: Sequence[Sequence[Told]]) -> Iterator[Told]:
-    for stream in streams:
-        yield from stream
+    return list(chain(*streams))
 
 
 def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings: LearnerSettings) -> Result:

@@ -121,7 +121,11 @@ def plot_mixture(series: Mapping[str, Sequence[Any]], file: Path) -> None:
 def plot_ablations(metrics: Mapping[str, Any], file: Path) -> None:
     """A panel a setting: held-out acceptance at the end, with its interval, and while learning."""
     pyplot = _pyplot()
-    groups = {what: rows for what, rows in metrics.items() if isinstance(rows, dict)}
+    groups = {
+        what: rows
+        for what, rows in metrics.items()
+        if isinstance(rows, dict) and all("acceptance_rate" in row for row in rows.values())
+    }
     figure, axes = pyplot.subplots(
         2, -(-len(groups) // 2), figsize=(4 * -(-len(groups) // 2), 6.5), squeeze=False, layout="constrained"
     )
