@@ -72,6 +72,15 @@ class TrainableDraft:
         """The live weights, by key; what an optimizer updates."""
         return dict(self._weights)
 
+    @property
+    def identity(self) -> dict[str, object]:
+        """What it is, for people."""
+        return {
+            "draft_id": self.draft_id,
+            "draft_revision": self.draft_revision,
+            "num_parameters": self.num_parameters,
+        }
+
     def logits(self, batch: Batch) -> Tensor:
         """[N, V] float32 at the batch's positions; no other position's logits are ever computed."""
         self._gather = (batch.row_N, batch.column_N)

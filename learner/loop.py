@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from buffer.errors import StoreUnavailableError
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, GenerationRecord
+from buffer.records import DEFAULT_ROUTE, GenerationRecord
 from buffer.store import AdapterFeed, RecordStore
 from learner import checkpoint
 from learner.draft import TrainableDraft
@@ -27,7 +27,7 @@ from learner.progress import Progress
 from learner.rows import record_fault
 from learner.schedule import Pace, is_due
 from learner.settings import LearnerSettings
-from learner.tracking import NullTracker, Tracker
+from learner.tracker import NullTracker, Tracker
 from learner.trainer import Trainer, TrainingReport
 from learner.watch import LiveWatch
 
@@ -75,7 +75,8 @@ class Learner:
     def run(self, stop: threading.Event) -> None:
         """Cycles until `stop` is set; then returns within about one step."""
         self._stop = stop
-        self._progress.tracker.log_params(self._settings.model_dump())
+        known = {"target_revision": self._target_revision} | self._trainer.draft.identity
+        self._progress.tracker.log_params(self._settings.model_dump() | known)
         try:
             while not stop.is_set():
                 if self._paused.is_set() or not self.run_cycle():
@@ -96,6 +97,8 @@ class Learner:
         if not self._is_due():
             return False
         self._progress.state = "learning"
+        self._progress.num_records_seen += self._inbox.num_waiting
+        self._tell_rejections()
         fresh = self._judge.split(self._sound_records())
         report = self._train(fresh)
         judgement = self._evaluate(report)
@@ -103,7 +106,7 @@ class Learner:
             self._publish(judgement)
         else:
             self._refuse(judgement)
-        self._progress.cycle_ended(report, judgement, self._inbox.num_waiting, self._trainer.num_steps)
+        self._progress.cycle_ended(report, judgement, self._trainer.num_steps)
         self._save()
         self._insist(self._inbox.ack)
         return True
@@ -144,6 +147,8 @@ class Learner:
         if self._insist(self._incumbent.sync):
             self._watch.end()
             self._restart_candidate()
+            kind, reason = self._insist(self._incumbent.last_turn)
+            self._progress.turned(kind, self._incumbent.manifest, self._incumbent.weights, reason)
 
     def _watch_live(self, arrived: list[GenerationRecord]) -> None:
         sound = [record for record in arrived if not self._fault(record)]
@@ -163,6 +168,10 @@ class Learner:
         sound = [record for record in records if not self._fault(record)]
         self._progress.num_refused_records += len(records) - len(sound)
         return sound
+
+    def _tell_rejections(self) -> None:
+        for event in self._insist(self._incumbent.rejections):
+            self._progress.decided(event.kind, event.draft_version, event.reason)
 
     def _train(self, fresh: list[GenerationRecord]) -> TrainingReport:
         _, num_replayed = self._trainer.plan(len(fresh))
@@ -188,7 +197,7 @@ class Learner:
         )
 
     def _publish(self, judgement: Judgement) -> None:
-        parent_state, parent_version = self._incumbent.state, self._incumbent.version
+        parent_state = self._incumbent.state
         state = self._trainer.draft.state()
         evidence, progress = judgement.decision.evidence, self._progress
         manifest = self._insist(
@@ -198,17 +207,13 @@ class Learner:
         )
         self._watch.begin(manifest, state, parent_state)
         self._stop.wait(self._settings.quiet_after_publish_s)
-        progress.tracker.log_adapter(manifest, self._incumbent.weights)
-        progress.tracker.mark_serving(manifest.draft_version, parent_version)
-        progress.decided(
-            "promoted", manifest.draft_version, judgement.decision.reason, self._trainer.num_steps
-        )
+        progress.turned("promoted", manifest, self._incumbent.weights, judgement.decision.reason)
 
     def _refuse(self, judgement: Judgement) -> None:
         decision = judgement.decision
         self._insist(lambda: self._incumbent.refuse(decision.reason, decision.evidence))
         number = self._incumbent.last_version + 1
-        self._progress.decided("refused", number, decision.reason, self._trainer.num_steps)
+        self._progress.decided("refused", number, decision.reason)
         broken = bool(self._trainer.draft.fault(self._trainer.draft.state()))
         if broken or self._progress.num_refusals_in_a_row >= self._settings.refusals_before_reset:
             self._restart_candidate()
@@ -233,7 +238,9 @@ class Learner:
         """Go on where the checkpoint stands; without one, start as the floor."""
         settings = self._settings
         pace = Pace(**found.pace) if found else Pace()
-        self._progress = Progress(settings, tracker, pace, found.num_records_seen if found else 0)
+        self._progress = Progress(
+            settings, tracker, pace, found.num_records_seen if found else 0, self._route
+        )
         self._incumbent = Incumbent(
             self._feed,
             self._trainer.draft,
@@ -289,9 +296,6 @@ class Learner:
     def _roll_back(self, reason: str) -> None:
         self._insist(lambda: self._feed.rollback(self._route, reason))
         self._follow_feed()
-        version = self._incumbent.version
-        self._progress.tracker.mark_serving(version, FLOOR_VERSION)
-        self._progress.decided("rolled_back", version, reason, self._trainer.num_steps)
 
     def _restart_candidate(self) -> None:
         self._trainer.reset(self._incumbent.state)

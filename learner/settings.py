@@ -114,6 +114,7 @@ class LearnerSettings(BaseModel):
     """MLflow; empty: no tracking."""
     experiment_name: str = "everdraft"
     registered_model_name: str = "everdraft-draft"
+    """Of every route's own, which is called `<name>-<route>`."""
 
 
 def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
