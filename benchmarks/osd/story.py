@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks.osd import cost as costs
 from benchmarks.osd import views
+from benchmarks.osd.deployed import measure_deployed
 from benchmarks.osd.experiments import Metrics, Plan, Series, ablations, mixture, per_domain, shift
 from benchmarks.osd.speed import measure_speed
 from deploy.demo.report import write_report
@@ -19,7 +20,8 @@ SPEED_PROMPTS = 12
 
 def tell_experiment(name: str, plan: Plan, report: Path, console: Console, *, turns: int) -> None:
     """Work it out, write it down, show it."""
-    plan.told()
+    if name != "deployed":
+        plan.told()
     picture = report.with_suffix(".png")
     if name == "domain":
         metrics, series, adapters = per_domain(plan)
@@ -41,8 +43,10 @@ def tell_experiment(name: str, plan: Plan, report: Path, console: Console, *, tu
     elif name == "ablations":
         metrics, series = ablations(plan)
         views.plot_ablations(metrics, picture)
-    else:
+    elif name == "cost":
         metrics, series = costs.measure(plan), {}
+    else:
+        metrics, series = measure_deployed(plan.workshop, plan.domains[0], plan.num_records, plan.tell)
     _write(report, name, plan, metrics, series)
     if name != "domain":
         console.print_json(data=metrics)

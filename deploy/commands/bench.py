@@ -183,7 +183,8 @@ def pair(
 @app.command()
 def osd(
     experiment: Annotated[
-        Literal["domain", "shift", "mixture", "ablations", "cost"], typer.Option(help="What is measured.")
+        Literal["domain", "shift", "mixture", "ablations", "cost", "deployed"],
+        typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
     ] = "domain",
     domain: Annotated[
         list[str] | None, typer.Option(help="gsm8k, spider, python, chat; may be given again; default: all.")
