@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
-from benchmarks.osd.jobs import Job, Result, run_all
+from benchmarks.osd.jobs import Job, Result, run_all, tell_all
 from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
 from benchmarks.osd.workshop import Tell, Workshop
 from learner.draft import import_weights
@@ -43,11 +43,9 @@ class Plan:
     temperatures: tuple[float, ...] = (0.0, 1.0)
 
     def told(self) -> None:
-        """Ask the target for everything at once, so that processes find it."""
-        for domain in self.domains:
-            for temperature in self.temperatures:
-                self.workshop.stream(domain, temperature, self.tell)
-                self.workshop.held_out(domain, temperature, self.tell)
+        """Ask the target for everything at once, so that every process finds it."""
+        wanted = [(domain, temperature) for temperature in self.temperatures for domain in self.domains]
+        tell_all(wanted, self.workshop, self.num_processes, self.tell)
 
     def work(self, jobs: Iterable[Job]) -> dict[Job, Result]:
         wanted = list(dict.fromkeys(jobs))

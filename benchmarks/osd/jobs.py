@@ -22,7 +22,7 @@ from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, Routing, se
 from benchmarks.osd.held_out import HeldOut, Measured
 from benchmarks.osd.kept_rows import with_kept
 from benchmarks.osd.told import Told, interleaved, shuffled
-from benchmarks.osd.workshop import Workshop
+from benchmarks.osd.workshop import Tell, Workshop
 from buffer.records import DEFAULT_ROUTE
 from learner.draft import export_weights
 from learner.settings import LearnerSettings
@@ -117,6 +117,20 @@ def run_all(
             results[job] = future.result()
             on_done(job, results[job])
     return {job: results[job] for job in wanted}
+
+
+def tell_all(wanted: Sequence[tuple[str, float]], workshop: Workshop, num_processes: int, tell: Tell) -> None:
+    """The told requests of these domains and temperatures, several at a time."""
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_one_thread) as pool:
+        running = {pool.submit(_tell, workshop, *one): one for one in wanted}
+        for future in as_completed(running):
+            domain, temperature = running[future]
+            tell(f"{domain} at temperature {temperature:g}: {future.result()} requests told")
+
+
+def _tell(workshop: Workshop, domain: str, temperature: float) -> int:
+    held_out = workshop.held_out(domain, temperature)
+    return len(held_out) + len(workshop.stream(domain, temperature))
 
 
 def _one_thread() -> None:

@@ -7,7 +7,7 @@ Legend: N told tokens of a request, K kept entries.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,6 @@ def tell(
     exchanges: Sequence[Exchange],
     temperature: float,
     asking: Asking,
-    on_told: Callable[[int], None] = lambda count: None,
 ) -> list[Told]:
     """Ask the target alone, through the engine, for every request."""
     told: list[Told] = []
@@ -89,7 +88,6 @@ def tell(
                 _told(row, handle.result(), _embedding(pair, request))
                 for row, handle, request in zip(part, handles, asked, strict=True)
             ]
-            on_told(len(told))
     return told
 
 
@@ -99,11 +97,10 @@ def told_once(
     exchanges: Sequence[Exchange],
     temperature: float,
     asking: Asking,
-    on_told: Callable[[int], None] = lambda count: None,
 ) -> list[Told]:
     """From `file`, or told now and kept there."""
     if not file.exists():
-        save(file, tell(pair, exchanges, temperature, asking, on_told))
+        save(file, tell(pair, exchanges, temperature, asking))
     return load(file)
 
 

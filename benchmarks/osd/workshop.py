@@ -41,24 +41,20 @@ class Workshop:
         named = [pair.target_revision, asdict(self.asking), self.num_stream, self.num_held_out]
         return self.cache / "osd" / sha256(json.dumps(named).encode()).hexdigest()[:16]
 
-    def stream(self, domain: str, temperature: float, tell: Tell = lambda line: None) -> list[Told]:
+    def stream(self, domain: str, temperature: float) -> list[Told]:
         """What the target told to the domain's streamed requests."""
-        return self._told(domain, "stream", self.num_stream, temperature, tell)
+        return self._told(domain, "stream", self.num_stream, temperature)
 
-    def held_out(self, domain: str, temperature: float, tell: Tell = lambda line: None) -> list[Told]:
-        return self._told(domain, "heldout", self.num_held_out, temperature, tell)
+    def held_out(self, domain: str, temperature: float) -> list[Told]:
+        return self._told(domain, "heldout", self.num_held_out, temperature)
 
     def replay(self, num_draft_tokens: int) -> Replay:
         return Replay(self.pair().target_revision, num_draft_tokens)
 
-    def _told(self, domain: str, split: str, count: int, temperature: float, tell: Tell) -> list[Told]:
+    def _told(self, domain: str, split: str, count: int, temperature: float) -> list[Told]:
         file = self.folder() / "told" / f"{domain}-{split}-{temperature:g}.npz"
         rows = exchanges(self.data, domain, split)[:count]
-
-        def on_told(done: int) -> None:
-            tell(f"{domain} at temperature {temperature:g}, {split}: {done} of {len(rows)} told")
-
-        return told_once(file, self.pair(), rows, temperature, self.asking, on_told)
+        return told_once(file, self.pair(), rows, temperature, self.asking)
 
 
 @cache
