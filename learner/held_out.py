@@ -31,6 +31,12 @@ class HeldOutWindow:
         for record_id in list(self._records)[: max(0, len(self._records) - self._max_records)]:
             self._forget(record_id)
 
+    def forget_before(self, at_s: float) -> None:
+        """Records older than this judge no more."""
+        for record in list(self._records.values()):
+            if record.created_at_s < at_s:
+                self._forget(record.record_id)
+
     def expire(self, now_s: float) -> None:
         for record in list(self._records.values()):
             if record.expires_at_s <= now_s:

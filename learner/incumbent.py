@@ -57,6 +57,16 @@ class Incumbent:
         self._adopt(latest)
         return True
 
+    def parent(self) -> AdapterState | None:
+        """What a rollback would go to; None is the floor, also where the parent is kept no more."""
+        if self.manifest is None:
+            return None
+        try:
+            found = self._feed.manifest(self._route, self.manifest.parent_version)
+            return self._readable(found, self._feed.weights(self._route, found.draft_version))
+        except UnknownVersionError:
+            return None
+
     def publish(
         self, state: AdapterState, evidence: Mapping[str, float], num_records_seen: int, run_id: str
     ) -> AdapterManifest:

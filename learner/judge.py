@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from buffer.records import FLOOR_VERSION, GenerationRecord, ServingStatus
+from learner.caution import Caution
 from learner.draft import AdapterState
 from learner.draw import is_held_out
 from learner.gate import GateDecision, GateRule, acceptance, decide
@@ -57,9 +58,12 @@ class Judge:
         operation: Operation,
         seed: Sequence[int],
         now_s: float,
+        caution: Caution = Caution(),  # noqa: B008  # frozen
     ) -> Judgement:
-        """`fault` is what is already known to speak against the candidate; `seed` draws the bootstrap."""
+        """`fault` is what is already known to speak against the candidate; `seed` draws the bootstrap;
+        `caution` is what earlier rollbacks taught."""
         self._window.expire(now_s)
+        self._window.forget_before(caution.trusted_since_s)
         if fault:
             return Judgement(GateDecision(False, fault))
         self._window.keep_versions([FLOOR_VERSION, incumbent_version])
@@ -78,7 +82,7 @@ class Judge:
             *scores,
             fault="",
             operation=operation,
-            rule=_rule(self._settings),
+            rule=_rule(self._settings, caution),
             rng=np.random.default_rng(list(seed)),
         )
         return Judgement(decision, *(acceptance(column) for column in scores))
@@ -96,9 +100,9 @@ def operation(statuses: Iterable[ServingStatus], nominal_num_draft_tokens: int) 
     )
 
 
-def _rule(settings: LearnerSettings) -> GateRule:
+def _rule(settings: LearnerSettings, caution: Caution) -> GateRule:
     return GateRule(
-        min_records=settings.gate_min_records,
+        min_records=caution.min_records(settings.gate_min_records, settings.held_out_window_records),
         level=settings.gate_level,
         min_gain=settings.gate_min_gain,
         num_resamples=settings.gate_num_resamples,

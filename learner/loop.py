@@ -17,6 +17,7 @@ from buffer.errors import StoreUnavailableError
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, GenerationRecord
 from buffer.store import AdapterFeed, RecordStore
 from learner import checkpoint
+from learner.caution import caution
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
 from learner.evaluation import observed_acceptance
@@ -144,6 +145,13 @@ class Learner:
         if self._insist(self._incumbent.sync):
             self._watch.end()
             self._restart_candidate()
+        self._watch_what_serves()
+
+    def _watch_what_serves(self) -> None:
+        """A learner that was killed takes its watch up again; a draft that others published gets one."""
+        manifest, state = self._incumbent.manifest, self._incumbent.state
+        if manifest is not None and state is not None and manifest.draft_version > self._watch.last_version:
+            self._watch.begin(manifest, state, self._insist(self._incumbent.parent))
 
     def _watch_live(self, arrived: list[GenerationRecord]) -> None:
         sound = [record for record in arrived if not self._fault(record)]
@@ -177,14 +185,16 @@ class Learner:
             fault = f"route {self._route!r} is pinned to version {pinned}"
         if not fault and report.num_skipped == len(report.steps):
             fault = f"none of {len(report.steps)} steps changed the candidate"
+        history = self._insist(lambda: self._feed.history(self._route))
         return self._judge.judge(
             candidate,
             self._incumbent.state,
             self._incumbent.version,
-            fault=fault,
+            fault=fault or self._watch.trial,
             operation=operation(self._insist(self._feed.statuses), self._settings.nominal_num_draft_tokens),
             seed=(self._settings.seed, self._trainer.num_steps),
             now_s=self._now_s(),
+            caution=caution(history),
         )
 
     def _publish(self, judgement: Judgement) -> None:

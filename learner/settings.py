@@ -85,11 +85,19 @@ class LearnerSettings(BaseModel):
     """So many refusals in a row, and the candidate starts again from the incumbent."""
     quiet_after_publish_s: float = Field(0.5, ge=0)
     """Rest after a promotion: replicas that share the machine fetch, stage and swap undisturbed."""
-    live_records_per_cycle: int = Field(16, ge=0)
+    live_records_per_cycle: int = Field(32, ge=0)
+    """Looked at after a swap, of what arrived; 0: no watch, no rollback."""
+    live_trial_records: int = Field(16, ge=0)
+    """A promotion is watched over so many before the next one: else each would hide the one before."""
     live_max_records: int = Field(400, ge=1)
-    live_false_alarm: float = Field(0.01, gt=0, lt=1)
-    swap_check_margin: float = Field(0.1, ge=0, le=0.2)
-    """Observed acceptance may lie this far under the expected one without an alarm."""
+    """Then the new draft is kept, and only the swap check goes on, on an eighth of the records."""
+    live_false_alarm: float = Field(0.05, gt=0, lt=1)
+    """Of the comparison with the parent: how often a draft just as good may be rolled back. That costs
+    little; a slow rollback costs every round."""
+    swap_false_alarm: float = Field(0.01, gt=0, lt=1)
+    swap_check_margin: float = Field(0.03, ge=0, le=0.2)
+    """Observed acceptance may lie this far under the expected one without an alarm. On the demo pair the
+    two agree within .003, under coupled sampling within .008."""
 
     # state and process
     checkpoint_folder: str = "learner-checkpoints"
