@@ -28,7 +28,11 @@ class HeldOutWindow:
             if not record.sampling.context_dependent:
                 self._records.pop(record.record_id, None)
                 self._records[record.record_id] = record
-        for record_id in list(self._records)[: max(0, len(self._records) - self._max_records)]:
+        self.shrink(self._max_records)
+
+    def shrink(self, max_records: int) -> None:
+        """Keep the newest."""
+        for record_id in list(self._records)[: max(0, len(self._records) - max_records)]:
             self._forget(record_id)
 
     def forget_before(self, at_s: float) -> None:

@@ -129,6 +129,10 @@ class Incumbent:
             return None
         if manifest.target_revision != self._target_revision:
             return None
+        if (manifest.rank, manifest.alpha) != (self._draft.rank, self._draft.alpha):
+            return None
+        if hashlib.sha256(weights).hexdigest() != manifest.sha256:
+            return None
         try:
             state = import_weights(weights)
         except ValueError:

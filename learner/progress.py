@@ -4,10 +4,11 @@ Knows no draft and no store. Invariant: `facts` is plain data and never waits fo
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from learner.judge import Judgement
-from learner.schedule import Pace
+from learner.schedule import Pace, PaceRule
 from learner.settings import LearnerSettings
 from learner.tracking import Tracker
 from learner.trainer import TrainingReport
@@ -24,6 +25,16 @@ class Progress:
         self._settings = settings
         self.tracker = tracker
         self.pace = pace
+        self.rule = PaceRule(
+            stall_gain=settings.stall_gain,
+            stall_decisions=settings.stall_decisions,
+            probe_stretch=settings.probe_stretch,
+            first_rest_records=settings.first_rest_records,
+            max_rest_records=settings.max_rest_records,
+            shift_drop=settings.shift_drop,
+        )
+        self._num_learnt_records = 0
+        self._num_rested_records = 0
         self.num_records_seen = num_records_seen
         self.num_refused_records = 0
         self.num_refusals_in_a_row = 0
@@ -32,24 +43,38 @@ class Progress:
         self._last_decision: dict[str, Any] | None = None
         self._figures: dict[str, float | None] = {}
 
-    def arrived(self, num_accepted: int, num_attempted: int, num_records: int) -> None:
-        """Follows live acceptance; a shift wakes a slowed learner."""
-        pace = self.pace.after_records(num_accepted, num_attempted, num_records)
-        self.pace = pace.woken(self._settings.shift_drop)
+    def arrived(self, rates: Sequence[float]) -> bool:
+        """Follows live acceptance, a rate a record. True: traffic shifted."""
+        before, self.pace = self.pace, self.pace.after_records(rates, self.rule)
+        return self.pace.num_shifts > before.num_shifts
+
+    def rested(self, num_records: int) -> None:
+        """So many records were not trained on."""
+        self.pace = self.pace.after_rest(num_records)
+        self.num_records_seen += num_records
+        self._num_rested_records += num_records
+
+    def saved_s(self, busy_s: float) -> float:
+        """Seconds that training on what rested would have taken, at the price of what was learnt."""
+        return busy_s * self._num_rested_records / max(1, self._num_learnt_records)
 
     def decided(self, kind: str, draft_version: int, reason: str, step: int) -> None:
         """`kind` as in AdapterEvent."""
         logger.info("draft version %d %s: %s", draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
         self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
+        if kind == "rolled_back":
+            self.pace = self.pace.woken()
         self.tracker.log_decision(f"decision.step{step}.v{draft_version}", f"{kind}: {reason}")
 
-    def cycle_ended(self, report: TrainingReport, judgement: Judgement, num_records: int, step: int) -> None:
-        """Figures of the cycle go to the tracker and set the pace of the next."""
+    def cycle_ended(
+        self, report: TrainingReport, judgement: Judgement, num_records: int, step: int, busy_s: float
+    ) -> None:
+        """Figures of the cycle go to the tracker and set the pace of the next. `busy_s` is of all cycles."""
         self.num_records_seen += num_records
-        settings, acceptance = self._settings, judgement.acceptance_candidate
-        gain = acceptance - judgement.acceptance_incumbent
-        self.pace = self.pace.after_evaluation(gain, settings.stall_gain, settings.max_slowdown)
+        self._num_learnt_records += num_records
+        acceptance = judgement.acceptance_candidate
+        self.pace = self.pace.after_decision(judgement.headway, judgement.decision.promote, self.rule)
         figures = {
             "loss": report.mean_loss,
             "acceptance_candidate": acceptance,
@@ -58,6 +83,10 @@ class Progress:
             "training_s": report.compute_s,
             "num_skipped_steps": float(report.num_skipped),
             "num_records_seen": float(self.num_records_seen),
+            "headway": judgement.headway.gain,
+            "asleep": float(self.pace.asleep),
+            "learner_s": busy_s,
+            "learner_saved_s": self.saved_s(busy_s),
         }
         known = {name: value for name, value in figures.items() if value == value}
         self._figures = {name: known.get(name) for name in figures}
@@ -76,7 +105,9 @@ class Progress:
             "last_decision": self._last_decision,
             "num_records_seen": self.num_records_seen,
             "num_refused_records": self.num_refused_records,
-            "slowdown": self.pace.slowdown,
+            "asleep": self.pace.asleep,
+            "num_rested_records": self._num_rested_records,
+            "num_shifts": self.pace.num_shifts,
             "live_acceptance": self.pace.short_acceptance,
             "num_dropped_metrics": self.tracker.num_dropped,
             "mlflow_run_id": self.tracker.run_id,

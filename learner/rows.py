@@ -112,22 +112,19 @@ def record_fault(record: GenerationRecord, target_revision: str, vocab_size: int
 
 def _trace_fault(trace: RoundTrace, num_prompt: int, num_tokens: int) -> str:
     """Why this round cannot be what a replica saw. Values that are not finite are left out one by one."""
-    num_verified, num_emitted = trace.num_drafted + 1, len(trace.emitted_target_logprobs_C)
-    ids_EK, logprobs_EK = trace.topk_token_ids_EK, trace.topk_logprobs_EK
-    if ids_EK.ndim != 2 or not ids_EK.size or ids_EK.shape != logprobs_EK.shape:
+    num_emitted, ids_EK = len(trace.emitted_target_logprobs_C), trace.topk_token_ids_EK
+    if ids_EK.ndim != 2 or not ids_EK.size:
         return "kept target entries are not [E, K]"
-    if len(ids_EK) != num_verified or trace.retemper_E.shape != (num_verified,):
-        return f"{len(ids_EK)} verified positions for {trace.num_drafted} drafted tokens"
     if not 0 <= trace.num_accepted <= trace.num_attempted <= trace.num_drafted:
         return (
             f"{trace.num_accepted} accepted of {trace.num_attempted} attempted, {trace.num_drafted} drafted"
         )
-    if not num_prompt <= trace.start <= trace.start + num_emitted <= num_tokens or num_emitted > num_verified:
+    if not num_prompt <= trace.start <= trace.start + num_emitted <= num_tokens:
         return f"{num_emitted} emitted tokens from {trace.start} on lie outside the output"
     ordered_EK = np.sort(ids_EK, axis=1)
     if (ordered_EK[:, 1:] == ordered_EK[:, :-1]).any():
         return "a token is kept twice"  # it would count twice, and any draft look better than it is
-    mass_E = np.exp(logprobs_EK.astype(np.float32)).sum(1)
+    mass_E = np.exp(trace.topk_logprobs_EK.astype(np.float32)).sum(1)
     return "kept probabilities exceed 1" if (mass_E > _MOST_KEPT_MASS).any() else ""
 
 

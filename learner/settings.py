@@ -65,11 +65,17 @@ class LearnerSettings(BaseModel):
     max_steps_per_cycle: int = Field(16, ge=1)
     max_busy_share: float = Field(0.7, gt=0, le=1)
     """Share of the time between two steps that may be spent computing; the rest is slept."""
-    max_slowdown: int = Field(4, ge=1)
-    """How far the record trigger stretches once held-out acceptance no longer rises."""
-    stall_gain: float = Field(0.003, ge=0)
-    shift_drop: float = Field(0.05, gt=0)
-    """Live acceptance this far under its long average wakes a slowed learner."""
+    stall_gain: float = Field(0.01, ge=0)
+    stall_decisions: int = Field(6, ge=1)
+    """Training sleeps if over so many scored decisions together it gained less held-out acceptance."""
+    first_rest_records: int = Field(192, ge=0)
+    max_rest_records: int = Field(3072, ge=0)
+    """Records that pass untrained before a probe; the rest doubles after each probe that brings nothing.
+    0: training never sleeps."""
+    probe_stretch: int = Field(2, ge=1)
+    """A probe trains on so many times the usual records, so that a small gain can be shown."""
+    shift_drop: float = Field(0.1, gt=0)
+    """Fall of live acceptance that is looked for, and wakes it."""
 
     # judging
     held_out_share: float = Field(0.2, gt=0, lt=1)

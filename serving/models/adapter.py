@@ -77,6 +77,18 @@ def merge_adapter(
     return merged
 
 
+def check_config(adapter_config_json: str, rank: int, alpha: float) -> None:
+    """Raises AdapterRejectedError unless the configuration, which no hash covers, says what the manifest
+    says: another alpha would scale the whole adapter, and every value of it would still be finite."""
+    config = _parse_config(adapter_config_json)
+    theirs = int(config["r"]), float(config["lora_alpha"])
+    if theirs != (rank, float(alpha)):
+        raise AdapterRejectedError(
+            f"adapter_config.json has r={theirs[0]}, lora_alpha={theirs[1]}, its manifest says {rank}, "
+            f"{alpha}; one of them was changed on the way"
+        )
+
+
 def _parse_config(text: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
