@@ -40,6 +40,13 @@ def demo_prompts(
     return _prompts(tokenizer, [_demo_exchanges(domain, split, seed) for domain in DOMAINS], num_tokens)
 
 
+def domain_prompts(
+    tokenizer: Any, domain: str, num_tokens: int, *, split: str = "heldout", seed: int = 1
+) -> Iterator[list[int]]:
+    """Of one of the demo's domains, endless."""
+    return _prompts(tokenizer, [_demo_exchanges(domain, split, seed)], num_tokens)
+
+
 def folder_prompts(tokenizer: Any, folder: Path, num_tokens: int) -> Iterator[list[int]]:
     """Of the rows of every `.jsonl` file under `folder`, endless; a row has `prompt`, perhaps `response`.
 

@@ -17,6 +17,9 @@ from learner.draft import AdapterState, TrainableDraft
 from learner.rows import Row, trajectory_row
 from learner.speed import output_tokens_per_round
 
+LEAST_ATTEMPTED = 4
+"""Drafted tokens that make a record's rate worth a look."""
+
 
 @dataclass(frozen=True, eq=False)
 class RecordScore:
@@ -71,6 +74,12 @@ def _score_group(draft: TrainableDraft, rows: Sequence[Row]) -> dict[int, Record
         )
         for index, row in enumerate(rows)
     }
+
+
+def observed_rates(records: Sequence[GenerationRecord]) -> list[float]:
+    """Accepted over attempted, by record; records that hardly drafted left out."""
+    counts = [observed_acceptance([record]) for record in records]
+    return [accepted / attempted for accepted, attempted in counts if attempted >= LEAST_ATTEMPTED]
 
 
 def observed_acceptance(records: Sequence[GenerationRecord]) -> tuple[int, int]:

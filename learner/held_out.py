@@ -28,8 +28,18 @@ class HeldOutWindow:
             if not record.sampling.context_dependent:
                 self._records.pop(record.record_id, None)
                 self._records[record.record_id] = record
-        for record_id in list(self._records)[: max(0, len(self._records) - self._max_records)]:
+        self.shrink(self._max_records)
+
+    def shrink(self, max_records: int) -> None:
+        """Keep the newest."""
+        for record_id in list(self._records)[: max(0, len(self._records) - max_records)]:
             self._forget(record_id)
+
+    def forget_before(self, at_s: float) -> None:
+        """Records older than this judge no more."""
+        for record in list(self._records.values()):
+            if record.created_at_s < at_s:
+                self._forget(record.record_id)
 
     def expire(self, now_s: float) -> None:
         for record in list(self._records.values()):

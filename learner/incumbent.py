@@ -40,7 +40,6 @@ class Incumbent:
         self.weights = weights
         self.state: AdapterState | None = self._readable(manifest, weights)
         self.last_version = last_version
-        self._told_until_s = now_s()
 
     @property
     def version(self) -> int:
@@ -58,6 +57,16 @@ class Incumbent:
             return False
         self._adopt(latest)
         return True
+
+    def parent(self) -> AdapterState | None:
+        """What a rollback would go to; None is the floor, also where the parent is kept no more."""
+        if self.manifest is None:
+            return None
+        try:
+            found = self._feed.manifest(self._route, self.manifest.parent_version)
+            return self._readable(found, self._feed.weights(self._route, found.draft_version))
+        except UnknownVersionError:
+            return None
 
     def publish(
         self, state: AdapterState, evidence: Mapping[str, float], num_records_seen: int, run_id: str
@@ -88,17 +97,6 @@ class Incumbent:
             if event.kind in TURNS and event.draft_version == self.version:
                 return event.kind, event.reason
         return "adopted", "the feed says so"
-
-    def rejections(self) -> list[AdapterEvent]:
-        """By replicas, since the last call."""
-        since_s = self._told_until_s
-        found = [
-            event
-            for event in self._feed.history(self._route)
-            if event.kind == "rejected_by_replica" and event.at_s > since_s
-        ]
-        self._told_until_s = max((event.at_s for event in found), default=since_s)
-        return found
 
     def _manifest(
         self, weights: bytes, evidence: Mapping[str, float], num_records_seen: int, run_id: str
@@ -138,6 +136,10 @@ class Incumbent:
         if manifest is None or manifest.draft_revision != self._draft.draft_revision:
             return None
         if manifest.target_revision != self._target_revision:
+            return None
+        if (manifest.rank, manifest.alpha) != (self._draft.rank, self._draft.alpha):
+            return None
+        if hashlib.sha256(weights).hexdigest() != manifest.sha256:
             return None
         try:
             state = import_weights(weights)

@@ -4,16 +4,18 @@ Knows no store. Invariant: no record that trained a candidate ever judges one.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from buffer.records import FLOOR_VERSION, GenerationRecord, ServingStatus
+from learner.caution import Caution
 from learner.draft import AdapterState
 from learner.draw import is_held_out
-from learner.gate import GateDecision, GateRule, acceptance, decide
+from learner.gate import GateDecision, GateRule, Scores, acceptance, decide, gain_lower_bound
 from learner.held_out import HeldOutWindow
+from learner.schedule import Headway
 from learner.settings import LearnerSettings
 from learner.speed import Operation
 from learner.watch import ScoreState
@@ -21,12 +23,14 @@ from learner.watch import ScoreState
 
 @dataclass(frozen=True)
 class Judgement:
-    """The decision, and mean held-out acceptance of the three drafts (NaN where not scored)."""
+    """The decision, mean held-out acceptance of the three drafts (NaN where not scored), and how far the
+    candidate got beyond the reference."""
 
     decision: GateDecision
     acceptance_candidate: float = float("nan")
     acceptance_incumbent: float = float("nan")
     acceptance_floor: float = float("nan")
+    headway: Headway = field(default_factory=Headway)
 
 
 class Judge:
@@ -36,6 +40,7 @@ class Judge:
         self._settings = settings
         self._score = score
         self._window = HeldOutWindow(settings.held_out_window_records)
+        self._reference: tuple[int, AdapterState | None] | None = None
 
     @property
     def num_records(self) -> int:
@@ -47,6 +52,10 @@ class Judge:
         self._window.add(record for record in records if is_held_out(record.request_id, held_out_share))
         return [record for record in records if not is_held_out(record.request_id, held_out_share)]
 
+    def hurry(self) -> None:
+        """Traffic shifted: most of what is held out gives way, so that what is new soon has a voice."""
+        self._window.shrink(4 * self._settings.gate_min_records)
+
     def judge(
         self,
         candidate: AdapterState,
@@ -57,31 +66,49 @@ class Judge:
         operation: Operation,
         seed: Sequence[int],
         now_s: float,
+        caution: Caution,
+        new_reference: bool,
     ) -> Judgement:
-        """`fault` is what is already known to speak against the candidate; `seed` draws the bootstrap."""
+        """`fault` is what is already known to speak against the candidate; `seed` draws the bootstrap;
+        `caution` is what earlier rollbacks taught; `new_reference`: from now on headway is counted from the
+        incumbent."""
+        if new_reference or self._reference is None:
+            self._reference = incumbent_version, incumbent
         self._window.expire(now_s)
+        self._window.forget_before(caution.trusted_since_s)
         if fault:
             return Judgement(GateDecision(False, fault))
-        self._window.keep_versions([FLOOR_VERSION, incumbent_version])
+        self._window.keep_versions([FLOOR_VERSION, incumbent_version, self._reference[0]])
         floor = self._window.scores(FLOOR_VERSION, partial(self._score, None))
         before = floor
         if incumbent is not None:
             before = self._window.scores(incumbent_version, partial(self._score, incumbent))
         after = self._window.fresh_scores(partial(self._score, candidate))
-        triples = [
-            (new, old, base)
-            for new, old, base in zip(after, before, floor, strict=True)
-            if new is not None and old is not None and base is not None
+        version, state = self._reference
+        start = floor if state is None else self._window.scores(version, partial(self._score, state))
+        found = [
+            (new, old, base, first)
+            for new, old, base, first in zip(after, before, floor, start, strict=True)
+            if new is not None and old is not None and base is not None and first is not None
         ]
-        scores = [list(column) for column in zip(*triples, strict=True)] or [[], [], []]
+        *scores, reference = [list(column) for column in zip(*found, strict=True)] or [[], [], [], []]
         decision = decide(
             *scores,
             fault="",
             operation=operation,
-            rule=_rule(self._settings),
+            rule=_rule(self._settings, caution),
             rng=np.random.default_rng(list(seed)),
         )
-        return Judgement(decision, *(acceptance(column) for column in scores))
+        headway = self._headway(scores[0], reference, seed)
+        return Judgement(decision, *(acceptance(column) for column in scores), headway)
+
+    def _headway(self, candidate: Scores, reference: Scores, seed: Sequence[int]) -> Headway:
+        settings = self._settings
+        if len(candidate) < settings.gate_min_records:
+            return Headway()
+        rng = np.random.default_rng([*seed, 1])
+        lower = gain_lower_bound(candidate, reference, settings.gate_level, settings.gate_num_resamples, rng)
+        return Headway(acceptance(candidate) - acceptance(reference), lower)
 
 
 def operation(statuses: Iterable[ServingStatus], nominal_num_draft_tokens: int) -> Operation:
@@ -96,9 +123,9 @@ def operation(statuses: Iterable[ServingStatus], nominal_num_draft_tokens: int) 
     )
 
 
-def _rule(settings: LearnerSettings) -> GateRule:
+def _rule(settings: LearnerSettings, caution: Caution) -> GateRule:
     return GateRule(
-        min_records=settings.gate_min_records,
+        min_records=caution.min_records(settings.gate_min_records, settings.held_out_window_records),
         level=settings.gate_level,
         min_gain=settings.gate_min_gain,
         num_resamples=settings.gate_num_resamples,

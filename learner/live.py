@@ -5,48 +5,71 @@ after the swap (raw live acceptance is confounded by shifting traffic); a loser 
 `SwapCheck`: what serving observed against what the new draft should have reached at the very same
 positions; catches a swap that did not do what it said.
 
-Both bet against "nothing is wrong": wealth that multiplies by 1 + bet * value at each value whose mean is
-at most 0 under that hypothesis exceeds 1 / f with probability at most f, ever (Ville), so the false-alarm
-rate holds however often one looks. Pure: state in, state out. Knows no models.
+Both bet against "nothing is wrong": wealth whose expected growth is at most nil under that hypothesis
+exceeds 1 / f with probability at most f, ever (Ville), so the false-alarm rate holds however often one
+looks. Pure: state in, state out. Knows no models.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.records import NGRAM_VERSION, GenerationRecord
 from learner.evaluation import RecordScore
 
 BETS = (0.05, 0.1, 0.2, 0.4)
-"""Their average wealth is followed: small effects need small bets."""
+"""Shares of wealth put on a position of the swap check; the average wealth is followed: small effects
+need small bets."""
 
 LEAST_VALUE = -2.0
 """Of what is bet on: an acceptance estimate lies in [0, 2). No bet may lose more than its wealth."""
 
+SCALE = 4.0
+"""Of the comparison: a record's loss x multiplies wealth by 1 + tanh(SCALE * x). No expected growth if
+losses of each size are no more frequent than gains of that size, whatever the sizes; where they are not
+alike, log(1 + tanh) is concave, so wealth shrinks unless the mean is a loss. Bets on the plain mean of
+values in [-1, 1] need three times the records: they must fear one gain of a whole 1."""
+
+SLIGHT_LOSS = 0.01
+"""Not worth a rollback, and not bet on: a draft that gains much on few records loses a little on many."""
+
+SHORT_RECORD_POSITIONS = 8
+"""A record of so few positions counts half."""
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """Log wealth of each bet that values have a mean above 0."""
+    """Log wealth of each bettor."""
 
-    log_wealth: tuple[float, ...] = (0.0,) * len(BETS)
+    log_wealth: tuple[float, ...]
     num_values: int = 0
 
-    def observe(self, values: Iterable[float]) -> "Evidence":
-        array = np.asarray(list(values), dtype=float)
-        assert array.size == 0 or array.min() >= LEAST_VALUE
-        gained = [float(np.log1p(bet * array).sum()) for bet in BETS]
+    def grown(self, gained: Sequence[float], num_values: int) -> "Evidence":
+        """`gained`: what the values added to each log wealth."""
         wealth = tuple(before + now for before, now in zip(self.log_wealth, gained, strict=True))
-        return Evidence(wealth, self.num_values + array.size)
+        return Evidence(wealth, self.num_values + num_values)
 
     @property
     def log_mean_wealth(self) -> float:
-        return float(np.logaddexp.reduce(self.log_wealth)) - math.log(len(BETS))
+        return float(np.logaddexp.reduce(self.log_wealth)) - math.log(len(self.log_wealth))
 
     def alarms(self, false_alarm: float) -> bool:
-        """Never, with probability at least 1 - false_alarm, while no value has a mean above 0."""
+        """Never, with probability at least 1 - false_alarm, while nothing is wrong."""
         return self.log_mean_wealth >= -math.log(false_alarm)
+
+
+def bet_on_mean(values: NDArray[np.float64]) -> list[float]:
+    """Log growth of BETS that values have a mean above 0."""
+    assert values.size == 0 or values.min() >= LEAST_VALUE
+    return [float(np.log1p(bet * values).sum()) for bet in BETS]
+
+
+def bet_on_losses(losses: NDArray[np.float64]) -> list[float]:
+    """Sum of log(1 + tanh(SCALE * loss)), in a form that never takes the log of 0."""
+    return [float((math.log(2.0) - np.logaddexp(0.0, -2.0 * SCALE * (losses - SLIGHT_LOSS))).sum())]
 
 
 @dataclass(frozen=True)
@@ -56,17 +79,18 @@ class LiveComparison:
     draft_version: int
     false_alarm: float
     max_records: int
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = field(default_factory=lambda: Evidence((0.0,)))
     gain_sum: float = 0.0
 
     def observe(self, candidate: Iterable[RecordScore], incumbent: Iterable[RecordScore]) -> "LiveComparison":
         """Scores on the same records, in the same order. A score that is not finite counts as a loss."""
-        losses = [
-            float(np.nan_to_num(before.acceptance - after.acceptance, nan=1.0))
-            for after, before in zip(candidate, incumbent, strict=True)
-        ]
-        gain_sum = self.gain_sum - sum(losses)
-        return replace(self, evidence=self.evidence.observe(losses), gain_sum=gain_sum)
+        pairs = list(zip(candidate, incumbent, strict=True))
+        losses = np.array([_loss(after, before) for after, before in pairs], dtype=float)
+        return replace(
+            self,
+            evidence=self.evidence.grown(bet_on_losses(losses), len(losses)),
+            gain_sum=self.gain_sum - float(losses.sum()),
+        )
 
     @property
     def verdict(self) -> str:
@@ -91,7 +115,7 @@ class SwapCheck:
     draft_version: int
     false_alarm: float
     margin: float
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = field(default_factory=lambda: Evidence((0.0,) * len(BETS)))
     num_accepted: int = 0
     expected_sum: float = 0.0
 
@@ -106,7 +130,9 @@ class SwapCheck:
                 continue
             check = replace(
                 check,
-                evidence=check.evidence.observe(expected_N - accepted_N - self.margin),
+                evidence=check.evidence.grown(
+                    bet_on_mean(expected_N - accepted_N - self.margin), len(expected_N)
+                ),
                 num_accepted=check.num_accepted + int(accepted_N.sum()),
                 expected_sum=check.expected_sum + float(expected_N.sum()),
             )
@@ -129,3 +155,10 @@ def drafted_by(record: GenerationRecord, draft_version: int) -> bool:
     """Did this version draft every round that drafted anything? Rounds that copied speak of no draft."""
     versions = {trace.draft_version for trace in record.rounds if trace.num_drafted}
     return versions - {NGRAM_VERSION} == {draft_version}
+
+
+def _loss(after: RecordScore, before: RecordScore) -> float:
+    """Acceptance lost on one record, a mean over its positions and a few that lose nothing."""
+    num_positions = len(before.expected_N)
+    lost = (before.acceptance - after.acceptance) * num_positions / (num_positions + SHORT_RECORD_POSITIONS)
+    return float(np.nan_to_num(lost, nan=1.0))

@@ -17,13 +17,15 @@ from buffer.errors import StoreUnavailableError
 from buffer.records import DEFAULT_ROUTE, GenerationRecord
 from buffer.store import AdapterFeed, RecordStore
 from learner import checkpoint
+from learner.caution import caution
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
-from learner.evaluation import observed_acceptance
+from learner.evaluation import observed_rates
 from learner.inbox import Inbox
 from learner.incumbent import Incumbent
 from learner.judge import Judge, Judgement, operation
 from learner.progress import Progress
+from learner.replies import ReplicaReplies
 from learner.rows import record_fault
 from learner.schedule import Pace, is_due
 from learner.settings import LearnerSettings
@@ -67,6 +69,7 @@ class Learner:
         self._trainer = Trainer(draft, settings)
         self._judge = Judge(settings, self._trainer.score)
         self._watch = LiveWatch(settings, self._trainer.score)
+        self._replies = ReplicaReplies(feed, route, told_until_s=now_s())
         self._started = False
         found = checkpoint.read_latest(Path(settings.checkpoint_folder))
         tracker = tracker_for(found.mlflow_run_id if found else "") if tracker_for else NullTracker()
@@ -92,13 +95,16 @@ class Learner:
         """Wait, draw, distil, evaluate, gate, publish, checkpoint, ack. False: nothing was due."""
         self._insist(self._start)
         self._follow_feed()
+        self._heed_replicas()
         arrived = self._insist(lambda: self._inbox.read(self._settings.max_records_per_cycle))
         self._watch_live(arrived)
         if not self._is_due():
             return False
+        if self._progress.pace.resting:
+            self._rest_on_arrivals()
+            return False
         self._progress.state = "learning"
-        self._progress.num_records_seen += self._inbox.num_waiting
-        self._tell_rejections()
+        self._progress.took(self._inbox.num_waiting)
         fresh = self._judge.split(self._sound_records())
         report = self._train(fresh)
         judgement = self._evaluate(report)
@@ -106,7 +112,7 @@ class Learner:
             self._publish(judgement)
         else:
             self._refuse(judgement)
-        self._progress.cycle_ended(report, judgement, self._trainer.num_steps)
+        self._progress.cycle_ended(report, judgement, self._trainer.num_steps, self._trainer.busy_s)
         self._save()
         self._insist(self._inbox.ack)
         return True
@@ -122,6 +128,8 @@ class Learner:
         """Plain data for people: what the learner does, knows and has decided."""
         return self._progress.facts() | {
             "num_steps": self._trainer.num_steps,
+            "learner_s": self._trainer.busy_s,
+            "learner_saved_s": self._progress.saved_s(self._trainer.busy_s),
             "num_parameters": self._trainer.draft.num_parameters,
             "num_waiting_records": self._inbox.num_waiting,
             "num_held_out_records": self._judge.num_records,
@@ -149,29 +157,47 @@ class Learner:
             self._restart_candidate()
             kind, reason = self._insist(self._incumbent.last_turn)
             self._progress.turned(kind, self._incumbent.manifest, self._incumbent.weights, reason)
+        self._watch_what_serves()
+
+    def _watch_what_serves(self) -> None:
+        """A learner that was killed takes its watch up again; a draft that others published gets one."""
+        manifest, state = self._incumbent.manifest, self._incumbent.state
+        if manifest is not None and state is not None and manifest.draft_version > self._watch.last_version:
+            self._watch.begin(manifest, state, self._insist(self._incumbent.parent))
+
+    def _heed_replicas(self) -> None:
+        """What replicas refuse is told, and taken back if none of them serves it."""
+        for event in self._insist(self._replies.new):
+            self._progress.decided(event.kind, event.draft_version, event.reason)
+        if reason := self._insist(lambda: self._replies.condemned(self._incumbent.version)):
+            self._roll_back(reason)
 
     def _watch_live(self, arrived: list[GenerationRecord]) -> None:
         sound = [record for record in arrived if not self._fault(record)]
-        self._progress.arrived(*observed_acceptance(sound), len(sound))
+        if self._progress.arrived(observed_rates(sound)):
+            self._judge.hurry()
         reason = self._watch.observe(sound)
         if reason:
             self._roll_back(reason)
 
     def _is_due(self) -> bool:
-        settings, slowdown = self._settings, self._progress.pace.slowdown
+        settings, slowdown = self._settings, self._progress.pace.slowdown(self._progress.rule)
         age_s = self._inbox.oldest_age_s(self._now_s())
         least, oldest_s = settings.min_records_per_cycle, settings.max_record_age_s
         return is_due(self._inbox.num_waiting, age_s, slowdown, least, oldest_s)
+
+    def _rest_on_arrivals(self) -> None:
+        """Training brings nothing now: held out as ever, else only counted. No checkpoint used them."""
+        num_records = self._inbox.num_waiting
+        self._judge.split(self._sound_records())
+        self._progress.rested(num_records)
+        self._insist(self._inbox.ack)
 
     def _sound_records(self) -> list[GenerationRecord]:
         records = self._inbox.records()
         sound = [record for record in records if not self._fault(record)]
         self._progress.num_refused_records += len(records) - len(sound)
         return sound
-
-    def _tell_rejections(self) -> None:
-        for event in self._insist(self._incumbent.rejections):
-            self._progress.decided(event.kind, event.draft_version, event.reason)
 
     def _train(self, fresh: list[GenerationRecord]) -> TrainingReport:
         _, num_replayed = self._trainer.plan(len(fresh))
@@ -186,14 +212,17 @@ class Learner:
             fault = f"route {self._route!r} is pinned to version {pinned}"
         if not fault and report.num_skipped == len(report.steps):
             fault = f"none of {len(report.steps)} steps changed the candidate"
+        history = self._insist(lambda: self._feed.history(self._route))
         return self._judge.judge(
             candidate,
             self._incumbent.state,
             self._incumbent.version,
-            fault=fault,
+            fault=fault or self._watch.trial,
             operation=operation(self._insist(self._feed.statuses), self._settings.nominal_num_draft_tokens),
             seed=(self._settings.seed, self._trainer.num_steps),
             now_s=self._now_s(),
+            caution=caution(history),
+            new_reference=self._progress.pace.num_decisions == 0,
         )
 
     def _publish(self, judgement: Judgement) -> None:
@@ -237,7 +266,7 @@ class Learner:
     def _restore(self, found: checkpoint.Checkpoint | None, tracker: Tracker) -> None:
         """Go on where the checkpoint stands; without one, start as the floor."""
         settings = self._settings
-        pace = Pace(**found.pace) if found else Pace()
+        pace = Pace.restored(found.pace if found else {})
         self._progress = Progress(
             settings, tracker, pace, found.num_records_seen if found else 0, self._route
         )

@@ -4,11 +4,12 @@ Knows no draft and no store. Invariant: `facts` is plain data and never waits fo
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from buffer.records import FLOOR_VERSION, AdapterManifest
 from learner.judge import Judgement
-from learner.schedule import Pace
+from learner.schedule import Pace, PaceRule
 from learner.settings import LearnerSettings
 from learner.tracker import Tracker
 from learner.trainer import TrainingReport
@@ -26,6 +27,16 @@ class Progress:
         self.tracker = tracker
         self.route = route
         self.pace = pace
+        self.rule = PaceRule(
+            stall_gain=settings.stall_gain,
+            stall_decisions=settings.stall_decisions,
+            probe_stretch=settings.probe_stretch,
+            first_rest_records=settings.first_rest_records,
+            max_rest_records=settings.max_rest_records,
+            shift_drop=settings.shift_drop,
+        )
+        self._num_learnt_records = 0
+        self._num_rested_records = 0
         self.num_records_seen = num_records_seen
         self.num_refused_records = 0
         self.num_refusals_in_a_row = 0
@@ -34,10 +45,25 @@ class Progress:
         self._last_decision: dict[str, Any] | None = None
         self._figures: dict[str, float | None] = {}
 
-    def arrived(self, num_accepted: int, num_attempted: int, num_records: int) -> None:
-        """Follows live acceptance; a shift wakes a slowed learner."""
-        pace = self.pace.after_records(num_accepted, num_attempted, num_records)
-        self.pace = pace.woken(self._settings.shift_drop)
+    def arrived(self, rates: Sequence[float]) -> bool:
+        """Follows live acceptance, a rate a record. True: traffic shifted."""
+        before, self.pace = self.pace, self.pace.after_records(rates, self.rule)
+        return self.pace.num_shifts > before.num_shifts
+
+    def took(self, num_records: int) -> None:
+        """So many records are about to be trained on."""
+        self.num_records_seen += num_records
+        self._num_learnt_records += num_records
+
+    def rested(self, num_records: int) -> None:
+        """So many records were not trained on."""
+        self.pace = self.pace.after_rest(num_records)
+        self.num_records_seen += num_records
+        self._num_rested_records += num_records
+
+    def saved_s(self, busy_s: float) -> float:
+        """Seconds that training on what rested would have taken, at the price of what was learnt."""
+        return busy_s * self._num_rested_records / max(1, self._num_learnt_records)
 
     def decided(self, kind: str, draft_version: int, reason: str) -> None:
         """`kind` as in AdapterEvent."""
@@ -45,6 +71,8 @@ class Progress:
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
         if kind != "rejected_by_replica":  # which says nothing of the candidate
             self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
+        if kind == "rolled_back":
+            self.pace = self.pace.woken()
         self.tracker.log_decision(self.route, kind, draft_version, reason, self.num_records_seen)
 
     def turned(self, kind: str, manifest: AdapterManifest | None, weights: bytes, reason: str) -> None:
@@ -57,11 +85,13 @@ class Progress:
         self.tracker.mark_serving(self.route, version, parent, f"{kind.replace('_', ' ')}: {reason}")
         self.decided(kind, version, reason)
 
-    def cycle_ended(self, report: TrainingReport, judgement: Judgement, num_steps: int) -> None:
-        """Figures of the cycle go to the tracker and set the pace of the next."""
-        settings, acceptance = self._settings, judgement.acceptance_candidate
-        gain = acceptance - judgement.acceptance_incumbent
-        self.pace = self.pace.after_evaluation(gain, settings.stall_gain, settings.max_slowdown)
+    def cycle_ended(
+        self, report: TrainingReport, judgement: Judgement, num_steps: int, busy_s: float
+    ) -> None:
+        """Figures of the cycle go to the tracker and set the pace of the next; steps and `busy_s` are of
+        all cycles."""
+        acceptance = judgement.acceptance_candidate
+        self.pace = self.pace.after_decision(judgement.headway, judgement.decision.promote, self.rule)
         figures = {
             "loss": report.mean_loss,
             "acceptance_candidate": acceptance,
@@ -70,10 +100,14 @@ class Progress:
             "training_s": report.compute_s,
             "num_skipped_steps": float(report.num_skipped),
             "num_steps": float(num_steps),
+            "headway": judgement.headway.gain,
+            "asleep": float(self.pace.asleep),
+            "learner_s": busy_s,
+            "learner_saved_s": self.saved_s(busy_s),
         }
         known = {name: value for name, value in figures.items() if value == value}
         self._figures = {name: known.get(name) for name in figures}
-        more = {"slowdown": float(self.pace.slowdown), "acceptance_live": self.pace.short_acceptance}
+        more = {"acceptance_live": self.pace.short_acceptance}
         if "gain_lower_bound" in judgement.decision.evidence:
             more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
         known |= {name: value for name, value in more.items() if value is not None}
@@ -92,7 +126,9 @@ class Progress:
             "last_decision": self._last_decision,
             "num_records_seen": self.num_records_seen,
             "num_refused_records": self.num_refused_records,
-            "slowdown": self.pace.slowdown,
+            "asleep": self.pace.asleep,
+            "num_rested_records": self._num_rested_records,
+            "num_shifts": self.pace.num_shifts,
             "live_acceptance": self.pace.short_acceptance,
             "num_dropped_metrics": self.tracker.num_dropped,
             "mlflow_run_id": self.tracker.run_id,

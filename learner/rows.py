@@ -19,6 +19,9 @@ from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling, Roun
 NO_TOKEN = -1
 """Emitted token of an off-trajectory position, and id of a padded kept entry."""
 
+_MOST_KEPT_MASS = 1.05
+"""Kept log-probabilities are float16: rounding alone may lift their sum a little over 1."""
+
 
 @dataclass(frozen=True, eq=False)
 class Positions:
@@ -94,14 +97,35 @@ def record_fault(record: GenerationRecord, target_revision: str, vocab_size: int
         return f"target_revision={record.target_revision!r} is not {target_revision!r}"
     if not record.rounds or not len(record.prompt_token_ids):
         return "no rounds or no prompt"
-    if any(trace.topk_token_ids_EK.ndim != 2 or not trace.topk_token_ids_EK.size for trace in record.rounds):
-        return "kept target entries are not [E, K]"
+    num_prompt = len(record.prompt_token_ids)
+    num_tokens = num_prompt + len(record.output_token_ids)
+    for number, trace in enumerate(record.rounds):
+        if fault := _trace_fault(trace, num_prompt, num_tokens):
+            return f"round {number}: {fault}"
     found = [record.prompt_token_ids, record.output_token_ids]
     found += [trace.drafted_token_ids_G for trace in record.rounds]
     found += [trace.topk_token_ids_EK.ravel() for trace in record.rounds]
     if any(len(ids) and (ids.min() < 0 or ids.max() >= vocab_size) for ids in found):
         return f"token ids outside 0..{vocab_size - 1}"
     return ""
+
+
+def _trace_fault(trace: RoundTrace, num_prompt: int, num_tokens: int) -> str:
+    """Why this round cannot be what a replica saw. Values that are not finite are left out one by one."""
+    num_emitted, ids_EK = len(trace.emitted_target_logprobs_C), trace.topk_token_ids_EK
+    if ids_EK.ndim != 2 or not ids_EK.size:
+        return "kept target entries are not [E, K]"
+    if not 0 <= trace.num_accepted <= trace.num_attempted <= trace.num_drafted:
+        return (
+            f"{trace.num_accepted} accepted of {trace.num_attempted} attempted, {trace.num_drafted} drafted"
+        )
+    if not num_prompt <= trace.start <= trace.start + num_emitted <= num_tokens:
+        return f"{num_emitted} emitted tokens from {trace.start} on lie outside the output"
+    ordered_EK = np.sort(ids_EK, axis=1)
+    if (ordered_EK[:, 1:] == ordered_EK[:, :-1]).any():
+        return "a token is kept twice"  # it would count twice, and any draft look better than it is
+    mass_E = np.exp(trace.topk_logprobs_EK.astype(np.float32)).sum(1)
+    return "kept probabilities exceed 1" if (mass_E > _MOST_KEPT_MASS).any() else ""
 
 
 def trajectory_row(record: GenerationRecord, max_tokens: int) -> Row | None:

@@ -1,48 +1,145 @@
-"""When to learn: enough records or old ones; slower once nothing is gained; awake when traffic shifts.
+"""When to learn: often while it helps, hardly while it does not, at once when traffic shifts.
+
+Asleep means that training brings nothing worth its seconds: over the last decisions together the candidate
+gained less than that on the draft that served before them, both scored on the same held-out records; or
+thrice as many decisions cannot show the gain (lower bound of a paired bootstrap). Then records are still
+read, held out and watched, but not trained on, except for a probe now and then, each rest twice as long as
+the one before. A probe that is promoted wakes it, and so does a fall of live acceptance.
 
 Pure: state in, state out. Knows no store and no clock. Invariant: the oldest record's age alone always
-starts a cycle, so a slow trickle is never left unread.
+starts a cycle or ends in a rest, so a slow trickle is never left unread.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+SHORT, LONG = 30, 300
+"""Records that the averages of live acceptance look back on."""
+LEAST_BASELINE = 60
+"""Records before a fall can be told from not knowing."""
+LEAST_DEVIATION = 0.1
+"""Of the acceptance of single records: traffic that was all alike for a while proves little."""
+FALL_EVIDENCE = 6.0
+"""Log likelihood ratio at which a fall is believed: on unchanged traffic about once in 10,000 records or
+less; a fall of .2 where single records scatter by .25 is seen within some 40."""
+PATIENCE = 3
+"""Times the usual number of decisions, after which gains that cannot be shown are taken for none."""
+
+
+@dataclass(frozen=True)
+class PaceRule:
+    """See LearnerSettings."""
+
+    stall_gain: float = 0.01
+    stall_decisions: int = 6
+    probe_stretch: int = 2
+    first_rest_records: int = 192
+    max_rest_records: int = 3072
+    shift_drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class Headway:
+    """Held-out acceptance gained since the reference, and its lower bound; NaN where not scored."""
+
+    gain: float = math.nan
+    lower: float = math.nan
 
 
 @dataclass(frozen=True)
 class Pace:
     """What the learner knows about its own progress."""
 
-    slowdown: int = 1
-    """Times the usual number of records that a cycle waits for."""
+    asleep: bool = False
+    num_decisions: int = 0
+    """Since the reference: the draft that served when counting began. 0: what serves now becomes it."""
+    rest_records: int = 0
+    """Length of the present rest, and what is left of it; a probe is due where nothing is."""
+    rest_left: int = 0
+    num_shifts: int = 0
     short_acceptance: float | None = None
     long_acceptance: float | None = None
-    """Moving averages of live acceptance over about 30 and 300 records."""
+    """Moving averages of live acceptance."""
+    variance: float = 0.0
+    """Of single records around the long average."""
+    num_rates: int = 0
+    fall: float = 0.0
+    """Evidence that live acceptance fell, as a CUSUM of log likelihood ratios."""
 
-    def after_evaluation(self, gain: float, stall_gain: float, max_slowdown: int) -> "Pace":
-        """`gain` is the candidate's held-out acceptance less the incumbent's, on the same records (so
-        shifting traffic does not look like failure); under `stall_gain` the slowdown doubles."""
-        if math.isnan(gain):
-            return self
-        return replace(self, slowdown=1 if gain >= stall_gain else min(max_slowdown, 2 * self.slowdown))
+    @staticmethod
+    def restored(fields: Mapping[str, Any]) -> "Pace":
+        """From a checkpoint, perhaps of an older version; the reference is not kept over a restart."""
+        known = {name: value for name, value in fields.items() if name in Pace.__dataclass_fields__}
+        return replace(Pace(**known), num_decisions=0)
 
-    def after_records(self, num_accepted: int, num_attempted: int, num_records: int) -> "Pace":
-        """Follows live acceptance."""
-        if num_attempted == 0:
+    @property
+    def resting(self) -> bool:
+        """Let what arrived pass untrained."""
+        return self.asleep and self.rest_left > 0
+
+    def slowdown(self, rule: PaceRule) -> int:
+        """Times the usual number of records that a cycle waits for: a probe must be worth looking at."""
+        return rule.probe_stretch if self.asleep and not self.resting else 1
+
+    def after_rest(self, num_records: int) -> "Pace":
+        """So many records passed."""
+        return replace(self, rest_left=max(0, self.rest_left - num_records))
+
+    def after_decision(self, headway: Headway, promoted: bool, rule: PaceRule) -> "Pace":
+        """What a scored candidate says about going on. One that was not scored says nothing."""
+        if math.isnan(headway.gain) or rule.max_rest_records == 0:
             return self
-        rate = num_accepted / num_attempted
+        if self.asleep:
+            if promoted:
+                return self.woken()
+            longer = min(2 * self.rest_records, rule.max_rest_records)
+            return replace(self, rest_records=longer, rest_left=longer)
+        num_decisions = self.num_decisions + 1
+        if num_decisions < rule.stall_decisions:
+            return replace(self, num_decisions=num_decisions)
+        if headway.gain < rule.stall_gain or num_decisions >= PATIENCE * rule.stall_decisions:
+            rest = min(rule.first_rest_records, rule.max_rest_records)
+            return replace(self, asleep=True, num_decisions=0, rest_records=rest, rest_left=rest)
+        return replace(self, num_decisions=0 if headway.lower > 0 else num_decisions)
+
+    def after_records(self, rates: Iterable[float], rule: PaceRule) -> "Pace":
+        """Follows live acceptance, one rate a record; a fall wakes it."""
+        pace = self
+        for rate in rates:
+            pace = pace._after_rate(rate, rule)
+        return pace
+
+    def woken(self) -> "Pace":
+        """Full speed; what serves now is the new reference."""
+        return replace(self, asleep=False, num_decisions=0, rest_records=0, rest_left=0)
+
+    def _after_rate(self, rate: float, rule: PaceRule) -> "Pace":
+        if self.long_acceptance is None:
+            return replace(self, short_acceptance=rate, long_acceptance=rate, num_rates=1)
+        fall = self._fall(rate, self.long_acceptance, rule.shift_drop)
+        short = _followed(self.short_acceptance, rate, max(1 / SHORT, 1 / (self.num_rates + 1)))
+        if fall >= FALL_EVIDENCE:  # what is seen now is what is usual now
+            start = replace(self, long_acceptance=short, short_acceptance=short, num_rates=1, fall=0.0)
+            return replace(start, num_shifts=self.num_shifts + 1).woken()
+        weight = max(1 / LONG, 1 / (self.num_rates + 1))
         return replace(
             self,
-            short_acceptance=_followed(self.short_acceptance, rate, num_records / 30),
-            long_acceptance=_followed(self.long_acceptance, rate, num_records / 300),
+            short_acceptance=short,
+            long_acceptance=_followed(self.long_acceptance, rate, weight),
+            variance=_followed(self.variance, (rate - self.long_acceptance) ** 2, weight),
+            num_rates=self.num_rates + 1,
+            fall=fall,
         )
 
-    def woken(self, shift_drop: float) -> "Pace":
-        """Full speed again if live acceptance fell by `shift_drop`."""
-        if self.short_acceptance is None or self.long_acceptance is None:
-            return self
-        if self.short_acceptance >= self.long_acceptance - shift_drop:
-            return self
-        return replace(self, slowdown=1, long_acceptance=self.short_acceptance)
+    def _fall(self, rate: float, usual: float, shift_drop: float) -> float:
+        """A fall by `shift_drop` against none, allowing for what is not known of the usual."""
+        if self.num_rates < LEAST_BASELINE:
+            return 0.0
+        variance = max(self.variance, LEAST_DEVIATION**2)
+        unsure = math.sqrt(variance / min(self.num_rates, 2 * LONG))
+        return max(0.0, self.fall + shift_drop / variance * (usual - rate - shift_drop / 2 - unsure))
 
 
 def is_due(
@@ -55,5 +152,4 @@ def is_due(
 
 
 def _followed(average: float | None, value: float, weight: float) -> float:
-    weight = min(1.0, weight)
     return value if average is None else (1 - weight) * average + weight * value

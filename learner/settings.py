@@ -75,11 +75,17 @@ class LearnerSettings(BaseModel):
     max_steps_per_cycle: int = Field(16, ge=1)
     max_busy_share: float = Field(0.7, gt=0, le=1)
     """Share of the time between two steps that may be spent computing; the rest is slept."""
-    max_slowdown: int = Field(4, ge=1)
-    """How far the record trigger stretches once held-out acceptance no longer rises."""
-    stall_gain: float = Field(0.003, ge=0)
-    shift_drop: float = Field(0.05, gt=0)
-    """Live acceptance this far under its long average wakes a slowed learner."""
+    stall_gain: float = Field(0.01, ge=0)
+    stall_decisions: int = Field(6, ge=1)
+    """Training sleeps if over so many scored decisions together it gained less held-out acceptance."""
+    first_rest_records: int = Field(192, ge=0)
+    max_rest_records: int = Field(3072, ge=0)
+    """Records that pass untrained before a probe; the rest doubles after each probe that brings nothing.
+    0: training never sleeps."""
+    probe_stretch: int = Field(2, ge=1)
+    """A probe trains on so many times the usual records, so that a small gain can be shown."""
+    shift_drop: float = Field(0.1, gt=0)
+    """Fall of live acceptance that is looked for, and wakes it."""
 
     # judging
     held_out_share: float = Field(0.2, gt=0, lt=1)
@@ -95,11 +101,19 @@ class LearnerSettings(BaseModel):
     """So many refusals in a row, and the candidate starts again from the incumbent."""
     quiet_after_publish_s: float = Field(0.5, ge=0)
     """Rest after a promotion: replicas that share the machine fetch, stage and swap undisturbed."""
-    live_records_per_cycle: int = Field(16, ge=0)
+    live_records_per_cycle: int = Field(32, ge=0)
+    """Looked at after a swap, of what arrived; 0: no watch, no rollback."""
+    live_trial_records: int = Field(16, ge=0)
+    """A promotion is watched over so many before the next one: else each would hide the one before."""
     live_max_records: int = Field(400, ge=1)
-    live_false_alarm: float = Field(0.01, gt=0, lt=1)
-    swap_check_margin: float = Field(0.1, ge=0, le=0.2)
-    """Observed acceptance may lie this far under the expected one without an alarm."""
+    """Then the new draft is kept, and only the swap check goes on, on an eighth of the records."""
+    live_false_alarm: float = Field(0.05, gt=0, lt=1)
+    """Of the comparison with the parent: how often a draft just as good may be rolled back. That costs
+    little; a slow rollback costs every round."""
+    swap_false_alarm: float = Field(0.01, gt=0, lt=1)
+    swap_check_margin: float = Field(0.03, ge=0, le=0.2)
+    """Observed acceptance may lie this far under the expected one without an alarm. On the demo pair the
+    two agree within .003, under coupled sampling within .008."""
 
     # state and process
     checkpoint_folder: str = "learner-checkpoints"
@@ -139,6 +153,6 @@ def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
         max_record_age_s=NEVER_S,
         passes_over_fresh=1.0,
         max_steps_per_cycle=1,
-        max_slowdown=1,
+        max_rest_records=0,
         refusals_before_reset=NEVER,
     )

@@ -47,6 +47,8 @@ class Trainer:
     def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
         self.draft = draft
         self.num_steps = 0
+        self.busy_s = 0.0
+        """Computing since the start, training and scoring together."""
         self.rng = np.random.default_rng(settings.seed)
         self._settings = settings
         self._optimizer = build_optimizer(draft)
@@ -82,8 +84,10 @@ class Trainer:
 
     def step(self, records: Sequence[GenerationRecord]) -> StepMetrics:
         """One optimizer step on these records."""
+        began_s = time.perf_counter()
         metrics = distill_step(self.draft, self._optimizer, self.batches(records), self._objective)
         self.num_steps += 1
+        self.busy_s += time.perf_counter() - began_s
         return metrics
 
     def batches(self, records: Sequence[GenerationRecord]) -> list[Batch]:
@@ -106,7 +110,8 @@ class Trainer:
         self, state: AdapterState | None, records: Sequence[GenerationRecord]
     ) -> list[RecordScore | None]:
         """Of the draft wearing `state`, one a record; training is not touched."""
-        return score_records(
+        began_s = time.perf_counter()
+        scores = score_records(
             self.draft,
             state,
             records,
@@ -114,6 +119,8 @@ class Trainer:
             max_tokens_per_pass=self._settings.max_tokens_per_pass,
             max_positions_per_pass=self._settings.max_positions_per_pass,
         )
+        self.busy_s += time.perf_counter() - began_s
+        return scores
 
     def reset(self, state: AdapterState | None) -> None:
         """Start again from these weights (None: the floor) with fresh moments."""

@@ -1,12 +1,13 @@
 """The two live tests of a swap, fed with what arrives; says when to roll back and why.
 
-Knows no feed. Invariant: only records that arrived after the swap, under a law of their own sampling,
-are ever looked at, and at most the wanted number a cycle.
+Knows no feed. Invariants: only records that arrived after the swap, under a law of their own sampling,
+are ever looked at, and at most the wanted number a cycle; while a new draft is on trial no other may take
+its place, for then the parent that it is compared with would be a draft nobody has tried.
 """
 
 from collections.abc import Callable, Sequence
 
-from buffer.records import AdapterManifest, GenerationRecord
+from buffer.records import FLOOR_VERSION, AdapterManifest, GenerationRecord
 from learner.draft import AdapterState
 from learner.evaluation import RecordScore
 from learner.live import LiveComparison, SwapCheck, drafted_by
@@ -16,7 +17,7 @@ ScoreState = Callable[[AdapterState | None, Sequence[GenerationRecord]], list[Re
 
 
 class LiveWatch:
-    """Watches the latest promotion; idle before the first and after a verdict."""
+    """Watches the latest promotion; idle before the first and after a rollback."""
 
     def __init__(self, settings: LearnerSettings, score: ScoreState) -> None:
         self._settings = settings
@@ -24,6 +25,8 @@ class LiveWatch:
         self._since_s = 0.0
         self._state: AdapterState | None = None
         self._parent_state: AdapterState | None = None
+        self.last_version = FLOOR_VERSION
+        """Greatest version ever watched."""
         self.comparison: LiveComparison | None = None
         self.swap_check: SwapCheck | None = None
 
@@ -33,12 +36,24 @@ class LiveWatch:
         """A new draft serves from now on."""
         settings, version = self._settings, manifest.draft_version
         self._since_s, self._state, self._parent_state = manifest.created_at_s, state, parent_state
+        self.last_version = max(self.last_version, version)
         self.comparison = LiveComparison(version, settings.live_false_alarm, settings.live_max_records)
-        self.swap_check = SwapCheck(version, settings.live_false_alarm, settings.swap_check_margin)
+        self.swap_check = SwapCheck(version, settings.swap_false_alarm, settings.swap_check_margin)
 
     def end(self) -> None:
         """Another draft serves; nothing to watch."""
         self.comparison = self.swap_check = None
+
+    @property
+    def trial(self) -> str:
+        """Why no other draft may be promoted yet; empty: it may."""
+        if self.comparison is None or self._settings.live_records_per_cycle == 0:
+            return ""
+        seen, wanted = self.comparison.evidence.num_values, self._settings.live_trial_records
+        if seen >= wanted:
+            return ""
+        version = self.comparison.draft_version
+        return f"version {version} is on trial: {seen} of {wanted} records since its swap were looked at"
 
     def observe(self, arrived: Sequence[GenerationRecord]) -> str:
         """The reason to roll back, or empty."""
@@ -48,7 +63,7 @@ class LiveWatch:
             record
             for record in arrived
             if record.created_at_s >= self._since_s and not record.sampling.context_dependent
-        ][: self._settings.live_records_per_cycle]
+        ][: self._num_wanted]
         if not records:
             return ""
         scored = [
@@ -60,6 +75,13 @@ class LiveWatch:
         own = [score for record, score in scored if drafted_by(record, self.swap_check.draft_version)]
         self.swap_check = self.swap_check.observe(own)
         return self._objection()
+
+    @property
+    def _num_wanted(self) -> int:
+        """All that is allowed while the verdict is open; then a broken swap is all that is looked for."""
+        allowed = self._settings.live_records_per_cycle
+        watching = self.comparison is not None and self.comparison.verdict == "watching"
+        return allowed if watching else -(-allowed // 8)
 
     def _compare(self, scored: Sequence[tuple[GenerationRecord, RecordScore]]) -> None:
         if self.comparison is None or self.comparison.verdict != "watching":

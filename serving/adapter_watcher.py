@@ -14,7 +14,7 @@ from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterMa
 from buffer.store import AdapterFeed
 from serving.engine.engine import Engine
 from serving.engine.live_draft import BrokenDraftError
-from serving.models.adapter import AdapterRejectedError
+from serving.models.adapter import AdapterRejectedError, check_config
 from serving.models.draft_weights import DraftWeights
 
 _log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class AdapterWatcher:
         if manifest is None:
             staged = draft_weights.stage_floor()
         else:
+            check_config(manifest.adapter_config_json, manifest.rank, manifest.alpha)
             staged = draft_weights.stage(
                 self._feed.weights(self._route, manifest.draft_version),
                 draft_version=manifest.draft_version,

@@ -225,6 +225,48 @@ def osd(
     tell_experiment(experiment, plan, report, output(), turns=turns)
 
 
+@app.command()
+def attacks(
+    target: TargetOption = str(PAIR / "target"),
+    draft: DraftOption = str(PAIR / "draft"),
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    seeds: Annotated[int, typer.Option(help="Of every attack.", min=1)] = 4,
+    records: Annotated[int, typer.Option(help="Honest ones of every kind of traffic.", min=16)] = 32,
+    family: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "attacks.json",
+) -> None:
+    """Bad drafts, tried on gate, replica and live watch; and good drafts under traffic that shifts."""
+    import logging
+    from dataclasses import asdict
+
+    import torch
+
+    from benchmarks.adapted import adapter_for, check_adapter
+    from benchmarks.osd.attack_views import check_families, metrics, table
+    from benchmarks.osd.attacks import run
+    from benchmarks.osd.stand import demo_stand
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+        check_families(family)
+    torch.set_num_threads(threads)
+    logging.disable(logging.WARNING)  # every refusal is one, and all of them are in the report
+    pair = load_pair(target, draft)
+    learnt = adapter_for(pair, adapter, _cache_folder(), lambda one: errors().print(str(one)))
+    assert learnt is not None, "the demo's traffic always teaches something"
+    with demo_stand(pair, learnt) as stand:
+        errors().print("honest records are served first")
+        stand.fill(records)
+        outcomes = run(stand, seeds, family, errors().print)
+    figures = metrics(outcomes)
+    output().print(table(figures))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "attacks", figures, {"outcomes": [asdict(outcome) for outcome in outcomes]})
+
+
 def _trained_pair(
     data: Path | None,
     *,

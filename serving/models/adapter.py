@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
 from serving.models.full_weights import is_full, read_full
 
-__all__ = ["AdapterRejectedError", "merge_adapter", "sha256_of"]
+__all__ = ["AdapterRejectedError", "check_config", "merge_adapter", "sha256_of"]
 
 _KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?$"
@@ -79,6 +79,18 @@ def merge_adapter(
     return merged
 
 
+def check_config(adapter_config_json: str, rank: int, alpha: float) -> None:
+    """Raises AdapterRejectedError unless the configuration, which no hash covers, says what the manifest
+    says: another alpha would scale the whole adapter, and every value of it would still be finite."""
+    config = _parse(adapter_config_json)
+    theirs = (0, 0.0) if is_full(config) else _check_config(config)
+    if theirs != (rank, float(alpha)):
+        raise AdapterRejectedError(
+            f"adapter_config.json has r={theirs[0]}, lora_alpha={theirs[1]}, its manifest says {rank}, "
+            f"{alpha}; one of them was changed on the way"
+        )
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
@@ -86,7 +98,8 @@ def _parse(text: str) -> dict[str, Any]:
         raise AdapterRejectedError(f"adapter_config.json is unusable: {error!r}") from error
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def _check_config(config: dict[str, Any]) -> tuple[int, float]:
+    """(rank, alpha)."""
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
@@ -102,6 +115,7 @@ def _check_config(config: dict[str, Any]) -> None:
         raise AdapterRejectedError(
             f"adapter_config.json uses {unsupported or ['bias']}, which is not supported"
         )
+    return rank, alpha
 
 
 def _scale(config: dict[str, Any]) -> float:

@@ -74,6 +74,10 @@ class DraftWeights:
         """The draft as loaded; costs nothing to stage."""
         return StagedWeights(FLOOR_VERSION, self, {})
 
+    def floor_parameters(self) -> Mapping[str, Tensor]:
+        """By name, of the draft as loaded."""
+        return self._floor
+
     @torch.inference_mode()
     def copy_in(self, merged: Mapping[str, Tensor]) -> None:
         """Write `merged`, and the floor wherever only the last version differed from it."""

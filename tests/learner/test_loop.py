@@ -1,5 +1,6 @@
 """The learner's whole life over the in-memory store and feed."""
 
+import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +11,13 @@ import torch
 
 from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, RecordSampling
+from buffer.records import (
+    AdapterEvent,
+    AdapterManifest,
+    GenerationRecord,
+    RecordSampling,
+    ServingStatus,
+)
 from buffer.store import Delivery, StreamKey
 from learner.draft import export_weights, import_weights
 from learner.loop import Learner
@@ -265,6 +272,73 @@ def test_a_new_learner_tells_of_the_draft_that_it_finds_serving(
     assert house.tracker.decisions[-1].startswith("promoted: ") and told.startswith("promoted: ")
 
 
+def test_asleep_it_reads_holds_out_and_acks_but_does_not_train_and_says_what_it_saved(
+    house: House, traffic: Traffic
+) -> None:
+    sleepy = {"stall_gain": 1.0, "stall_decisions": 2, "first_rest_records": 60, "max_rest_records": 60}
+    house.learner = house.build(**sleepy)
+    for records in traffic[:2]:
+        house.serve(records)
+        assert house.learner.run_cycle()
+    before = house.learner.snapshot()
+    assert before["asleep"] and before["learner_s"] > 0
+    for records in traffic[2:4]:
+        house.serve(records)
+        assert not house.learner.run_cycle()
+    after = house.learner.snapshot()
+    assert after["num_steps"] == before["num_steps"]
+    assert after["num_held_out_records"] > before["num_held_out_records"]
+    assert (after["num_rested_records"], after["num_records_seen"]) == (60, 120)
+    assert after["learner_saved_s"] == pytest.approx(after["learner_s"])
+    assert house.store.size(KEY).num_pending == 0
+    for records in traffic[4:6]:
+        house.serve(records)  # a probe, over twice the usual records
+    assert house.learner.run_cycle()
+    assert house.learner.snapshot()["num_steps"] > after["num_steps"]
+
+
+def test_a_killed_learner_takes_up_its_watch_and_one_that_others_publish_is_watched(
+    house: House, traffic: Traffic
+) -> None:
+    good = house.learn_until_promoted(traffic, least_gain=0.12)
+    house.learner = house.build(live_trial_records=1000)
+    house.serve([again(record) for record in traffic[0]])
+    house.learner.run_cycle()
+    assert f"version {good.draft_version} is on trial: 30 of 1000" in house.feed.history("default")[-1].reason
+    floor = export_weights(
+        {key: tensor * 0 for key, tensor in import_weights(weights_of(house, good)).items()}
+    )
+    unjudged = replace(
+        good,
+        draft_version=good.draft_version + 1,
+        parent_version=good.draft_version,
+        sha256=hashlib.sha256(floor).hexdigest(),
+    )
+    house.feed.publish(unjudged, floor)
+    for records in traffic[1:5]:
+        house.serve([again(record) for record in records])
+        house.learner.run_cycle()
+    event = next(event for event in house.feed.history("default") if event.kind == "rolled_back")
+    assert (event.draft_version, "worse on live traffic" in event.reason) == (good.draft_version, True)
+
+
+def test_what_no_replica_will_serve_is_taken_back_and_the_tracker_hears_why(
+    house: House, traffic: Traffic
+) -> None:
+    version = house.learn_until_promoted(traffic).draft_version
+    refusal = AdapterEvent("rejected_by_replica", "default", version, "replica-1: corrupted", NOW_S)
+    house.feed.add_event(refusal)
+    house.feed.report(ServingStatus("replica-2", NOW_S, {"default": version}, {}))
+    house.learner.run_cycle()
+    assert house.feed.latest("default") is not None, "another replica serves it"
+    assert house.tracker.decisions[-1] == "rejected_by_replica: replica-1: corrupted"
+    house.feed.report(ServingStatus("replica-2", NOW_S + 60, {"default": 0}, {}))
+    house.learner.run_cycle()
+    assert house.feed.latest("default") is None
+    assert house.tracker.decisions[-1].startswith("rolled_back: refused by replicas")
+    assert house.tracker.decisions.count("rejected_by_replica: replica-1: corrupted") == 1
+
+
 def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: Traffic) -> None:
     house = House(tmp_path, FlakyStore(clock=lambda: NOW_S))
     house.serve(traffic[0])
@@ -316,6 +390,14 @@ def test_published_bytes_are_the_candidates_own_weights(house: House, traffic: T
     state = import_weights(weights)
     assert export_weights(state) == weights
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+
+
+def again(record: GenerationRecord) -> GenerationRecord:
+    return replace(record, record_id=f"again-{record.record_id}")
+
+
+def weights_of(house: House, manifest: AdapterManifest) -> bytes:
+    return house.feed.weights("default", manifest.draft_version)
 
 
 def served_as(draft_version: int, record: GenerationRecord) -> GenerationRecord:

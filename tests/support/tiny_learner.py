@@ -52,7 +52,7 @@ def quick_settings(**changes: object) -> LearnerSettings:
         "records_per_step": 16,
         "min_records_per_cycle": 20,
         "max_busy_share": 1.0,
-        "max_slowdown": 1,
+        "max_rest_records": 0,
         "warmup_steps": 0,
         "gate_min_records": 4,
         "gate_num_resamples": 200,

@@ -1,0 +1,41 @@
+"""After a rollback, what misled the gate judges no more."""
+
+from dataclasses import replace
+
+from buffer.records import AdapterEvent
+from learner.caution import Caution, caution
+from learner.held_out import HeldOutWindow
+from tests.support.record_factory import RecordFactory
+from tests.support.tiny_learner import tiny_pair
+
+
+def history(kinds: str) -> list[AdapterEvent]:
+    """p promoted, r rolled back, x refused; one a second."""
+    names = {"p": "promoted", "r": "rolled_back", "x": "refused"}
+    return [AdapterEvent(names[kind], "default", 1, "", float(at)) for at, kind in enumerate(kinds)]
+
+
+def test_a_rollback_distrusts_everything_before_the_promotion_that_failed() -> None:
+    assert caution(history("")) == caution(history("xpxpx")) == Caution()
+    assert caution(history("pxpxxrx")) == Caution(trusted_since_s=2.0, num_failures=1)
+    assert caution(history("rr")) == Caution(), "nothing was promoted that could have failed"
+
+
+def test_failures_in_a_row_ask_for_more_and_more_until_a_promotion_stands() -> None:
+    found = [
+        caution(history(kinds)).min_records(16, 100) for kinds in ("", "pr", "prpr", "prprpr", "prprprpr")
+    ]
+    assert found == [16, 16, 32, 64, 100]
+    stood = caution(history("prprpp"))
+    assert (stood.num_failures, stood.trusted_since_s) == (0, 2.0)
+    assert Caution(num_failures=1).min_records(16, 8) == 16
+
+
+def test_older_records_leave_the_window() -> None:
+    records = RecordFactory(*tiny_pair()).records(3, max_tokens=2)
+    window = HeldOutWindow(10)
+    window.add(replace(record, created_at_s=float(at)) for at, record in enumerate(records))
+    window.forget_before(1.0)
+    assert len(window) == 2
+    window.shrink(1)
+    assert len(window) == 1
