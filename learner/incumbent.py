@@ -11,12 +11,12 @@ from dataclasses import replace
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
-from learner.draft import AdapterState, TrainableDraft, export_weights, import_weights
+from learner.draft import AdapterState, TrainableDraft, export_weights
 from learner.story import TURNS
 
 
 class Incumbent:
-    """One route's serving draft. `state` None is the floor."""
+    """One route's serving draft. `state` None is the floor, unless `unreadable` says otherwise."""
 
     def __init__(
         self,
@@ -38,6 +38,8 @@ class Incumbent:
         self._now_s = now_s
         self.manifest = manifest
         self.weights = weights
+        self.unreadable = ""
+        """Why what serves cannot be scored here, e.g. another rank than the settings now ask for."""
         self.state: AdapterState | None = self._readable(manifest, weights)
         self.last_version = last_version
         self._told_until_s = now_s()
@@ -73,6 +75,7 @@ class Incumbent:
                 known = max(manifest.draft_version, self._feed.last_version(self._route))
                 manifest = replace(manifest, draft_version=known + 1)
         self.manifest, self.weights, self.state = manifest, weights, dict(state)
+        self.unreadable = ""
         self.last_version = manifest.draft_version
         return manifest
 
@@ -134,13 +137,19 @@ class Incumbent:
         self.state = self._readable(latest, weights)
 
     def _readable(self, manifest: AdapterManifest | None, weights: bytes) -> AdapterState | None:
-        """The adapter's weights; None where replicas would refuse it too and serve the floor."""
+        """The adapter's weights; None where replicas would refuse it and serve the floor, or unreadable."""
+        self.unreadable = ""
         if manifest is None or manifest.draft_revision != self._draft.draft_revision:
             return None
         if manifest.target_revision != self._target_revision:
             return None
-        try:
-            state = import_weights(weights)
-        except ValueError:
+        if hashlib.sha256(weights).hexdigest() != manifest.sha256:
             return None
-        return None if self._draft.fault(state) else state
+        try:
+            return self._draft.read(weights, manifest)
+        except ValueError as error:
+            self.unreadable = (
+                f"draft {manifest.draft_version} serves and cannot be scored under these settings ({error}); "
+                "no candidate can be judged against it: give it back its settings, or roll back to the floor"
+            )
+            return None
