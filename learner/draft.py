@@ -12,9 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from buffer.records import AdapterManifest
 from learner.batch import Batch
 from learner.settings import LearnerSettings, TrainableName
 from learner.trainable import full_trainable, lora_trainable, output_head
+from serving.models.adapter import merge_adapter
 
 AdapterState = Mapping[str, Tensor]
 """The weights that learn, by the key of their export; see Trainable."""
@@ -117,6 +119,22 @@ class TrainableDraft:
             if not bool(torch.isfinite(state[key]).all()):
                 return f"{key} holds values that are not finite"
         return ""
+
+    def read(self, weights: bytes, manifest: AdapterManifest) -> AdapterState:
+        """A published draft as a state of this one; a full draft merges LoRA into it, as serving does.
+
+        Raises ValueError for what cannot be worn here exactly as it serves: another rank, alpha or kind.
+        """
+        state = import_weights(weights)
+        if not self.rank:
+            with self.wearing(None):
+                merged = merge_adapter(self._model, weights, manifest.adapter_config_json, manifest.sha256)
+                state = self.state() | merged
+        elif manifest.rank and manifest.alpha != self.alpha:
+            raise ValueError(f"its alpha is {manifest.alpha:g}, not {self.alpha:g}")
+        if fault := self.fault(state):
+            raise ValueError(fault)
+        return state
 
     @contextmanager
     def wearing(self, state: AdapterState | None) -> Iterator[None]:

@@ -11,12 +11,12 @@ from dataclasses import replace
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
-from learner.draft import AdapterState, TrainableDraft, export_weights, import_weights
+from learner.draft import AdapterState, TrainableDraft, export_weights
 from learner.story import TURNS
 
 
 class Incumbent:
-    """One route's serving draft. `state` None is the floor."""
+    """One route's serving draft. `state` None is the floor, unless `unreadable` says otherwise."""
 
     def __init__(
         self,
@@ -38,7 +38,8 @@ class Incumbent:
         self._now_s = now_s
         self.manifest = manifest
         self.weights = weights
-        self.state: AdapterState | None = self._readable(manifest, weights)
+        self.state, self.unreadable = self._read(manifest, weights)
+        """`unreadable`: why what serves cannot be scored here, e.g. another rank than is asked for now."""
         self.last_version = last_version
 
     @property
@@ -64,7 +65,7 @@ class Incumbent:
             return None
         try:
             found = self._feed.manifest(self._route, self.manifest.parent_version)
-            return self._readable(found, self._feed.weights(self._route, found.draft_version))
+            return self._read(found, self._feed.weights(self._route, found.draft_version))[0]
         except UnknownVersionError:
             return None
 
@@ -82,6 +83,7 @@ class Incumbent:
                 known = max(manifest.draft_version, self._feed.last_version(self._route))
                 manifest = replace(manifest, draft_version=known + 1)
         self.manifest, self.weights, self.state = manifest, weights, dict(state)
+        self.unreadable = ""
         self.last_version = manifest.draft_version
         return manifest
 
@@ -129,20 +131,21 @@ class Incumbent:
             except UnknownVersionError:
                 latest = None
         self.manifest, self.weights = latest, weights
-        self.state = self._readable(latest, weights)
+        self.state, self.unreadable = self._read(latest, weights)
 
-    def _readable(self, manifest: AdapterManifest | None, weights: bytes) -> AdapterState | None:
-        """The adapter's weights; None where replicas would refuse it too and serve the floor."""
+    def _read(self, manifest: AdapterManifest | None, weights: bytes) -> tuple[AdapterState | None, str]:
+        """The adapter's weights, None where replicas would refuse it and serve the floor; and why they
+        cannot be read though replicas serve them."""
         if manifest is None or manifest.draft_revision != self._draft.draft_revision:
-            return None
+            return None, ""
         if manifest.target_revision != self._target_revision:
-            return None
-        if (manifest.rank, manifest.alpha) != (self._draft.rank, self._draft.alpha):
-            return None
+            return None, ""
         if hashlib.sha256(weights).hexdigest() != manifest.sha256:
-            return None
+            return None, ""
         try:
-            state = import_weights(weights)
-        except ValueError:
-            return None
-        return None if self._draft.fault(state) else state
+            return self._draft.read(weights, manifest), ""
+        except ValueError as error:
+            return None, (
+                f"draft {manifest.draft_version} serves and cannot be scored under these settings ({error}); "
+                "no candidate can be judged against it: give it back its settings, or roll back to the floor"
+            )

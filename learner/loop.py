@@ -207,7 +207,7 @@ class Learner:
     def _evaluate(self, report: TrainingReport) -> Judgement:
         candidate = self._trainer.draft.state()
         pinned = self._insist(lambda: self._feed.pinned(self._route))
-        fault = self._trainer.draft.fault(candidate)
+        fault = self._trainer.draft.fault(candidate) or self._incumbent.unreadable
         if not fault and pinned is not None:
             fault = f"route {self._route!r} is pinned to version {pinned}"
         if not fault and report.num_skipped == len(report.steps):

@@ -24,7 +24,7 @@ from serving.models.adapter import AdapterRejectedError, sha256_of
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import load_draft
 from tests.support.record_factory import GREEDY, RecordFactory
-from tests.support.tiny_learner import quick_settings, tiny_pair
+from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
 from tests.support.tiny_models import save_tiny_pair
 
 
@@ -276,3 +276,19 @@ def test_the_settings_choose_what_learns() -> None:
     lora = build_draft(tiny_pair()[1], LearnerSettings(), draft_id="tiny", draft_revision="draft-1")
     assert all("lora_" in name for name in lora.parameters)
     assert not any("lora_" in name for name in full_draft().parameters)
+
+
+def test_a_full_draft_wears_a_lora_incumbent_exactly_as_it_serves(records: list[GenerationRecord]) -> None:
+    lora = tiny_draft()
+    Trainer(lora, quick_settings()).step(records)
+    feed = MemoryAdapterFeed()
+    incumbent = Incumbent(feed, lora, route=DEFAULT_ROUTE, target_revision="target-1", now_s=lambda: 0.0)
+    manifest = incumbent.publish(lora.state(), {}, 0, "")
+    heir = full_draft()
+    follower = Incumbent(feed, heir, route=DEFAULT_ROUTE, target_revision="target-1", now_s=lambda: 0.0)
+    assert follower.sync() and not follower.unreadable
+    assert follower.state is not None
+    serving = serving_weights(tiny_pair()[1])
+    stage(serving, feed.weights(DEFAULT_ROUTE, 1), manifest.adapter_config_json)
+    served = dict(serving.module.named_parameters())
+    assert all(torch.equal(weight, served[name]) for name, weight in follower.state.items())

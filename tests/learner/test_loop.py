@@ -19,11 +19,11 @@ from buffer.records import (
     ServingStatus,
 )
 from buffer.store import Delivery, StreamKey
-from learner.draft import export_weights, import_weights
+from learner.draft import TrainableDraft, build_draft, export_weights, import_weights
 from learner.loop import Learner
 from learner.tracking import NullTracker
 from tests.support.record_factory import RecordFactory
-from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
+from tests.support.tiny_learner import MODULES, quick_settings, tiny_draft, tiny_pair
 
 NOW_S = 2_000.0
 KEY = StreamKey("target-1", "default")
@@ -95,10 +95,10 @@ class House:
         self.tracker = DiaryTracker()
         self.learner = self.build()
 
-    def build(self, **changes: object) -> Learner:
+    def build(self, draft: TrainableDraft | None = None, **changes: object) -> Learner:
         settings = quick_settings(checkpoint_folder=str(self.folder), **changes)
         return Learner(
-            tiny_draft(),
+            draft or tiny_draft(),
             self.store,
             self.feed,
             settings,
@@ -337,6 +337,32 @@ def test_what_no_replica_will_serve_is_taken_back_and_the_tracker_hears_why(
     assert house.feed.latest("default") is None
     assert house.tracker.decisions[-1].startswith("rolled_back: refused by replicas")
     assert house.tracker.decisions.count("rejected_by_replica: replica-1: corrupted") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lora_rank": 4}, "has shape"),
+        ({"lora_alpha": 8.0}, "alpha is 32, not 8"),
+        ({"target_modules": ("q_proj",)}, "keys differ"),
+    ],
+)
+def test_new_settings_never_replace_a_draft_that_they_cannot_score(
+    house: House, traffic: Traffic, changes: dict[str, object], reason: str
+) -> None:
+    house.learn_until_promoted(traffic)
+    settings = quick_settings(**({"target_modules": MODULES, "lora_rank": 16, "lora_alpha": 32.0} | changes))
+    other = build_draft(tiny_pair()[1], settings, draft_id="tiny-draft", draft_revision="draft-1")
+    house.learner = house.build(other)
+    house.serve(traffic[-1])
+    assert house.learner.run_cycle()
+    event = house.feed.history("default")[-1]
+    assert event.kind == "refused"
+    assert reason in event.reason and "roll back to the floor" in event.reason
+    house.feed.rollback("default", "as it was told", 0)
+    house.serve(traffic[-2])
+    house.learner.run_cycle()
+    assert "cannot be scored" not in house.feed.history("default")[-1].reason
 
 
 def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: Traffic) -> None:
