@@ -16,6 +16,9 @@ FLOOR_VERSION = 0
 NGRAM_VERSION = -1
 """Stands for a draft_version where no draft drafted: the round copied from the text before it."""
 
+BORROWED_VERSION = -2
+"""The same where another route's draft drafted: versions are counted by route."""
+
 DEFAULT_ROUTE = "default"
 
 
@@ -30,7 +33,8 @@ class RoundTrace:
 
     start: int
     draft_version: int
-    """Whose drafts these are; NGRAM_VERSION if they were copied from the text."""
+    """Whose drafts these are; NGRAM_VERSION if they were copied from the text, BORROWED_VERSION if the record's
+    route has no draft of its own and another's served."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]

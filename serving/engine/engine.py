@@ -27,6 +27,7 @@ from serving.engine.prefill import Prefill
 from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import (
+    DEFAULT_ROUTE,
     EventCallback,
     FinishReason,
     Generation,
@@ -139,16 +140,24 @@ class Engine:
             self.check(request)
         return [handle.result() for handle in [self.submit(request) for request in requests]]
 
-    def swap(self, staged: StagedWeights) -> "Future[SwapReport]":
-        """Make staged weights live between two rounds. The future fails with BrokenDraftError for a
-        version that already produced NaN here. Raises EngineClosedError."""
+    def swap(self, staged: StagedWeights, route: str = DEFAULT_ROUTE) -> "Future[SwapReport]":
+        """Make staged weights of this route's draft live between two rounds. The future fails with
+        BrokenDraftError for a version that already produced NaN here. Raises EngineClosedError."""
         done: Future[SwapReport] = Future()
-        self._commands.put(lambda: self._swap(staged, done))
+        self._commands.put(lambda: self._swap(staged, route, done))
         if self._closed.is_set():
             raise EngineClosedError(
                 f"the engine is closed; draft_version={staged.draft_version} was not loaded"
             )
         return done
+
+    def open_draft(self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None) -> None:
+        """Give a route a draft of its own from the next round on; `drafter` is the engine's from now on."""
+        self._commands.put(lambda: self._open_draft(route, drafter, floor))
+
+    def close_draft(self, route: str) -> None:
+        """The default route's draft serves this route again, from the next round on."""
+        self._commands.put(lambda: self._close_draft(route))
 
     def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
         """Run these runners' passes by other code from the next round on, at newly measured costs."""
@@ -160,7 +169,13 @@ class Engine:
 
     @property
     def draft_version(self) -> int:
-        return self._draft.draft_version
+        """Of the default route."""
+        return self.draft_versions[DEFAULT_ROUTE]
+
+    @property
+    def draft_versions(self) -> dict[str, int]:
+        """route -> version that serves, of every route that has a draft of its own."""
+        return self._draft.versions
 
     @property
     def max_seq_len(self) -> int:
@@ -182,9 +197,9 @@ class Engine:
                 max_cached_tokens=scheduler.num_slots * self._target.max_seq_len,
                 num_prompt_tokens=meter.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
-                draft_version=self.draft_version,
+                draft_versions=self.draft_versions,
                 num_draft_tokens=self._draft.num_draft_tokens,
-                counts=deepcopy(meter.counts),
+                route_counts=deepcopy(meter.counts),
                 round_s_median=meter.round_s_median,
                 mean_batch_size=meter.mean_batch_size,
                 num_swaps=meter.num_swaps,
@@ -257,8 +272,8 @@ class Engine:
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
             self.costs.observe_target(len(batch), report.num_draft_tokens, report.target_pass_s)
-            if report.num_draft_passes and not report.num_chunks:
-                self.costs.observe_draft(len(batch), report.num_draft_passes, report.propose_s)
+            if report.draft_passes and not report.num_chunks:
+                self.costs.observe_draft(len(batch), report.draft_passes, report.propose_s)
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
             if advance is NO_ADVANCE:
                 self._target.cache.clear(row, from_column=sequence.num_cached)
@@ -266,8 +281,8 @@ class Engine:
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
-        if report.num_broken_draft_rows:
-            to_floor = self._draft.give_up(report.draft_version)
+        for broken in report.broken_drafts:
+            to_floor = self._draft.give_up(broken.route)
             if to_floor is not None:
                 self._meter.count_swap(to_floor)
 
@@ -327,15 +342,28 @@ class Engine:
         if self.costs is not None:
             self.costs.adopt(costs)
 
-    def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
+    def _swap(self, staged: StagedWeights, route: str, done: "Future[SwapReport]") -> None:
         if not done.set_running_or_notify_cancel():
             return
         try:
-            report = self._draft.swap(staged, under_load=bool(self._scheduler.running))
+            report = self._draft.swap(staged, route, under_load=bool(self._scheduler.running))
         except Exception as error:
             done.set_exception(error)
             return
-        for sequence in self._scheduler.running:
-            sequence.belief.forget_model()
+        self._forget_model(route)
         self._meter.count_swap(report)
         done.set_result(report)
+
+    def _open_draft(self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None) -> None:
+        self._draft.open(route, drafter, floor)
+        self._forget_model(route)
+
+    def _close_draft(self, route: str) -> None:
+        self._forget_model(route)
+        self._draft.close(route)
+
+    def _forget_model(self, route: str) -> None:
+        """Another draft serves the sequences that this route's draft serves."""
+        for sequence in self._scheduler.running:
+            if self._draft.serves(route, sequence.route):
+                sequence.belief.forget_model()

@@ -5,7 +5,7 @@ import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import DraftPlan, Share
+from serving.engine.proposal import DraftPlan, ServingDraft, Share
 from serving.engine.round import run_round
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
@@ -49,7 +49,8 @@ def _batch(params: list[SamplingParams], capture: bool) -> Batch:
 
 
 def _plan(drafter: ModelDrafter, lengths: list[int]) -> DraftPlan:
-    return DraftPlan(0, (Share(drafter, lengths),) if any(lengths) else ())
+    drafts_B = (ServingDraft("default", drafter.draft_version),) * len(lengths)
+    return DraftPlan(drafts_B, (Share(drafter, lengths),) if any(lengths) else ())
 
 
 @pytest.mark.parametrize("capture", [False, True])
