@@ -173,9 +173,9 @@ class ServingStatus:
     replica_id: str
     at_s: float
     serving_versions: Mapping[str, int]
-    """route -> draft_version that serves now."""
+    """route -> draft_version that serves now, of every route that has a draft of its own."""
     counts: Mapping[str, Mapping[int, VersionCounts]]
-    """route -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
+    """route of the draft -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0

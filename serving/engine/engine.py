@@ -14,7 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from copy import deepcopy
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -23,7 +23,7 @@ from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.logits_processing import check_processing
-from serving.engine.prefill import Prefill
+from serving.engine.prefill import Prefill, Router
 from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import (
@@ -43,6 +43,8 @@ from serving.engine.slot_pass import Pass
 from serving.engine.stats import EngineStats, Meter, SwapReport
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class EngineClosedError(RuntimeError):
@@ -64,10 +66,12 @@ class Engine:
         ngram: LookupDrafter | None = None,
         prefill_chunk_tokens: int = 256,
         prefix_cache: PrefixCache | None = None,
+        router: Router | None = None,
     ) -> None:
         """`floor` stages the untrained draft: where the engine goes when an adapted one breaks. `ngram`
         copies where the model drafter is absent, broken or worth less. `prefix_cache` stands beside the
-        target's slots; None computes every prompt."""
+        target's slots; None computes every prompt. `router` names the route of prompts that bring none; with
+        it, the embeddings of what is captured are kept too."""
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
@@ -84,6 +88,7 @@ class Engine:
             self._meter,
             chunk_tokens=prefill_chunk_tokens,
             prefix_cache=prefix_cache,
+            router=router,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batch: Batch | None = None
@@ -143,21 +148,20 @@ class Engine:
     def swap(self, staged: StagedWeights, route: str = DEFAULT_ROUTE) -> "Future[SwapReport]":
         """Make staged weights of this route's draft live between two rounds. The future fails with
         BrokenDraftError for a version that already produced NaN here. Raises EngineClosedError."""
-        done: Future[SwapReport] = Future()
-        self._commands.put(lambda: self._swap(staged, route, done))
-        if self._closed.is_set():
-            raise EngineClosedError(
-                f"the engine is closed; draft_version={staged.draft_version} was not loaded"
-            )
-        return done
+        consequence = f"draft_version={staged.draft_version} was not loaded"
+        return self._ask(lambda: self._swap(staged, route), consequence)
 
-    def open_draft(self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None) -> None:
-        """Give a route a draft of its own from the next round on; `drafter` is the engine's from now on."""
-        self._commands.put(lambda: self._open_draft(route, drafter, floor))
+    def open_draft(
+        self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None
+    ) -> "Future[None]":
+        """Give a route a draft of its own, between two rounds. Raises EngineClosedError."""
+        consequence = f"route {route} got no draft of its own"
+        return self._ask(lambda: self._open_draft(route, drafter, floor), consequence)
 
-    def close_draft(self, route: str) -> None:
-        """The default route's draft serves this route again, from the next round on."""
-        self._commands.put(lambda: self._close_draft(route))
+    def close_draft(self, route: str) -> "Future[None]":
+        """The default route's draft serves this route again; when it is done, nothing of the route's own is
+        held here. Raises EngineClosedError."""
+        return self._ask(lambda: self._close_draft(route), f"the draft of route {route} was not closed")
 
     def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
         """Run these runners' passes by other code from the next round on, at newly measured costs."""
@@ -221,6 +225,23 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _ask(self, act: Callable[[], T], consequence: str) -> "Future[T]":
+        """Have it done on the engine's thread, between two rounds. Raises EngineClosedError."""
+        done: Future[T] = Future()
+
+        def command() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(act())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._commands.put(command)
+        if self._closed.is_set():
+            raise EngineClosedError(f"the engine is closed; {consequence}")
+        return done
 
     # -- the engine thread ----------------------------------------------------------------------
 
@@ -342,17 +363,11 @@ class Engine:
         if self.costs is not None:
             self.costs.adopt(costs)
 
-    def _swap(self, staged: StagedWeights, route: str, done: "Future[SwapReport]") -> None:
-        if not done.set_running_or_notify_cancel():
-            return
-        try:
-            report = self._draft.swap(staged, route, under_load=bool(self._scheduler.running))
-        except Exception as error:
-            done.set_exception(error)
-            return
+    def _swap(self, staged: StagedWeights, route: str) -> SwapReport:
+        report = self._draft.swap(staged, route, under_load=bool(self._scheduler.running))
         self._forget_model(route)
         self._meter.count_swap(report)
-        done.set_result(report)
+        return report
 
     def _open_draft(self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None) -> None:
         self._draft.open(route, drafter, floor)
@@ -361,6 +376,7 @@ class Engine:
     def _close_draft(self, route: str) -> None:
         self._forget_model(route)
         self._draft.close(route)
+        self._meter.forget(route)
 
     def _forget_model(self, route: str) -> None:
         """Another draft serves the sequences that this route's draft serves."""

@@ -108,6 +108,11 @@ class Meter:
                 self.num_swaps_under_load += 1
                 self._swap_s_before_round = (self._swap_s_before_round or 0.0) + report.swap_s
 
+    def forget(self, route: str) -> None:
+        """The route's draft is gone, and with it what it counted: there may be many routes in a long life."""
+        with self.lock:
+            self.counts.pop(route, None)
+
     def count_prompt(self, num_tokens: int) -> None:
         with self.lock:
             self.num_prompt_tokens += num_tokens
