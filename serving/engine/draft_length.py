@@ -84,7 +84,9 @@ class DraftLengthController:
         self.num_copied = 0
         """The longest copy of the last round."""
         self._routes = RouteBeliefs()
-        self._model_probe, self._copy_probe = _Probe(), _Probe()
+        self._copy_probe = _Probe()
+        self._model_probes: dict[str, _Probe] = {}
+        """By the route of the draft."""
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}
         self._num_rounds = 0
 
@@ -123,12 +125,18 @@ class DraftLengthController:
         return self._with_probes(able_rows, lengths, can_draft)
 
     def observe(
-        self, route: str, belief: SequenceBelief, num_matched: int, num_attempted: int, num_accepted: int
+        self,
+        route: str,
+        belief: SequenceBelief,
+        num_matched: int,
+        num_attempted: int,
+        num_accepted: int,
+        draft: str = DEFAULT_ROUTE,
     ) -> None:
-        """How one sequence's drafts fared in a round."""
+        """How one sequence's drafts fared in a round; `draft`: as in its row."""
         if not num_attempted:
             return
-        probe = self._model_probe if num_matched == MODEL else self._copy_probe
+        probe = self._model_probe(draft) if num_matched == MODEL else self._copy_probe
         keep = _PROBE_KEEP if probe.pending and num_accepted else 1.0
         self._routes.observe(route, belief, num_matched, num_attempted, num_accepted, keep)
         if probe.pending:
@@ -137,7 +145,9 @@ class DraftLengthController:
     def forget_model(self, is_served: Callable[[str], bool] = lambda route: True) -> None:
         """Another draft serves these routes; its acceptance is unknown, and worth finding out."""
         self._routes.forget_model(is_served)
-        self._model_probe = _Probe()
+        self._model_probes = {
+            draft: probe for draft, probe in self._model_probes.items() if not is_served(draft)
+        }
 
     def _fixed_lengths(self, rows: Sequence[Row], can_draft: bool) -> Lengths:
         copies = [not can_draft and row.num_matched > 0 for row in rows]
@@ -202,15 +212,32 @@ class DraftLengthController:
         if not able:
             return lengths
         matched = [index for index in able if rows[index].num_matched]
-        drawn = [index for index in able if rows[index].draft is not None]
-        if drawn and can_draft and self._model_probe.is_due(in_use=any(lengths.by_model_B)):
-            row = min(drawn, key=lambda index: rows[index].num_tokens)
+        due = self._rows_of_due_models(rows, lengths) if can_draft else []
+        probed = [index for index in able if index in due]
+        if probed:
+            row = min(probed, key=lambda index: rows[index].num_tokens)
             lengths.by_model_B[row], lengths.copied_B[row] = 1, 0
         elif matched and self._copy_probe.is_due(in_use=any(lengths.copied_B)):
             row = max(matched, key=lambda index: rows[index].num_matched)
             length = max(1, min(lengths.by_model_B[row], rows[row].max_draft_tokens))
             lengths.copied_B[row], lengths.by_model_B[row] = length, 0
         return lengths
+
+    def _rows_of_due_models(self, rows: Sequence[Row], lengths: Lengths) -> list[int]:
+        """Rows whose model has not drafted for as long as its probe waits."""
+        by_draft: dict[str, list[int]] = {}
+        for index, row in enumerate(rows):
+            if row.draft is not None:
+                by_draft.setdefault(row.draft, []).append(index)
+        return [
+            index
+            for draft, indexes in by_draft.items()
+            if self._model_probe(draft).is_due(in_use=any(lengths.by_model_B[index] for index in indexes))
+            for index in indexes
+        ]
+
+    def _model_probe(self, draft: str) -> _Probe:
+        return self._model_probes.setdefault(draft, _Probe())
 
     def _round_seconds(self, batch_size: int) -> tuple[list[float], list[float]]:
         """By draft length: the target's pass, and the model's proposal. Looked up anew now and then."""

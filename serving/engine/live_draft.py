@@ -154,6 +154,7 @@ class LiveDraft:
             advance.num_matched,
             advance.num_attempted,
             advance.num_accepted,
+            draft.route if (draft := self._draft_of(sequence.route)) is not None else DEFAULT_ROUTE,
         )
 
     def clear(self, slot: int) -> None:
