@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.sequence import Batch
+from serving.engine.transfer import to_device
 
 FLOOR_VERSION = 0
 """The draft as it was loaded, on every route."""
@@ -156,7 +157,7 @@ def _lay_over(below: Proposal, above: Proposal) -> Proposal:
         return replace(below, num_chunks=num_chunks, num_broken_rows=num_broken_rows)
     width = max(below.max_drafted, above.max_drafted)
     rows = [row for row, count in enumerate(above.num_drafted_B) if count]
-    rows_N = torch.tensor(rows, device=above.token_ids_BG.device)
+    rows_N = to_device([rows], above.token_ids_BG.device)[0]
     token_ids_BG = _widen(below.token_ids_BG, width).index_copy(
         0, rows_N, _widen(above.token_ids_BG, width)[rows_N]
     )
