@@ -21,7 +21,8 @@ from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.grouped_attention import use_grouped_attention, use_sdpa
-from serving.engine.proposal import DraftPlan, Share
+from serving.engine.proposal import DraftPlan, ServingDraft, Share
+from serving.engine.request import DEFAULT_ROUTE
 from serving.engine.round import RoundReport, run_round
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch
@@ -227,7 +228,8 @@ class Bench:
             for row in range(batch)
         ]
         state = Batch(sequences, plan.device, vocab_size=target.vocab_size)
-        drafts = DraftPlan(drafter.draft_version, (Share(drafter, [NUM_DRAFTS] * batch),))
+        serving = ServingDraft(DEFAULT_ROUTE, drafter.draft_version)
+        drafts = DraftPlan((serving,) * batch, (Share(drafter, [NUM_DRAFTS] * batch),))
         return lambda: run_round(state, drafts, target)
 
     def _host_waits(self, target: Runner, draft: Runner) -> int | None:

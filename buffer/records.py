@@ -16,6 +16,9 @@ FLOOR_VERSION = 0
 NGRAM_VERSION = -1
 """Stands for a draft_version where no draft drafted: the round copied from the text before it."""
 
+BORROWED_VERSION = -2
+"""The same where another route's draft drafted: versions are counted by route."""
+
 DEFAULT_ROUTE = "default"
 
 
@@ -30,7 +33,8 @@ class RoundTrace:
 
     start: int
     draft_version: int
-    """Whose drafts these are; NGRAM_VERSION if they were copied from the text."""
+    """Whose drafts these are; NGRAM_VERSION if they were copied from the text, BORROWED_VERSION if the record's
+    route has no draft of its own and another's served."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
@@ -171,9 +175,9 @@ class ServingStatus:
     replica_id: str
     at_s: float
     serving_versions: Mapping[str, int]
-    """route -> draft_version that serves now."""
+    """route -> draft_version that serves now, of every route that has a draft of its own."""
     counts: Mapping[str, Mapping[int, VersionCounts]]
-    """route -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
+    """route of the draft -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0

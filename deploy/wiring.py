@@ -154,6 +154,7 @@ def check_memory(settings: Settings) -> "MemoryPlan":
         max_seq_len=serving.max_seq_len,
         prefix_cache_mib=serving.prefix_cache_mib,
         export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0,
+        max_route_drafts=serving.max_route_drafts,
     )
     if settings.cluster.ray_address is None and torch.device(serving.device).type != "cuda":
         try:

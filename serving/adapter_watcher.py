@@ -1,13 +1,15 @@
-"""Follows the adapter feed: fetch, validate, stage aside, swap between two rounds; and reports the replica.
+"""Follows the adapter feed, route by route: fetch, validate, stage aside, swap between two rounds; opens and
+closes the drafts of routes; and reports the replica.
 
-One thread that never touches a request. Invariant: what serves changes only to an adapter that was validated
-whole, or to the floor; a feed that is away, or has forgotten what it published, changes nothing.
+One thread that never touches a request. Invariant: what serves a route changes only to an adapter that was
+validated whole, or to the floor; a feed that is away, or has forgotten what it published, changes nothing.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from buffer.errors import SeamError, StoreUnavailableError, UnknownVersionError
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
@@ -16,6 +18,8 @@ from serving.engine.engine import Engine
 from serving.engine.live_draft import BrokenDraftError
 from serving.models.adapter import AdapterRejectedError, check_config
 from serving.models.draft_weights import DraftWeights
+from serving.route_drafts import RouteDrafts
+from serving.router import PromptRouter
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +32,20 @@ Served = tuple[int, str]
 FLOOR: Served = (FLOOR_VERSION, "")
 
 
+@dataclass
+class _Followed:
+    """One route: what it serves here, what was refused, and why it does not serve what the feed points to."""
+
+    weights: DraftWeights
+    served: Served = FLOOR
+    rejected: set[Served] = field(default_factory=set)
+    complaint: str = ""
+
+
 class AdapterWatcher:
-    """`draft_weights` None: nothing to swap, only reports. `status` makes the report."""
+    """`draft_weights` (of the default route) None: nothing to swap, only reports. `route_drafts` None: all
+    routes are served by the default route's draft; `router` None: nobody routes prompts. `status` makes the
+    report."""
 
     def __init__(
         self,
@@ -41,27 +57,37 @@ class AdapterWatcher:
         status: Callable[[], ServingStatus],
         watch_interval_s: float,
         status_interval_s: float,
-        route: str = DEFAULT_ROUTE,
+        route_drafts: RouteDrafts | None = None,
+        router: PromptRouter | None = None,
     ) -> None:
-        self._engine, self._draft_weights, self._feed = engine, draft_weights, feed
-        self._replica_id, self._route, self._status = replica_id, route, status
+        self._engine, self._feed = engine, feed
+        self._route_drafts, self._router = route_drafts, router
+        self._replica_id, self._status = replica_id, status
         self._watch_interval_s, self._status_interval_s = watch_interval_s, status_interval_s
-        self._served: Served = FLOOR
-        self._rejected: set[Served] = set()
+        self._followed: dict[str, _Followed] = {}
+        if draft_weights is not None:
+            self._followed[DEFAULT_ROUTE] = _Followed(draft_weights)
+        self._feed_error = ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="everdraft-watcher", daemon=True)
-        self.last_error = ""
+
+    @property
+    def last_error(self) -> str:
         """Why the replica does not serve what the feed points to; empty when it does."""
+        complaints = (followed.complaint for followed in list(self._followed.values()))
+        return self._feed_error or "; ".join(complaint for complaint in complaints if complaint)
 
     @property
     def served_version(self) -> int:
-        return self._served[0]
+        """Of the default route."""
+        default = self._followed.get(DEFAULT_ROUTE)
+        return FLOOR_VERSION if default is None else default.served[0]
 
     def serve_latest_before_ready(self, timeout_s: float) -> int:
         """Swap in what the feed points to, trying for `timeout_s`; the floor if that fails. Returns the
-        version that serves. Call before `start`."""
+        default route's version. Call before `start`."""
         give_up_s = time.monotonic() + timeout_s
-        while not self._try(self.follow) and time.monotonic() < give_up_s:
+        while not self._try(self.follow_all) and time.monotonic() < give_up_s:
             self._closed.wait(min(self._watch_interval_s, timeout_s))
         self._try(self.report)
         return self.served_version
@@ -75,88 +101,125 @@ class AdapterWatcher:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def follow_all(self) -> None:
+        """A look at the routes, and at what the feed points them to. Raises SeamError."""
+        self.follow_routes()
+        self.follow()
+
+    def follow_routes(self) -> None:
+        """Open a draft for each route that has an adapter; close it when nothing serves there and the table
+        has dropped the route. Raises SeamError."""
+        if self._router is not None:
+            self._router.use(self._feed.route_table())
+        if self._route_drafts is None:
+            return
+        known = {*self._feed.routes(), *self._followed} - {DEFAULT_ROUTE}
+        by_age = sorted(known, key=lambda route: (route not in self._followed, route))  # the open keep theirs
+        self._route_drafts.follow([route for route in by_age if self._has_draft(route)])
+        opened = self._route_drafts.routes
+        for route in self._followed.keys() - {DEFAULT_ROUTE, *opened}:
+            del self._followed[route]
+        for route in opened:
+            self._followed.setdefault(route, _Followed(self._route_drafts[route]))
+
     def follow(self) -> None:
-        """One look at the feed, and a swap if it points elsewhere. Raises SeamError."""
-        if self._draft_weights is None:
-            return
-        self._notice_broken_draft()
-        manifest = self._feed.latest(self._route)
-        wanted = FLOOR if manifest is None else (manifest.draft_version, manifest.sha256)
-        if wanted in self._rejected:
-            return
-        if wanted != self._served and not self._is_forgotten(manifest):
-            try:
-                self._serve(self._draft_weights, manifest)
-            except (AdapterRejectedError, BrokenDraftError) as error:
-                self._reject(wanted, str(error))
-                return
-            self._served = wanted
-        self.last_error = ""
+        """A look at the feed for each open route, and a swap where it points elsewhere. Raises SeamError."""
+        for route, followed in self._followed.items():
+            self._follow(route, followed)
 
     def report(self) -> None:
         """Publish the replica's status. Raises SeamError."""
         self._feed.report(self._status())
 
-    def _is_forgotten(self, manifest: AdapterManifest | None) -> bool:
+    def _has_draft(self, route: str) -> bool:
+        """Whether a route is served by a draft of its own: its adapter, or, rolled back but still routed to,
+        its floor. A feed that lost its memory closes nothing."""
+        if self._feed.latest(route) is not None:
+            return True
+        if self._feed.last_version(route) == FLOOR_VERSION:
+            return route in self._followed
+        return self._router is not None and route in self._router.routes
+
+    def _follow(self, route: str, followed: _Followed) -> None:
+        self._notice_broken_draft(route, followed)
+        manifest = self._feed.latest(route)
+        wanted = FLOOR if manifest is None else (manifest.draft_version, manifest.sha256)
+        if wanted in followed.rejected:
+            return
+        if wanted != followed.served and not self._is_forgotten(route, manifest):
+            try:
+                self._serve(route, followed.weights, manifest)
+            except (AdapterRejectedError, BrokenDraftError) as error:
+                self._reject(route, wanted, str(error))
+                return
+            followed.served = wanted
+        followed.complaint = ""
+
+    def _is_forgotten(self, route: str, manifest: AdapterManifest | None) -> bool:
         """Nothing was ever published there: the feed is new, or it lost its memory and means no floor."""
-        return manifest is None and self._feed.last_version(self._route) == FLOOR_VERSION
+        return manifest is None and self._feed.last_version(route) == FLOOR_VERSION
 
-    def _notice_broken_draft(self) -> None:
+    def _notice_broken_draft(self, route: str, followed: _Followed) -> None:
         """The engine leaves a draft whose logits are not finite by itself; that draft is rejected."""
-        if self._engine.draft_version != self.served_version:
-            broken, self._served = self._served, FLOOR
-            self._reject(broken, "its logits were not finite; the engine went back to the floor")
+        if self._engine.draft_versions.get(route, FLOOR_VERSION) != followed.served[0]:
+            broken, followed.served = followed.served, FLOOR
+            self._reject(route, broken, "its logits were not finite; the engine went back to the floor")
 
-    def _serve(self, draft_weights: DraftWeights, manifest: AdapterManifest | None) -> None:
+    def _serve(self, route: str, draft_weights: DraftWeights, manifest: AdapterManifest | None) -> None:
         if manifest is None:
             staged = draft_weights.stage_floor()
         else:
             check_config(manifest.adapter_config_json, manifest.rank, manifest.alpha)
             staged = draft_weights.stage(
-                self._feed.weights(self._route, manifest.draft_version),
+                self._feed.weights(route, manifest.draft_version),
                 draft_version=manifest.draft_version,
                 adapter_config_json=manifest.adapter_config_json,
                 sha256=manifest.sha256,
                 draft_revision=manifest.draft_revision,
                 target_revision=manifest.target_revision,
             )
-        self._engine.swap(staged).result(timeout=_SWAP_TIMEOUT_S)
+        self._engine.swap(staged, route).result(timeout=_SWAP_TIMEOUT_S)
 
-    def _reject(self, wanted: Served, reason: str) -> None:
+    def _reject(self, route: str, wanted: Served, reason: str) -> None:
         """Tell the history, and remember, so that it is not fetched again; the incumbent stays."""
-        self.last_error = f"draft_version={wanted[0]} rejected: {reason}"
-        _log.warning("%s; draft_version=%d serves on", self.last_error, self.served_version)
+        followed = self._followed[route]
+        followed.complaint = f"draft_version={wanted[0]} rejected: {reason}"
+        if route != DEFAULT_ROUTE:
+            followed.complaint = f"route {route}: {followed.complaint}"
+        _log.warning("%s; draft_version=%d serves on", followed.complaint, followed.served[0])
         event = AdapterEvent(
             kind="rejected_by_replica",
-            route=self._route,
+            route=route,
             draft_version=wanted[0],
             reason=f"{self._replica_id}: {reason}",
             at_s=time.time(),
         )
         self._feed.add_event(event)
-        self._rejected.add(wanted)
+        followed.rejected.add(wanted)
 
     def _watch(self) -> None:
         wait_s, next_report_s = self._watch_interval_s, 0.0
         while not self._closed.wait(wait_s):
-            reached = self._try(self.follow)
-            if reached and time.monotonic() >= next_report_s:
+            is_due = time.monotonic() >= next_report_s
+            reached = self._try(self.follow_all if is_due else self.follow)
+            if reached and is_due:
                 next_report_s = time.monotonic() + self._status_interval_s
                 reached = self._try(self.report)
             wait_s = self._watch_interval_s if reached else min(2 * wait_s, _MAX_BACKOFF_S)
 
     def _try(self, act: Callable[[], None]) -> bool:
-        """Whether it was done; whatever the feed or a swap raises is kept as `last_error`."""
+        """Whether it was done; whatever the feed or a swap raises is kept for `last_error`."""
         try:
             act()
         except (StoreUnavailableError, UnknownVersionError) as error:
-            self.last_error = str(error)
+            self._feed_error = str(error)
         except SeamError as error:
-            self.last_error = str(error)
+            self._feed_error = str(error)
             _log.warning("adapter feed: %s; draft_version=%d serves on", error, self.served_version)
         except Exception as error:
-            self.last_error = f"{type(error).__name__}: {error}"
+            self._feed_error = f"{type(error).__name__}: {error}"
             _log.exception("watching adapters failed; draft_version=%d serves on", self.served_version)
         else:
+            self._feed_error = ""
             return True
         return False

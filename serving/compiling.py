@@ -8,13 +8,14 @@ they disagree with the model's own code "on" fails and "auto" serves eagerly.
 
 import logging
 import shutil
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from serving.engine.cost_table import CostTable, measure_costs
-from serving.engine.pass_compiler import CompileError, PassCompiler
+from serving.engine.pass_compiler import CompileError, PassCompiler, compile_spec, load_compiled, package_path
 from serving.engine.runner import Runner
 from serving.engine.slot_pass import Pass
 from serving.engine.static_check import static_error, static_pass_of
@@ -37,6 +38,7 @@ class Compiling:
         self._target = target
         self._runners = [target] if draft is None else [target, draft]
         self._compiler: PassCompiler | None = None
+        self._joined: weakref.WeakSet[Runner] = weakref.WeakSet()
         if target.device.type == "cuda" and choice != "off":
             self._capture(choice)
             return
@@ -64,6 +66,8 @@ class Compiling:
             if after.round_s(1, 0) < before.round_s(1, 0):
                 engine.use_passes(list(zip(self._runners, passes, strict=True)), after)
                 self.state = "compiled"
+                for runner in list(self._joined):
+                    self._use_package(runner)
             else:
                 self.state = "eager (compiled passes were not faster)"
             _log.info("passes: %s", self.state)
@@ -72,6 +76,18 @@ class Compiling:
             self.state = f"eager ({reason})"
 
         self._compiler.start(on_ready, on_failure)
+
+    def join(self, runner: Runner) -> None:
+        """One more draft runs its passes as the first does, at once or when that one can; its cache must be
+        idle. Where it cannot, it stays eager."""
+        self._joined.add(runner)
+        if self.state == "compiled":
+            self._use_package(runner)
+        elif self.state == "captured":
+            try:
+                self._use_static(runner)
+            except (CompileError, RuntimeError) as error:
+                _log.warning("passes of one more draft stay eager: %s", error)
 
     def close(self) -> None:
         """End a compilation under way."""
@@ -101,6 +117,13 @@ class Compiling:
         if not error <= tolerance:
             raise CompileError(f"static passes disagree with the model (relative error {error:.2g})")
         runner.static = static
+
+    def _use_package(self, runner: Runner) -> None:
+        """The package that was made for the first draft, on this one's weights."""
+        try:
+            runner.compiled = load_compiled(runner, package_path(compile_spec(runner)))
+        except CompileError as error:
+            _log.warning("passes of one more draft stay eager: %s", error)
 
     def _objection(self) -> str:
         """Why passes cannot be compiled here, or nothing."""

@@ -8,7 +8,7 @@ import torch
 from serving.compiling import CompileChoice, Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
-from serving.drafters.stopping import StoppingName, stopping_rule
+from serving.drafters.stopping import StoppingName, StoppingRule, stopping_rule
 from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
@@ -19,6 +19,8 @@ from serving.free_memory import FreeMemory, free_memory
 from serving.memory_plan import MemoryPlan, ModelSize
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
+from serving.route_drafts import RouteDrafts
+from serving.router import PromptRouter
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ class LocalEngine(Engine):
 
     pair: ModelPair
     draft_weights: DraftWeights | None
+    router: PromptRouter | None
+    """Of prompts that come without a route; None where no route can have a draft of its own."""
+    route_drafts: RouteDrafts | None
     memory_plan: MemoryPlan
     compiling: Compiling
 
@@ -59,13 +64,15 @@ def load_engine(
     compile: CompileChoice = "off",
     prefix_cache_mib: float | None = None,
     export_queue_bytes: int = 0,
+    max_route_drafts: int = 0,
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it.
 
     `num_draft_tokens`: None lets the controller choose, an int fixes the draft length. `compile`: "on" waits
     for compiled passes, "auto" starts without them and takes them when they are ready. `prefix_cache_mib`
     bounds the keys and values kept of earlier prompts (0: none; None: one slot's for every four).
-    `export_queue_bytes`: what a recorder may hold, for the plan of memory. Raises UnsupportedModelError for
+    `export_queue_bytes`: what a recorder may hold, for the plan of memory. `max_route_drafts`: routes beyond
+    `default` that may be given drafts of their own. Raises UnsupportedModelError for
     models that cannot work, and MemoryPlanError for sizes that do not fit, with the reason.
     """
     pair = load_pair(target, draft, device=device, dtype=dtype)
@@ -80,6 +87,7 @@ def load_engine(
         compile=compile,
         prefix_cache_mib=prefix_cache_mib,
         export_queue_bytes=export_queue_bytes,
+        max_route_drafts=max_route_drafts,
     )
 
 
@@ -95,6 +103,7 @@ def build_engine(
     compile: CompileChoice = "off",
     prefix_cache_mib: float | None = None,
     export_queue_bytes: int = 0,
+    max_route_drafts: int = 0,
     free: FreeMemory | None = None,
 ) -> LocalEngine:
     """Start an engine on a loaded pair; see `load_engine`. `max_seq_len` is cut to what both models can hold.
@@ -106,26 +115,33 @@ def build_engine(
             f"num_slots={num_slots} and max_seq_len={max_seq_len} leave no room for a token to continue; "
             "at least 1 and 2 are needed"
         )
-    plan = plan_memory(pair, num_slots, max_seq_len, prefix_cache_mib, export_queue_bytes)
+    if pair.draft is None or speculation not in ("auto", "model"):
+        max_route_drafts = 0
+    plan = plan_memory(pair, num_slots, max_seq_len, prefix_cache_mib, export_queue_bytes, max_route_drafts)
     plan.require_fit(free or free_memory(next(pair.target.parameters()).device))
     _log.info("%s", "\n".join(plan.lines()))
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
     prepare_runner(target, pair.target_id)
     drafter = weights = draft_runner = None
+
+    def new_draft() -> tuple[ModelDrafter, DraftWeights]:
+        return _new_draft(pair, target, stopping_rule(stopping, stopping_threshold))
+
+    def new_route_draft() -> tuple[ModelDrafter, DraftWeights]:
+        further, its_weights = new_draft()
+        compiling.join(further.runner)
+        further.runner.cache.clear_all()
+        return further, its_weights
+
     if pair.draft is not None and speculation in ("auto", "model"):
-        weights = DraftWeights(
-            pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
-        )
-        draft_runner = Runner(
-            weights.module, num_slots=num_slots, max_seq_len=max_seq_len, vocab_size=target.vocab_size
-        )
-        prepare_runner(draft_runner, pair.draft_id)
-        drafter = ModelDrafter(draft_runner, stopping=stopping_rule(stopping, stopping_threshold))
+        drafter, weights = new_draft()
+        draft_runner = drafter.runner
     compiling = Compiling(target, draft_runner, compile)
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
         if runner is not None:
             runner.cache.clear_all()
+    router = PromptRouter(pair.target_revision) if max_route_drafts else None
     engine = LocalEngine(
         target,
         drafter,
@@ -135,11 +151,32 @@ def build_engine(
         floor=weights.stage_floor if weights is not None else None,
         ngram=NgramDrafter(num_slots) if speculation in ("auto", "ngram") else None,
         prefix_cache=new_prefix_cache(target, plan),
+        router=router,
     )
+    engine.router, engine.route_drafts = router, None
+    if max_route_drafts:
+        engine.route_drafts = RouteDrafts(engine, new_route_draft, max_route_drafts)
     engine.pair, engine.draft_weights, engine.memory_plan = pair, weights, plan
     engine.compiling = compiling
     compiling.start(engine)
     return engine
+
+
+def _new_draft(pair: ModelPair, target: Runner, stopping: StoppingRule) -> tuple[ModelDrafter, DraftWeights]:
+    """The pair's draft as loaded, in memory of its own, with as many slots as the target. Raises
+    UnsupportedModelError."""
+    assert pair.draft is not None
+    weights = DraftWeights(
+        pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
+    )
+    runner = Runner(
+        weights.module,
+        num_slots=target.num_slots,
+        max_seq_len=target.max_seq_len,
+        vocab_size=target.vocab_size,
+    )
+    prepare_runner(runner, pair.draft_id)
+    return ModelDrafter(runner, stopping=stopping), weights
 
 
 def new_prefix_cache(target: Runner, plan: MemoryPlan) -> PrefixCache | None:
@@ -153,6 +190,7 @@ def plan_memory(
     max_seq_len: int,
     prefix_cache_mib: float | None = None,
     export_queue_bytes: int = 0,
+    max_route_drafts: int = 0,
 ) -> MemoryPlan:
     """What an engine on this pair, which is loaded, will hold."""
     return MemoryPlan(
@@ -162,6 +200,7 @@ def plan_memory(
         draft=ModelSize.of(pair.draft) if pair.draft is not None else None,
         prefix_cache_mib=prefix_cache_mib,
         export_queue_bytes=export_queue_bytes,
+        max_route_drafts=max_route_drafts,
         weights_loaded=True,
     )
 

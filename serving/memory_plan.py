@@ -74,6 +74,7 @@ class MemoryPlan:
     draft: ModelSize | None = None
     prefix_cache_mib: float | None = None
     export_queue_bytes: int = 0
+    max_route_drafts: int = 0
     weights_loaded: bool = False
     """As at the moment between loading and allocating: the target and the draft as shipped are held."""
 
@@ -88,6 +89,7 @@ class MemoryPlan:
         max_seq_len: int,
         prefix_cache_mib: float | None,
         export_queue_bytes: int,
+        max_route_drafts: int = 0,
     ) -> "MemoryPlan":
         """Of models that are not loaded yet (paths or hub ids)."""
         models = [load_outline(name, dtype=dtype) for name in (target, draft) if name is not None]
@@ -99,6 +101,7 @@ class MemoryPlan:
             draft=sizes[1] if draft is not None else None,
             prefix_cache_mib=prefix_cache_mib,
             export_queue_bytes=export_queue_bytes,
+            max_route_drafts=max_route_drafts,
         )
 
     @property
@@ -128,6 +131,7 @@ class MemoryPlan:
                 Part("weights of the draft as shipped (floor)", self.draft.weights_bytes, is_held=held),
                 Part("weights of the live draft", self.draft.weights_bytes),
                 Part("keys and values of the draft", self._kv_bytes(self.draft)),
+                Part(f"drafts of {self.max_route_drafts} more routes", self._route_drafts_bytes(self.draft)),
             ]
         parts += [
             Part("keys and values of the target", self._kv_bytes(self.target)),
@@ -174,6 +178,9 @@ class MemoryPlan:
         length = _largest(self.max_seq_len, lambda tokens: replace(self, max_seq_len=tokens).fits(free))
         fitting = [f"num_slots={slots} at this max_seq_len"] if slots >= 1 else []
         fitting += [f"max_seq_len={length} at this num_slots"] if length >= 2 else []
+        if self.max_route_drafts and replace(self, max_route_drafts=0).fits(free):
+            routes = _largest(self.max_route_drafts, lambda n: replace(self, max_route_drafts=n).fits(free))
+            fitting.append(f"max_route_drafts={routes} at both")
         if not fitting:
             return "no num_slots or max_seq_len alone makes it fit: a smaller model or dtype=bfloat16 may"
         return f"{' or '.join(fitting)} fits"
@@ -181,6 +188,10 @@ class MemoryPlan:
     def _kv_bytes(self, model: ModelSize) -> int:
         """One column more than tokens: the trash column."""
         return self.num_slots * (self.max_seq_len + 1) * model.column_bytes
+
+    def _route_drafts_bytes(self, draft: ModelSize) -> int:
+        """All that may ever be open; each is taken when its route opens."""
+        return self.max_route_drafts * (draft.weights_bytes + self._kv_bytes(draft))
 
     def _to_come(self) -> tuple[int, int]:
         """(on the host whatever the device, where the models run), without what is held."""

@@ -1,7 +1,8 @@
 """What Prometheus scrapes: the engine's counters as they stand, and latencies of requests.
 
 Tails of names are vLLM's, so that its dashboards need a new prefix only; every help text states its
-definition. Owns its registry: no globals. Every sample carries the replica's label.
+definition. Owns its registry: no globals. Every sample carries the replica's label; a route's name
+is a label only while the route has a draft of its own, of which there are few.
 """
 
 import time
@@ -29,7 +30,10 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Keys and values held of earlier prompts.",
         lambda s: s.prefix_cache.num_bytes,
     ),
-    "draft_version": ("Version of the draft that serves now; 0 is the floor.", lambda s: s.draft_version),
+    "draft_version": (
+        "Version of the default route's draft that serves now; 0 is the floor.",
+        lambda s: s.draft_version,
+    ),
     "num_draft_tokens": ("Draft length in use now.", lambda s: s.num_draft_tokens),
     "mean_batch_size": ("Sequences in a round, mean of the last rounds.", lambda s: s.mean_batch_size),
     "round_seconds_median": ("Median seconds of the last rounds.", lambda s: s.round_s_median),
@@ -175,22 +179,36 @@ class ServingMetrics(Collector):
         yield self._counter(
             "records_dropped", "Records lost on the way to the buffer.", self._num_dropped_records()
         )
+        yield self._by_route(stats)
         yield from self._by_version(stats)
 
+    def _by_route(self, stats: EngineStats) -> Metric:
+        text = "Version that serves a route now, of every route that has a draft of its own; 0 is the floor."
+        versions = GaugeMetricFamily("everdraft_route_draft_version", text, labels=["replica", "route"])
+        for route, version in sorted(stats.draft_versions.items()):
+            versions.add_metric([self._replica_id, route], version)
+        return versions
+
     def _by_version(self, stats: EngineStats) -> Iterator[Metric]:
+        by_draft = [
+            ([self._replica_id, route, str(version)], counters)
+            for route, by_version in sorted(stats.route_counts.items())
+            for version, counters in sorted(by_version.items())
+        ]
+        labels = ["replica", "route", "draft_version"]
         for name, (field, text) in _BY_VERSION.items():
-            family = CounterMetricFamily(f"everdraft_{name}", text, labels=["replica", "draft_version"])
-            for version, counters in sorted(stats.counts.items()):
-                family.add_metric([self._replica_id, str(version)], getattr(counters, field))
+            family = CounterMetricFamily(f"everdraft_{name}", text, labels=labels)
+            for draft, counters in by_draft:
+                family.add_metric(draft, getattr(counters, field))
             yield family
         per_position = CounterMetricFamily(
             "everdraft_spec_decode_num_accepted_tokens_per_pos",
             "Rounds that accepted the draft token at this position (0 is the first).",
-            labels=["replica", "draft_version", "position"],
+            labels=[*labels, "position"],
         )
-        for version, counters in sorted(stats.counts.items()):
+        for draft, counters in by_draft:
             for position, count in enumerate(counters.accepted_by_position):
-                per_position.add_metric([self._replica_id, str(version), str(position)], count)
+                per_position.add_metric([*draft, str(position)], count)
         yield per_position
 
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:

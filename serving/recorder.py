@@ -73,6 +73,8 @@ class Recorder:
             for segment in _segments(generation):
                 rounds = generation.captured_rounds[segment.first : segment.end]
                 num_bytes = sum(captured.num_bytes for captured in rounds)
+                if generation.prompt_embedding_H is not None:
+                    num_bytes += generation.prompt_embedding_H.nbytes
                 self._sink.submit(key, partial(self._build, generation, segment, now_s), num_bytes)
         except Exception:
             _log.exception(
@@ -95,6 +97,7 @@ class Recorder:
             expires_at_s=now_s + self._record_ttl_s,
             replica_id=self._replica_id,
             segment=segment.number,
+            prompt_embedding_H=generation.prompt_embedding_H,
         )
 
 

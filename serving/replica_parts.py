@@ -83,6 +83,8 @@ class ReplicaParts:
             status=self.status,
             watch_interval_s=self._settings.watch_interval_s,
             status_interval_s=self._settings.status_interval_s,
+            route_drafts=self.engine.route_drafts,
+            router=self.engine.router,
         )
 
     def _new_context(self) -> AppContext:
@@ -164,6 +166,7 @@ def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
         compile=settings.compile,
         prefix_cache_mib=settings.prefix_cache_mib,
         export_queue_bytes=export_queue_bytes,
+        max_route_drafts=settings.max_route_drafts,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -1,26 +1,53 @@
-"""Which route a request takes, and with it whose draft learns from it. First version: the request's own tag.
+"""Which route a request takes, and with it whose draft serves it and learns from it.
 
-Knows no HTTP framework: it is given the tag and the header as they came. Raises ValueError for a name that
-could not be a stream's key.
+The request's own tag; else its header; else what its prompt's embedding is nearest to; else `default`. Knows
+no HTTP framework: it is given the tag and the header as they came.
 """
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from buffer.records import DEFAULT_ROUTE
-from buffer.route_table import check_route_name
+from buffer.route_table import RouteTable, check_route_name
 
 ROUTE_HEADER = "X-Everdraft-Route"
 ROUTE_TAG = "route"
 
 
-def choose_route(metadata: Mapping[str, str] | None, header: str | None) -> str:
-    """`metadata.route`, else the header, else `default`. Raises ValueError naming the value."""
+def choose_route(metadata: Mapping[str, str] | None, header: str | None) -> str | None:
+    """`metadata.route`, else the header; None: the request leaves it to its prompt. Raises ValueError naming
+    a value that could not be a stream's key."""
     tag = (metadata or {}).get(ROUTE_TAG)
     name = tag if tag is not None else header
     if name is None:
-        return DEFAULT_ROUTE
+        return None
     try:
         check_route_name(name)
     except ValueError as error:
         raise ValueError(f"{error}; the request was not started") from None
     return name
+
+
+class PromptRouter:
+    """Routes prompts by the latest table. One thread may replace the table while another routes."""
+
+    def __init__(self, target_revision: str) -> None:
+        self._target_revision = target_revision
+        self._table: RouteTable | None = None
+
+    def use(self, table: RouteTable | None) -> None:
+        """None, or a table made for another target: every prompt is of the default route."""
+        if table is not None and table.target_revision != self._target_revision:
+            table = None
+        self._table = table
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        return () if self._table is None else self._table.routes
+
+    def __call__(self, embedding_H: NDArray[np.float16]) -> str:
+        """Raises ValueError for an embedding of another size than the table's."""
+        table = self._table
+        return DEFAULT_ROUTE if table is None else table.route_of(embedding_H)

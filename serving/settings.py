@@ -44,6 +44,9 @@ class ServingSettings(BaseModel):
     for them and fails where they cannot be had."""
     prefix_cache_mib: float | None = Field(default=None, ge=0)
     """Keys and values kept of earlier prompts; 0 turns prefix reuse off; None: one slot's for every four."""
+    max_route_drafts: int = Field(default=4, ge=0)
+    """Routes beyond `default` that may have a draft of their own, each with weights, keys and values; 0
+    serves all routes with one draft, and routes no prompt."""
     num_replicas: int = Field(default=1, ge=1)
 
     api_keys: tuple[SecretStr, ...] = ()

@@ -17,13 +17,16 @@ def serving_status(
     passes: str = "",
     last_error: str = "",
 ) -> ServingStatus:
-    """First version: one draft, so one route holds all counters."""
+    """Counters are told by the route whose draft it was: a route without one counts under `default`."""
     stats = engine.stats()
     return ServingStatus(
         replica_id=replica_id,
         at_s=at_s,
-        serving_versions={DEFAULT_ROUTE: stats.draft_version},
-        counts={DEFAULT_ROUTE: _version_counts(stats.counts)},
+        serving_versions=stats.draft_versions,
+        counts={
+            route: _version_counts(stats.route_counts.get(route, {}))
+            for route in {DEFAULT_ROUTE, *stats.route_counts}
+        },
         costs=None if engine.costs is None else _pass_costs(engine.costs),
         mean_batch_size=max(1.0, stats.mean_batch_size),
         num_draft_tokens=stats.num_draft_tokens,

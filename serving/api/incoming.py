@@ -27,8 +27,8 @@ async def encode(codec: TokenCodec, text: str, *, add_special_tokens: bool) -> l
     return await asyncio.to_thread(codec.encode, text, add_special_tokens=add_special_tokens)
 
 
-def route_of(request: Request, metadata: dict[str, str] | None) -> str:
-    """Raises ApiError for a name that is none."""
+def route_of(request: Request, metadata: dict[str, str] | None) -> str | None:
+    """None: the request names none. Raises ApiError for a name that is none."""
     try:
         return choose_route(metadata, request.headers.get(ROUTE_HEADER))
     except ValueError as error:

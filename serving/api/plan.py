@@ -22,7 +22,7 @@ class Plan:
     body: GenerationBody
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
-    route: str
+    route: str | None
     capture: bool
 
     @property

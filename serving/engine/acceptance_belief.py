@@ -9,6 +9,7 @@ costs.
 
 import random
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MODEL = 0
@@ -137,11 +138,12 @@ class RouteBeliefs:
                 known.trial_odds = max(_LEAST_ODDS, known.trial_odds / 2)
                 belief.is_trial = False
 
-    def forget_model(self) -> None:
-        """Another draft serves: what the last one showed says little."""
-        for known in self._routes.values():
-            known.by_matched.pop(MODEL, None)
-            known.trial_odds = 1.0
+    def forget_model(self, is_served: Callable[[str], bool]) -> None:
+        """Another draft serves these routes: what the last one showed says little."""
+        for route, known in self._routes.items():
+            if is_served(route):
+                known.by_matched.pop(MODEL, None)
+                known.trial_odds = 1.0
 
     def _route(self, name: str) -> _Route:
         known = self._routes.get(name)

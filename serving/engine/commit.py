@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.capture import RoundCapture
-from serving.engine.proposal import Proposal
+from serving.engine.proposal import Proposal, ServingDraft
 from serving.engine.request import TopLogprobs
 from serving.engine.sequence import NO_ADVANCE, Advance, Batch, Sequence
 from serving.engine.transfer import HostArrays
@@ -41,7 +41,11 @@ def outcome_tensors(
 
 
 def commit(
-    batch: Batch, proposal: Proposal, outcome: HostArrays, capture: RoundCapture | None
+    batch: Batch,
+    proposal: Proposal,
+    drafts_B: tuple[ServingDraft, ...],
+    outcome: HostArrays,
+    capture: RoundCapture | None,
 ) -> list[Advance]:
     """Advance every sequence. A row whose target logits are not finite commits nothing: after drafts, which
     may have caused it, the next round goes without; without drafts the generation ends with an error."""
@@ -72,9 +76,9 @@ def commit(
             num_accepted=min(kept, accepted_B[row]),
             num_matched=proposal.num_matched(row),
         )
-        sequence.count(advance, proposal.draft_version)
+        sequence.count(advance, drafts_B[row].draft_version)
         if capture is not None and sequence.request.capture:
-            sequence.captured_rounds.append(capture.of(row, start, advance))
+            sequence.captured_rounds.append(capture.of(row, sequence.route, start, advance))
         advances.append(advance)
     return advances
 

@@ -7,6 +7,7 @@ pull the whole of it (a start on an idle machine flatters).
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -55,9 +56,9 @@ class CostTable:
         ratio = target_pass_s / self.target_s(batch_size, num_drafted + 1)
         self.target_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 
-    def observe_draft(self, batch_size: int, num_drafted: int, propose_s: float) -> None:
-        """The same for a proposal that had nothing but a token or two to catch up."""
-        ratio = propose_s / self.propose_s(batch_size, num_drafted)
+    def observe_draft(self, batch_size: int, draft_passes: Sequence[int], propose_s: float) -> None:
+        """The same for proposals (the passes of each) that had nothing but a token or two to catch up."""
+        ratio = propose_s / sum(self.propose_s(batch_size, num_passes) for num_passes in draft_passes)
         self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 
 

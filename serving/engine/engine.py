@@ -14,7 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from copy import deepcopy
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
@@ -23,10 +23,11 @@ from serving.engine.draft_length import DraftLengthController
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import LiveDraft, StagedWeights
 from serving.engine.logits_processing import check_processing
-from serving.engine.prefill import Prefill
+from serving.engine.prefill import Prefill, Router
 from serving.engine.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import (
+    DEFAULT_ROUTE,
     EventCallback,
     FinishReason,
     Generation,
@@ -42,6 +43,8 @@ from serving.engine.slot_pass import Pass
 from serving.engine.stats import EngineStats, Meter, SwapReport
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class EngineClosedError(RuntimeError):
@@ -63,10 +66,12 @@ class Engine:
         ngram: LookupDrafter | None = None,
         prefill_chunk_tokens: int = 256,
         prefix_cache: PrefixCache | None = None,
+        router: Router | None = None,
     ) -> None:
         """`floor` stages the untrained draft: where the engine goes when an adapted one breaks. `ngram`
         copies where the model drafter is absent, broken or worth less. `prefix_cache` stands beside the
-        target's slots; None computes every prompt."""
+        target's slots; None computes every prompt. `router` names the route of prompts that bring none; with
+        it, the embeddings of what is captured are kept too."""
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
@@ -83,6 +88,7 @@ class Engine:
             self._meter,
             chunk_tokens=prefill_chunk_tokens,
             prefix_cache=prefix_cache,
+            router=router,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batch: Batch | None = None
@@ -139,16 +145,23 @@ class Engine:
             self.check(request)
         return [handle.result() for handle in [self.submit(request) for request in requests]]
 
-    def swap(self, staged: StagedWeights) -> "Future[SwapReport]":
-        """Make staged weights live between two rounds. The future fails with BrokenDraftError for a
-        version that already produced NaN here. Raises EngineClosedError."""
-        done: Future[SwapReport] = Future()
-        self._commands.put(lambda: self._swap(staged, done))
-        if self._closed.is_set():
-            raise EngineClosedError(
-                f"the engine is closed; draft_version={staged.draft_version} was not loaded"
-            )
-        return done
+    def swap(self, staged: StagedWeights, route: str = DEFAULT_ROUTE) -> "Future[SwapReport]":
+        """Make staged weights of this route's draft live between two rounds. The future fails with
+        BrokenDraftError for a version that already produced NaN here. Raises EngineClosedError."""
+        consequence = f"draft_version={staged.draft_version} was not loaded"
+        return self._ask(lambda: self._swap(staged, route), consequence)
+
+    def open_draft(
+        self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None
+    ) -> "Future[None]":
+        """Give a route a draft of its own, between two rounds. Raises EngineClosedError."""
+        consequence = f"route {route} got no draft of its own"
+        return self._ask(lambda: self._open_draft(route, drafter, floor), consequence)
+
+    def close_draft(self, route: str) -> "Future[None]":
+        """The default route's draft serves this route again; when it is done, nothing of the route's own is
+        held here. Raises EngineClosedError."""
+        return self._ask(lambda: self._close_draft(route), f"the draft of route {route} was not closed")
 
     def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
         """Run these runners' passes by other code from the next round on, at newly measured costs."""
@@ -160,7 +173,13 @@ class Engine:
 
     @property
     def draft_version(self) -> int:
-        return self._draft.draft_version
+        """Of the default route."""
+        return self.draft_versions[DEFAULT_ROUTE]
+
+    @property
+    def draft_versions(self) -> dict[str, int]:
+        """route -> version that serves, of every route that has a draft of its own."""
+        return self._draft.versions
 
     @property
     def max_seq_len(self) -> int:
@@ -182,9 +201,9 @@ class Engine:
                 max_cached_tokens=scheduler.num_slots * self._target.max_seq_len,
                 num_prompt_tokens=meter.num_prompt_tokens,
                 num_output_tokens=meter.num_output_tokens,
-                draft_version=self.draft_version,
+                draft_versions=self.draft_versions,
                 num_draft_tokens=self._draft.num_draft_tokens,
-                counts=deepcopy(meter.counts),
+                route_counts=deepcopy(meter.counts),
                 round_s_median=meter.round_s_median,
                 mean_batch_size=meter.mean_batch_size,
                 num_swaps=meter.num_swaps,
@@ -206,6 +225,23 @@ class Engine:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _ask(self, act: Callable[[], T], consequence: str) -> "Future[T]":
+        """Have it done on the engine's thread, between two rounds. Raises EngineClosedError."""
+        done: Future[T] = Future()
+
+        def command() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(act())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._commands.put(command)
+        if self._closed.is_set():
+            raise EngineClosedError(f"the engine is closed; {consequence}")
+        return done
 
     # -- the engine thread ----------------------------------------------------------------------
 
@@ -257,8 +293,8 @@ class Engine:
         self._meter.count_round(report, time.perf_counter() - began_s)
         if self.costs is not None:
             self.costs.observe_target(len(batch), report.num_draft_tokens, report.target_pass_s)
-            if report.num_draft_passes and not report.num_chunks:
-                self.costs.observe_draft(len(batch), report.num_draft_passes, report.propose_s)
+            if report.draft_passes and not report.num_chunks:
+                self.costs.observe_draft(len(batch), report.draft_passes, report.propose_s)
         for row, (sequence, advance) in enumerate(zip(batch.sequences, report.advances, strict=True)):
             if advance is NO_ADVANCE:
                 self._target.cache.clear(row, from_column=sequence.num_cached)
@@ -266,8 +302,8 @@ class Engine:
             sequence.last_advance = advance
             if sequence.finish_reason is None:
                 self._deliver(sequence)
-        if report.num_broken_draft_rows:
-            to_floor = self._draft.give_up(report.draft_version)
+        for broken in report.broken_drafts:
+            to_floor = self._draft.give_up(broken.route)
             if to_floor is not None:
                 self._meter.count_swap(to_floor)
 
@@ -327,15 +363,23 @@ class Engine:
         if self.costs is not None:
             self.costs.adopt(costs)
 
-    def _swap(self, staged: StagedWeights, done: "Future[SwapReport]") -> None:
-        if not done.set_running_or_notify_cancel():
-            return
-        try:
-            report = self._draft.swap(staged, under_load=bool(self._scheduler.running))
-        except Exception as error:
-            done.set_exception(error)
-            return
-        for sequence in self._scheduler.running:
-            sequence.belief.forget_model()
+    def _swap(self, staged: StagedWeights, route: str) -> SwapReport:
+        report = self._draft.swap(staged, route, under_load=bool(self._scheduler.running))
+        self._forget_model(route)
         self._meter.count_swap(report)
-        done.set_result(report)
+        return report
+
+    def _open_draft(self, route: str, drafter: Drafter, floor: Callable[[], StagedWeights] | None) -> None:
+        self._draft.open(route, drafter, floor)
+        self._forget_model(route)
+
+    def _close_draft(self, route: str) -> None:
+        self._forget_model(route)
+        self._draft.close(route)
+        self._meter.forget(route)
+
+    def _forget_model(self, route: str) -> None:
+        """Another draft serves the sequences that this route's draft serves."""
+        for sequence in self._scheduler.running:
+            if self._draft.serves(route, sequence.route):
+                sequence.belief.forget_model()

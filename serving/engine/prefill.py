@@ -1,21 +1,30 @@
-"""Prompts into the cache, one sequence at a time, in chunks between rounds.
+"""Prompts into the cache, one sequence at a time, in chunks between rounds; and their routes.
 
 What the prefix cache knows is copied, the rest runs through the target; the draft catches up by itself later.
-Runs on the engine's thread only. Invariant: whatever fails here ends the one sequence in prefill, and what
-fails in the prefix cache costs speed only.
+Runs on the engine's thread only. Invariant: whatever fails here ends the one sequence in prefill, what fails
+in the prefix cache costs speed only, and what fails in the router leaves the default route.
 """
 
 import logging
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serving.engine.live_draft import LiveDraft
-from serving.engine.prefix_cache import PrefixCache
+from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
+from serving.engine.prompt_embedding import BlockMean, PromptStates
 from serving.engine.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.stats import Meter
 
 _log = logging.getLogger(__name__)
+
+Router = Callable[[NDArray[np.float16]], str]
+"""The route of a prompt that came without one, by its embedding [H]; called between rounds, so at once."""
 
 
 class Prefill:
@@ -30,11 +39,15 @@ class Prefill:
         *,
         chunk_tokens: int,
         prefix_cache: PrefixCache | None,
+        router: Router | None,
     ) -> None:
-        """`prefix_cache` None: every prompt is computed."""
+        """`prefix_cache` None: every prompt is computed. `router` None: no prompt is embedded."""
         self._target, self._draft, self._scheduler, self._meter = target, draft, scheduler, meter
         self._chunk_tokens = chunk_tokens
         self._prefix_cache = prefix_cache
+        self._router = router
+        self._states: PromptStates | None = None
+        """Of the sequence in prefill, where anyone wants them."""
 
     def advance(self) -> bool:
         """At most one chunk's worth of tokens. Returns whether a sequence joined the running ones."""
@@ -54,7 +67,7 @@ class Prefill:
                 sequence.error = f"the prefill failed: {type(error).__name__}"
                 break
             if sequence.num_cached == sequence.prompt_len - 1:
-                self._keep(len(self._scheduler.running), sequence)
+                self._keep(len(self._scheduler.running), sequence, self._embed(sequence))
                 self._meter.count_prompt(sequence.prompt_len)
                 self._scheduler.finish_prefill()
                 joined = True
@@ -72,6 +85,7 @@ class Prefill:
         self._target.cache.clear(slot)
         self._draft.clear(slot)
         sequence.num_cached = sequence.num_reused = self._reuse(slot, sequence)
+        self._states = self._new_states(sequence)
 
     def _reuse(self, slot: int, sequence: Sequence) -> int:
         if self._prefix_cache is None:
@@ -87,16 +101,46 @@ class Prefill:
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         start = sequence.num_cached
         chunk = sequence.token_ids[start : min(start + budget, sequence.prompt_len - 1)]
-        if chunk:
-            self._target.prefill(len(self._scheduler.running), chunk, start)
-            sequence.num_cached += len(chunk)
+        slot = len(self._scheduler.running)
+        if chunk and self._states is not None:
+            self._states.add(start, self._target.prefill_states(slot, chunk, start))
+        elif chunk:
+            self._target.prefill(slot, chunk, start)
+        sequence.num_cached += len(chunk)
         return len(chunk)
 
-    def _keep(self, slot: int, sequence: Sequence) -> None:
+    def _new_states(self, sequence: Sequence) -> PromptStates | None:
+        """Where the prompt is to be routed or recorded, and the target can say."""
+        request = sequence.request
+        if self._router is None or self._target.decoder is None:
+            return None
+        if request.route is not None and not request.capture:
+            return None
+        if self._prefix_cache is None:
+            return PromptStates(sequence.prompt_len - 1, BLOCK_TOKENS, ())
+        reused = self._prefix_cache.means(sequence.token_ids[: sequence.num_reused])
+        return PromptStates(sequence.prompt_len - 1, self._prefix_cache.block_tokens, reused)
+
+    def _embed(self, sequence: Sequence) -> list[BlockMean]:
+        """The prompt's embedding, and its route where it brought none; its blocks' means for the prefix
+        cache."""
+        states, self._states = self._states, None
+        if states is None or self._router is None:
+            return []
+        try:
+            sequence.prompt_embedding_H, means = states.finish()
+            if sequence.request.route is None and sequence.prompt_embedding_H is not None:
+                sequence.route = self._router(sequence.prompt_embedding_H)
+        except Exception:
+            _log.exception("the prompt of request %r was not routed", sequence.request.request_id)
+            return []
+        return means
+
+    def _keep(self, slot: int, sequence: Sequence, means: SequenceOf[BlockMean] = ()) -> None:
         if self._prefix_cache is None:
             return
         try:
-            self._prefix_cache.store(slot, sequence.token_ids[: sequence.num_cached])
+            self._prefix_cache.store(slot, sequence.token_ids[: sequence.num_cached], means)
         except Exception:
             _log.exception("a prefix could not be kept; all were forgotten, the engine goes on")
             self._prefix_cache.clear()

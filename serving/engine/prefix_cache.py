@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from serving.engine.prompt_embedding import BlockMean
 from serving.engine.slot_cache import SlotCache
 
 BLOCK_TOKENS = 16
@@ -51,6 +52,8 @@ class PrefixCache:
         self._slots, self._block_tokens = slots, block_tokens
         self._rows: OrderedDict[_Key, int] = OrderedDict()
         """Used longest ago first."""
+        self._means: dict[int, BlockMean] = {}
+        """Mean hidden state of a row's tokens, where it is known; on the host, beside the keys of `_rows`."""
         self._free = list(range(self._num_blocks))
         self._num_query_tokens = self._num_hit_tokens = self._num_evicted_blocks = 0
 
@@ -80,8 +83,17 @@ class PrefixCache:
         self._num_hit_tokens += num_columns
         return num_columns
 
-    def store(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Keep the slot's first columns, which hold `token_ids`: whole blocks that are not kept yet."""
+    @property
+    def block_tokens(self) -> int:
+        return self._block_tokens
+
+    def means(self, token_ids: Sequence[int]) -> list[BlockMean]:
+        """Of the known blocks that `token_ids` begin with."""
+        return [self._means.get(self._rows[key]) for key in self._find(token_ids)]
+
+    def store(self, slot: int, token_ids: Sequence[int], means: Sequence[BlockMean] = ()) -> None:
+        """Keep the slot's first columns, which hold `token_ids`: whole blocks that are not kept yet. `means`:
+        hidden states of the first blocks, as far as they are known."""
         chain = self._find(token_ids)
         self._touch(chain)
         num_known = len(chain)
@@ -99,11 +111,14 @@ class PrefixCache:
             parent = self._rows[chain[-1]] if chain else _ROOT
             chain.append(self._key(parent, self._block(token_ids, number)))
             self._rows[chain[-1]] = row
+            if number < len(means):
+                self._means[row] = means[number]
         self._touch(chain)
 
     def clear(self) -> None:
         """Forget every block."""
         self._rows.clear()
+        self._means.clear()
         self._free = list(range(self._num_blocks))
 
     def _find(self, token_ids: Sequence[int]) -> list[_Key]:
@@ -135,6 +150,7 @@ class PrefixCache:
         while len(self._free) < count:
             _, row = self._rows.popitem(last=False)
             self._free.append(row)
+            self._means.pop(row, None)
             self._num_evicted_blocks += 1
         return [self._free.pop() for _ in range(count)]
 

@@ -6,15 +6,22 @@ tokens whatever, copied, stale or random. Legend: B rows (row = slot), G drafted
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from serving.engine.sequence import Batch
+from serving.engine.transfer import to_device
+
+FLOOR_VERSION = 0
+"""The draft as it was loaded, on every route."""
 
 NGRAM_VERSION = -1
 """Stands where a draft_version would, for what n-gram lookup drafted: no draft may be credited with it."""
+
+BORROWED_VERSION = -2
+"""The same, in a captured round, for what another route's draft drafted."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,20 @@ class Share:
     num_draft_tokens_B: list[int]
 
 
+class ServingDraft(NamedTuple):
+    """The draft that is loaded for a row: versions are counted by route."""
+
+    route: str
+    """The one it was trained for; not the row's own where that has no draft."""
+    draft_version: int
+
+
 @dataclass(frozen=True)
 class DraftPlan:
     """Who drafts for which rows in a round. No shares: plain decoding."""
 
-    draft_version: int
-    """Of the draft that is loaded, whether or not it drafts."""
+    drafts_B: tuple[ServingDraft, ...]
+    """Whether or not they draft."""
     shares: tuple[Share, ...] = ()
 
     @property
@@ -126,31 +141,33 @@ class DraftPlan:
 
 
 def combine(parts: Sequence[Proposal]) -> Proposal:
-    """The proposals of a round's shares as one, under the first's version; only the first may have laws."""
+    """The proposals of a round's shares as one; each row from whoever drafted for it, its laws too. The
+    version is the first's: whose drafts a row has is for the plan to say."""
     whole = parts[0]
     for part in parts[1:]:
-        assert part.logprobs_BGV is None
         whole = _lay_over(whole, part)
     return whole
 
 
 def _lay_over(below: Proposal, above: Proposal) -> Proposal:
     """Rows that `above` drafts for come from it, all others from `below`."""
+    num_chunks = below.num_chunks + above.num_chunks
+    num_broken_rows = below.num_broken_rows + above.num_broken_rows
     if above.max_drafted == 0:
-        return replace(below, num_broken_rows=below.num_broken_rows + above.num_broken_rows)
+        return replace(below, num_chunks=num_chunks, num_broken_rows=num_broken_rows)
     width = max(below.max_drafted, above.max_drafted)
     rows = [row for row, count in enumerate(above.num_drafted_B) if count]
-    rows_N = torch.tensor(rows, device=above.token_ids_BG.device)
+    rows_N = to_device([rows], above.token_ids_BG.device)[0]
     token_ids_BG = _widen(below.token_ids_BG, width).index_copy(
         0, rows_N, _widen(above.token_ids_BG, width)[rows_N]
     )
-    logprobs_BGV = below.logprobs_BGV
-    if logprobs_BGV is not None:
-        missing = width - below.max_drafted
-        logprobs_BGV = torch.nn.functional.pad(logprobs_BGV, (0, 0, 0, missing), value=-torch.inf)
-        one_hot_NGV = torch.full_like(logprobs_BGV[: len(rows)], -torch.inf)
-        one_hot_NGV.scatter_(-1, token_ids_BG[rows_N][..., None], 0.0)
-        logprobs_BGV = logprobs_BGV.index_copy(0, rows_N, one_hot_NGV)
+    logprobs_BGV = None
+    with_law = below.logprobs_BGV if below.logprobs_BGV is not None else above.logprobs_BGV
+    if with_law is not None:
+        vocab_size = with_law.shape[-1]
+        logprobs_BGV = _laws(below, width, vocab_size).index_copy(
+            0, rows_N, _laws(above, width, vocab_size, rows_N)
+        )
     taken = set(rows)
     return Proposal(
         draft_version=below.draft_version,
@@ -159,14 +176,27 @@ def _lay_over(below: Proposal, above: Proposal) -> Proposal:
             (above if row in taken else below).num_drafted_B[row] for row in range(len(below.num_drafted_B))
         ),
         logprobs_BGV=logprobs_BGV,
-        token_logprobs_BG=_widen(below.token_logprobs_BG, width).index_fill(0, rows_N, 0.0),
+        token_logprobs_BG=_widen(below.token_logprobs_BG, width).index_copy(
+            0, rows_N, _widen(above.token_logprobs_BG, width)[rows_N]
+        ),
         num_matched_B=tuple(
             above.num_matched(row) if row in taken else below.num_matched(row)
             for row in range(len(below.num_drafted_B))
         ),
-        num_chunks=below.num_chunks + above.num_chunks,
-        num_broken_rows=below.num_broken_rows + above.num_broken_rows,
+        num_chunks=num_chunks,
+        num_broken_rows=num_broken_rows,
     )
+
+
+def _laws(part: Proposal, width: int, vocab_size: int, rows_N: Tensor | None = None) -> Tensor:
+    """[B, width, V] or, of some rows, [N, width, V]: laws as they are, or one-hot at the tokens."""
+    rows = slice(None) if rows_N is None else rows_N
+    if part.logprobs_BGV is not None:
+        missing = width - part.max_drafted
+        return torch.nn.functional.pad(part.logprobs_BGV[rows], (0, 0, 0, missing), value=-torch.inf)
+    token_ids_NG = _widen(part.token_ids_BG, width)[rows]
+    one_hot_NGV = torch.full((*token_ids_NG.shape, vocab_size), -torch.inf, device=token_ids_NG.device)
+    return one_hot_NGV.scatter_(-1, token_ids_NG[..., None], 0.0)
 
 
 def _widen(tensor_BG: Tensor, width: int) -> Tensor:

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 SamplingMode = Literal["greedy", "standard", "coupled"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+DEFAULT_ROUTE = "default"
+"""Of what is tagged with no route and belongs to none. Its draft serves every route that has none."""
+
 MIN_TEMPERATURE = 1e-5
 """Below it logits / temperature leaves float32's range."""
 
@@ -134,7 +137,8 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choice_index: int = 0
-    route: str = "default"
+    route: str | None = None
+    """None: set when prefill ends, by the engine's router; `default` without one."""
     capture: bool = False
     """Keep what the target says at every verified position, for the recorder."""
 
@@ -224,6 +228,8 @@ class Generation:
     error: str = ""
     captured_rounds: list[CapturedRound] = field(default_factory=list)
     """Empty unless the request asked for capture."""
+    prompt_embedding_H: NDArray[np.float16] | None = None
+    """Mean hidden state of the prompt; None where nobody asked for it, or it could not be had."""
 
 
 EventCallback = Callable[[TokenEvent], Any]

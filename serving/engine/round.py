@@ -17,7 +17,7 @@ from torch import Tensor
 from serving.engine.capture import RoundCapture, capture_tensors
 from serving.engine.commit import commit, outcome_tensors
 from serving.engine.noise import gumbel_noise
-from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, Share, combine
+from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, ServingDraft, Share, combine
 from serving.engine.runner import Runner
 from serving.engine.sampling import draw_uniforms, law_logprobs
 from serving.engine.sequence import Advance, Batch
@@ -31,17 +31,19 @@ _log = logging.getLogger(__name__)
 class RoundReport:
     """What the round did, and what it cost."""
 
-    draft_version: int
+    drafts_B: tuple[ServingDraft, ...]
+    """Whose versions the rows' drafts count under."""
     num_draft_tokens: int
-    num_draft_passes: int
-    """Of a model, one a token; copying makes none."""
+    draft_passes: tuple[int, ...]
+    """Of each model that drafted, one a token; copying makes none."""
     advances: list[Advance]
     propose_s: float
     """Catch-up included."""
     num_chunks: int
     """Passes of the drafter that only caught up."""
     target_pass_s: float
-    num_broken_draft_rows: int
+    broken_drafts: frozenset[ServingDraft]
+    """Those that raised, or drew from a law that is NaN."""
 
 
 @torch.inference_mode()
@@ -56,8 +58,8 @@ def run_round(
     clock.mark()
     noise_BEV = _coupled_noise(batch, plan.max_draft_tokens + 1, target)
     parts = [_propose(batch, share, noise_BEV, generator) for share in plan.shares]
-    nothing = Proposal.empty(len(batch), plan.draft_version, batch.device)
-    proposal = replace(combine(parts), draft_version=plan.draft_version) if parts else nothing
+    nothing = Proposal.empty(len(batch), plan.drafts_B[0].draft_version, batch.device)
+    proposal = combine(parts) if parts else nothing
     clock.mark()
     raw_logits_BEV, num_drafted_B = _target_pass(batch, proposal, target)
     clock.mark()
@@ -92,20 +94,20 @@ def run_round(
     host = to_host(outcome | {"token_logprobs_BG": proposal.token_logprobs_BG})
 
     _observe(plan.shares, parts, host)
-    capture = RoundCapture.read(proposal.draft_version, host) if batch.any_capture else None
-    advances = commit(batch, proposal, host, capture)
+    capture = RoundCapture.read(plan.drafts_B, host) if batch.any_capture else None
+    advances = commit(batch, proposal, plan.drafts_B, host, capture)
     if batch.processing is not None:
         batch.processing.commit([advance.token_ids for advance in advances])
     propose_s, target_pass_s = clock.seconds()
     return RoundReport(
-        draft_version=proposal.draft_version,
+        drafts_B=plan.drafts_B,
         num_draft_tokens=proposal.max_drafted,
-        num_draft_passes=max((part.max_drafted for part in parts if not part.num_matched_B), default=0),
+        draft_passes=tuple(part.max_drafted for part in parts if part.max_drafted and not part.num_matched_B),
         advances=advances,
         propose_s=propose_s,
         num_chunks=proposal.num_chunks,
         target_pass_s=target_pass_s,
-        num_broken_draft_rows=proposal.num_broken_rows + _num_broken(proposal, host),
+        broken_drafts=_broken_drafts(plan, parts, proposal, host),
     )
 
 
@@ -205,12 +207,17 @@ def _verify(
     return verification
 
 
-def _num_broken(proposal: Proposal, host: HostArrays) -> int:
-    """Rows of whose draft tokens one was drawn from a law that is NaN."""
-    token_logprobs_BG = host["token_logprobs_BG"]
-    return sum(
-        usable < num_drafted and bool(np.isnan(token_logprobs_BG[row, usable]))
-        for row, (usable, num_drafted) in enumerate(
-            zip(host["num_drafted_B"].tolist(), proposal.num_drafted_B, strict=True)
-        )
-    )
+def _broken_drafts(
+    plan: DraftPlan, parts: Sequence[Proposal], proposal: Proposal, host: HostArrays
+) -> frozenset[ServingDraft]:
+    """One broken row is enough; the drafts of the other rows go on."""
+    broken = set[ServingDraft]()
+    for share, part in zip(plan.shares, parts, strict=True):
+        if part.num_broken_rows:
+            asked = zip(plan.drafts_B, share.num_draft_tokens_B, strict=True)
+            broken.update(draft for draft, count in asked if count)
+    counts = zip(host["num_drafted_B"].tolist(), proposal.num_drafted_B, strict=True)
+    for row, (usable, num_drafted) in enumerate(counts):
+        if usable < num_drafted and np.isnan(host["token_logprobs_BG"][row, usable]):
+            broken.add(plan.drafts_B[row])
+    return frozenset(broken)

@@ -40,6 +40,8 @@ class Runner:
         """Runs the passes instead of the model's own code, once there is one. Set between two rounds."""
         self.static: StaticPass | None = None
         """Runs the passes that it holds, before all others; its logits are valid until the next one."""
+        self.decoder = decoder_of(model)
+        """The model without its head; None where it has none of its own."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
 
     def twin(self) -> "Runner":
@@ -116,3 +118,27 @@ class Runner:
             first_slot=slot,
             logits_to_keep=1,
         )
+
+    @torch.inference_mode()
+    def prefill_states(self, slot: int, token_ids: Sequence[int], start: int) -> Tensor:
+        """The same by the decoder's own code, without the head; its last hidden states [T, H]."""
+        assert self.decoder is not None
+        end = start + len(token_ids)
+        sent = to_device([list(token_ids), range(start, end)], self.device)
+        self.cache.window(slot, sent[1:], end)
+        output = self.decoder(
+            input_ids=sent[:1].clamp(max=self.num_embedded - 1),
+            position_ids=sent[1:],
+            attention_mask=(self._columns_T[:end] <= sent[1:, :, None])[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        hidden_TH: Tensor = output.last_hidden_state[0]
+        return hidden_TH
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """The part of a transformers causal language model that ends with the last hidden state."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder is not None else None
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None

@@ -3,13 +3,16 @@
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.engine.acceptance_belief import SequenceBelief
 from serving.engine.logits_processing import LogitsProcessing, RowContext
 from serving.engine.noise import noise_key
 from serving.engine.request import (
+    DEFAULT_ROUTE,
     CapturedRound,
     EventCallback,
     FinishReason,
@@ -51,6 +54,9 @@ class Sequence:
     on_event: EventCallback
     token_ids: list[int] = field(init=False)
     """Prompt and output."""
+    route: str = field(init=False)
+    """The request's own, or what its prompt's embedding says once prefill has ended."""
+    prompt_embedding_H: NDArray[np.float16] | None = None
     submitted_at_s: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     num_cached: int = 0
@@ -78,6 +84,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        self.route = self.request.route or DEFAULT_ROUTE
         sampling = self.request.sampling
         self.noise_key = (
             noise_key(sampling.seed, self.request.choice_index) if sampling.seed is not None else 0
@@ -118,7 +125,7 @@ class Sequence:
         return Generation(
             request_id=self.request.request_id,
             choice_index=self.request.choice_index,
-            route=self.request.route,
+            route=self.route,
             sampling=self.request.sampling,
             prompt_token_ids=self.request.prompt_token_ids,
             output_token_ids=self.token_ids[self.prompt_len :],
@@ -136,6 +143,7 @@ class Sequence:
             stop_token_id=self.stop_token_id,
             error=self.error,
             captured_rounds=self.captured_rounds,
+            prompt_embedding_H=self.prompt_embedding_H,
         )
 
 

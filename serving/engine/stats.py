@@ -1,4 +1,4 @@
-"""What the engine counts: rounds by draft version, round times, swaps and their pauses.
+"""What the engine counts: rounds by draft (its route and version), round times, swaps and their pauses.
 
 A sequence's round that copied its drafts counts under NGRAM_VERSION, so that no draft is credited with it.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from serving.engine.counters import RoundCounters
 from serving.engine.prefix_cache import PrefixCacheStats
 from serving.engine.proposal import NGRAM_VERSION
+from serving.engine.request import DEFAULT_ROUTE
 from serving.engine.round import RoundReport
 
 _MEMORY_ROUNDS = 512
@@ -38,12 +39,13 @@ class EngineStats:
     max_cached_tokens: int
     num_prompt_tokens: int
     num_output_tokens: int
-    draft_version: int
+    draft_versions: dict[str, int]
+    """route -> version that serves, of every route that has a draft of its own."""
     num_draft_tokens: int
     """Draft length in use."""
-    counts: dict[int, RoundCounters]
-    """By draft_version, NGRAM_VERSION among them; rounds of draft length 0 count under the version that was
-    loaded."""
+    route_counts: dict[str, dict[int, RoundCounters]]
+    """By the route of the draft that was loaded and its version, NGRAM_VERSION among them; rounds of draft
+    length 0 count there too."""
     round_s_median: float
     mean_batch_size: float
     num_swaps: int
@@ -54,13 +56,23 @@ class EngineStats:
     draft_disabled_reason: str
     prefix_cache: PrefixCacheStats
 
+    @property
+    def draft_version(self) -> int:
+        """Of the default route."""
+        return self.draft_versions[DEFAULT_ROUTE]
+
+    @property
+    def counts(self) -> dict[int, RoundCounters]:
+        """By version, of the default route's draft."""
+        return self.route_counts.get(DEFAULT_ROUTE, {})
+
 
 @dataclass
 class Meter:
     """Gathers what rounds and swaps report; the engine thread writes, anyone reads through `lock`."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    counts: dict[int, RoundCounters] = field(default_factory=dict)
+    counts: dict[str, dict[int, RoundCounters]] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_swaps: int = 0
@@ -79,9 +91,9 @@ class Meter:
                 self.swap_pause_s_max = max(self.swap_pause_s_max, pause_s)
             self._swap_s_before_round = None
             self._rounds.append((*kind, round_s))
-            for advance in report.advances:
-                version = NGRAM_VERSION if advance.num_matched else report.draft_version
-                self.counts.setdefault(version, RoundCounters()).add_round(
+            for draft, advance in zip(report.drafts_B, report.advances, strict=True):
+                version = NGRAM_VERSION if advance.num_matched else draft.draft_version
+                self.counts.setdefault(draft.route, {}).setdefault(version, RoundCounters()).add_round(
                     drafted=advance.num_drafted,
                     attempted=advance.num_attempted,
                     accepted=advance.num_accepted,
@@ -95,6 +107,11 @@ class Meter:
             if report.under_load:
                 self.num_swaps_under_load += 1
                 self._swap_s_before_round = (self._swap_s_before_round or 0.0) + report.swap_s
+
+    def forget(self, route: str) -> None:
+        """The route's draft is gone, and with it what it counted: there may be many routes in a long life."""
+        with self.lock:
+            self.counts.pop(route, None)
 
     def count_prompt(self, num_tokens: int) -> None:
         with self.lock:

@@ -152,7 +152,7 @@ def test_what_serves_goes_on_serving_when_the_feed_goes_away_or_forgets(engine: 
         watcher.follow()
     assert engine.draft_version == 1
     forgetful = watch(engine, feed)
-    forgetful._served = watcher._served
+    forgetful._followed = watcher._followed
     forgetful._feed = MemoryAdapterFeed()
     forgetful.follow()
     assert engine.draft_version == 1

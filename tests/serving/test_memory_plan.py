@@ -83,6 +83,17 @@ def test_the_outline_of_a_pair_plans_what_the_loaded_pair_does(
     assert (half.max_seq_len, half.prefix_cache_bytes) == (512, 0)
 
 
+def test_drafts_of_routes_are_planned_for_and_may_be_what_does_not_fit(engine: LocalEngine) -> None:
+    plan = engine.memory_plan
+    assert plan.draft is not None and planned(plan, "drafts of") == 0
+    routed = replace(plan, max_route_drafts=3)
+    of_one = planned(plan, "weights of the live") + planned(plan, "keys and values of the draft")
+    assert planned(routed, "drafts of 3 more routes") == 3 * of_one
+    there = sum(part.num_bytes for part in plan.parts() if not part.is_held)
+    with pytest.raises(MemoryPlanError, match="or max_route_drafts=2 at both fits"):
+        routed.require_fit(FreeMemory(there + 2 * of_one))
+
+
 def test_a_captured_generation_holds_no_more_than_was_planned_for_a_slot(engine: LocalEngine) -> None:
     sampling = SamplingParams(seed=1, max_tokens=90, ignore_eos=True)
     generation = engine.submit(GenerationRequest("c", (5, 6), sampling, capture=True)).result(30)

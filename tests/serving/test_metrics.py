@@ -65,7 +65,8 @@ def test_acceptance_is_counted_by_draft_version(engine: LocalEngine) -> None:
         ("spec_decode_num_attempted_tokens_total", counters.num_attempted),
         ("spec_decode_num_accepted_tokens_total", counters.num_accepted),
     ):
-        assert value(metrics, name, draft_version="0") == expected
+        assert value(metrics, name, route="default", draft_version="0") == expected
+    assert value(metrics, "route_draft_version", route="default") == 0
     assert counters.num_drafted > 0
 
 

@@ -114,6 +114,18 @@ def test_segments_stand_alone_and_together_hold_every_token(
     assert context[3:] == generation.output_token_ids
 
 
+def test_every_segment_carries_the_embedding_of_the_requests_prompt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_RECORD_TOKENS", 8)
+    generation = generated(engine)
+    assert {record.prompt_embedding_H is None for record in records_of(generation)} == {True}
+    generation.prompt_embedding_H = np.array([0.5, -2.0], dtype=np.float16)
+    found = [record.prompt_embedding_H for record in records_of(generation)]
+    assert len(found) >= 3
+    assert all(embedding_H is not None and embedding_H.tolist() == [0.5, -2.0] for embedding_H in found)
+
+
 def test_what_was_not_captured_is_not_recorded(engine: Engine) -> None:
     assert records_of(generated(engine, capture=False)) == []
 

@@ -16,7 +16,7 @@ from tests.support.lossless_checks import target_of
 from tests.support.reference import output_law
 from tests.support.rule_checks import MIN_EXPECTED
 from tests.support.scheduled_engine import play
-from tests.support.schedules import Copies, DrafterKind, Join, Schedule, Swap, Table
+from tests.support.schedules import Copies, DrafterKind, Event, Join, Open, Schedule, Swap, Table
 from tests.support.table_model import TableModel
 
 _TABLES: tuple[Table, ...] = ("random", "sharp", "holes")
@@ -34,6 +34,8 @@ class LawCase:
     """Turns from a swap to the next; 0: none."""
     mates: tuple[SamplingParams, ...] = ()
     """One of them, in turn, beside each sampled request."""
+    routes: tuple[str | None, ...] = (None,)
+    """Of the sampled requests, in turn; each but None has a draft of its own, with laws of its own."""
     drafter: DrafterKind = "model"
     copies: Copies = "none"
     stopping: StoppingName = "controller"
@@ -67,6 +69,13 @@ LAW_CASES = {
         mates=MATES,
         num_slots=8,
         num_samples=2500,
+    ),
+    "drafts of three routes in one batch": LawCase(
+        SamplingParams(max_tokens=3),
+        draft_lengths=(1, 3, 2),
+        routes=(None, "r1", "r2"),
+        copies="random",
+        num_samples=4000,
     ),
     "cut laws": LawCase(SamplingParams(top_k=3, top_p=0.85, min_p=0.02, max_tokens=3), mates=MATES[2:]),
     "penalties": LawCase(
@@ -113,6 +122,7 @@ def law_cases(draw: st.DrawFn) -> LawCase:
         drafter=draw(st.sampled_from(["model", "model", "arbitrary"])),
         stopping=draw(st.sampled_from(["controller", "controller", "top_prob", "entropy"])),
         copies=draw(st.sampled_from(["none", "none", "random", "ngram"])),
+        routes=draw(st.sampled_from([(None,), (None, "r1"), ("r1", "r2", None)])),
         seed=draw(st.integers(0, 2**16)),
         num_samples=1500,
         num_slots=draw(st.sampled_from([8, 16])),
@@ -137,9 +147,13 @@ def check_law(case: LawCase, false_alarm_rate: float = FALSE_ALARM_RATE, **optio
 
 
 def _schedule(case: LawCase) -> Schedule:
-    events: list[Join | Swap] = []
+    events: list[Event] = []
+    for number, route in enumerate(case.routes):
+        if route is not None:
+            events += [Open(0, route), Swap(0, 1, _TABLES[number % len(_TABLES)], route)]
     for index in range(case.num_samples):
-        events.append(Join(0, GenerationRequest(f"sampled-{index}", case.prompt, case.sampling)))
+        route = case.routes[index % len(case.routes)]
+        events.append(Join(0, GenerationRequest(f"sampled-{index}", case.prompt, case.sampling, route=route)))
         if case.mates:
             mate = case.mates[index % len(case.mates)]
             events.append(Join(0, GenerationRequest(f"mate-{index}", case.prompt[: 1 + index % 5], mate)))

@@ -5,7 +5,8 @@ column that belongs to nobody, and fires the events that are due. Nothing else i
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from serving.engine.runner import Runner
 from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.sequence import Batch
 from serving.engine.slot_cache import SlotCache
-from tests.support.schedules import Cancel, Join, Schedule, Swap
+from tests.support.schedules import Cancel, Close, Event, Join, Open, Schedule, Swap
 from tests.support.table_engine import ScriptedDrafter, StagedTable
 from tests.support.table_model import NUM_ROWS, TableModel
 
@@ -110,25 +111,22 @@ class ScheduledEngine(Engine):
         drafter_class: type[ModelDrafter] = ModelDrafter,
         checks_caches: bool = True,
     ) -> None:
-        self._schedule, self._draft_table = schedule, draft
+        self._schedule = schedule
+        self._draft_tables = {"default": draft}
+        self._drafter_class, self._shipped = drafter_class, deepcopy(draft)
         self._checks_caches = checks_caches
         self._turn = -1
         self._left = list(schedule.events)
         self._handles: dict[str, GenerationHandle] = {}
         self._failure: BaseException | None = None
         self._is_seeded = False
-        floor_table = draft.table.clone()
-
-        def floor() -> StagedWeights:
-            return StagedTable(0, draft, floor_table)
-
         runner = Runner(target, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len)
         super().__init__(
             runner,
             _drafter(schedule, draft, drafter_class),
             controller=ScriptedLength(schedule.draft_lengths),
             eos_token_ids=schedule.eos_token_ids,
-            floor=floor if schedule.has_floor and schedule.drafter == "model" else None,
+            floor=self._floor_of(draft),
             ngram=_copier(schedule),
             prefill_chunk_tokens=schedule.chunk_tokens,
             prefix_cache=_prefix_cache(schedule, runner),
@@ -167,34 +165,50 @@ class ScheduledEngine(Engine):
         while self._left and self._left[0].turn <= self._turn:
             self._fire(self._left.pop(0))
 
-    def _fire(self, event: Join | Cancel | Swap) -> None:
+    def _fire(self, event: Event) -> None:
         if isinstance(event, Join):
             self._handles[event.request.request_id] = self.submit(event.request)
         elif isinstance(event, Cancel):
             self._handles[event.request_id].cancel()
-        else:
-            self.swap(StagedTable(event.draft_version, self._draft_table, self._table(event)))
+        elif isinstance(event, Open):
+            self._open(event.route)
+        elif isinstance(event, Close):
+            self.close_draft(event.route)
+        elif event.route in self._draft_tables:
+            model = self._draft_tables[event.route]
+            self.swap(StagedTable(event.draft_version, model, self._table(event)), event.route)
+
+    def _open(self, route: str) -> None:
+        model = self._draft_tables[route] = deepcopy(self._shipped)
+        drafter = _drafter(self._schedule, model, self._drafter_class)
+        if drafter is not None:
+            self.open_draft(route, drafter, self._floor_of(model))
+
+    def _floor_of(self, model: TableModel) -> Callable[[], StagedWeights] | None:
+        shipped = self._shipped.table
+        has_floor = self._schedule.has_floor and self._schedule.drafter == "model"
+        return (lambda: StagedTable(0, model, shipped)) if has_floor else None
 
     def _table(self, swap: Swap) -> Tensor:
-        like = self._draft_table.table
+        like = self._shipped.table
         if swap.table == "target":
             return self._target.model.table.clone()  # type: ignore[operator]
         if swap.table in {"zero", "huge", "nan", "inf"}:
             value = {"zero": 0.0, "huge": 1e30, "nan": torch.nan, "inf": torch.inf}[swap.table]
             return torch.full_like(like, value)
-        generator = torch.Generator().manual_seed(1000 * self._schedule.seed + swap.draft_version)
+        of_swap = swap.draft_version + 100 * sorted(self._draft_tables).index(swap.route)
+        generator = torch.Generator().manual_seed(1000 * self._schedule.seed + of_swap)
         table = torch.randn(like.shape, generator=generator)
         if swap.table == "holes":
             table[:, 1:][torch.rand(table[:, 1:].shape, generator=generator) < 0.5] = -torch.inf
         return 30.0 * table if swap.table == "sharp" else table
 
-    def _owned(self, drafted: bool) -> list[tuple[int, list[int], int]]:
-        """(slot, token ids, columns that count) of every slot in use."""
-        scheduler, drafter = self._scheduler, self._draft.drafter
+    def _owned(self, drafter: ModelDrafter | None) -> list[tuple[int, list[int], int]]:
+        """(slot, token ids, columns that count) of every slot in use; without a drafter, of the target's."""
+        scheduler = self._scheduler
         sequences = [*scheduler.running, *([scheduler.prefilling] if scheduler.prefilling else [])]
         cached = [sequence.num_cached for sequence in sequences]
-        if drafted:
-            assert isinstance(drafter, ModelDrafter)
+        if drafter is not None:
             cached = drafter._cached[: len(sequences)]
         return [
             (slot, sequence.token_ids, count)
@@ -202,9 +216,10 @@ class ScheduledEngine(Engine):
         ]
 
     def _caches(self) -> list[tuple[SlotCache, list[tuple[int, list[int], int]]]]:
-        caches = [(self._target.cache, self._owned(drafted=False))]
-        if isinstance(self._draft.drafter, ModelDrafter):
-            caches.append((self._draft.drafter.runner.cache, self._owned(drafted=True)))
+        caches = [(self._target.cache, self._owned(None))]
+        for drafter in self._draft._drafters:
+            if isinstance(drafter, ModelDrafter):
+                caches.append((drafter.runner.cache, self._owned(drafter)))
         return caches
 
     def _check_lengths(self) -> None:

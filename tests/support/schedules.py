@@ -1,4 +1,4 @@
-"""Random schedules of an engine: who joins, leaves and is swapped when, under which parameters.
+"""Random schedules of an engine: who joins, leaves and is swapped when, on which route and parameters.
 
 Plain data, and the hypothesis strategies that draw it.
 """
@@ -38,6 +38,25 @@ class Swap:
     turn: int
     draft_version: int
     table: Table
+    route: str = "default"
+    """Nothing happens where it has no draft of its own at that turn."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """From here on the route has a draft of its own, at first a copy of the default route's as loaded."""
+
+    turn: int
+    route: str
+
+
+@dataclass(frozen=True)
+class Close:
+    turn: int
+    route: str
+
+
+Event = Join | Cancel | Swap | Open | Close
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,7 @@ class Schedule:
     seed: int
     rounded: bool
     """The target's logits are whole numbers: ties everywhere."""
-    events: tuple[Join | Cancel | Swap, ...]
+    events: tuple[Event, ...]
 
     @property
     def requests(self) -> list[GenerationRequest]:
@@ -151,7 +170,20 @@ def _requests(
         tuple(chooser.randrange(vocab_size) for _ in range(prompt_len)),
         draw(sampling_params(vocab_size, max_seq_len - prompt_len, eos_token_ids)),
         choice_index=draw(st.integers(0, 2)),
+        route=draw(st.sampled_from([None, "r1", "r2", "none of its own"])),
     )
+
+
+@st.composite
+def _openings(draw: st.DrawFn) -> list[Open | Close]:
+    """Up to two routes with a draft of their own, for a while."""
+    events: list[Open | Close] = []
+    for route in ("r1", "r2")[: draw(st.sampled_from([0, 0, 1, 2]))]:
+        opened = Open(draw(st.integers(0, 10)), route)
+        events.append(opened)
+        if draw(st.booleans()):
+            events.append(Close(opened.turn + draw(st.integers(1, 12)), route))
+    return events
 
 
 @st.composite
@@ -161,14 +193,15 @@ def schedules(draw: st.DrawFn, **fixed: Any) -> Schedule:
     vocab_size, max_seq_len = draw(_VOCAB_SIZES), draw(st.sampled_from([8, 24, 48]))
     eos_token_ids = tuple(draw(st.lists(st.integers(0, vocab_size - 1), max_size=2)))
     turns = st.integers(0, 30)
-    events: list[Join | Cancel | Swap] = []
+    events: list[Event] = list(draw(_openings()))
+    routes = st.sampled_from(["default", *(event.route for event in events if isinstance(event, Open))])
     for index in range(draw(st.integers(1, 9))):
         joined = Join(draw(turns), draw(_requests(index, vocab_size, max_seq_len, eos_token_ids)))
         events.append(joined)
         if draw(st.integers(0, 3)) == 0:
             events.append(Cancel(joined.turn + draw(st.integers(0, 12)), joined.request.request_id))
     for version in range(1, draw(st.integers(0, 4)) + 1 if has_swaps else 1):
-        events.append(Swap(draw(turns), version, draw(_TABLES)))
+        events.append(Swap(draw(turns), version, draw(_TABLES), draw(routes)))
     drawn = {
         "vocab_size": vocab_size,
         "max_seq_len": max_seq_len,

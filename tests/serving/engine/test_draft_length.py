@@ -168,3 +168,70 @@ def test_a_row_that_may_not_draft_is_never_asked_even_by_a_probe() -> None:
     controller = DraftLengthController(COSTS)
     rows = [Row("default", SequenceBelief(), 9, 0, num_matched=4)]
     assert all(controller.choose(rows) == Lengths([0], [0]) for _ in range(600))
+
+
+def _chosen(
+    controller: DraftLengthController, drafts: list[str | None], num_rounds: int = 400
+) -> list[Lengths]:
+    """Plans for rows with these drafts, each on the route of that name and accepted four times in five."""
+    beliefs = [SequenceBelief() for _ in drafts]
+    rng, plans = random.Random(2), []
+    for _ in range(num_rounds):
+        rows = [
+            Row(draft or "none", belief, 9, 8, draft=draft)
+            for draft, belief in zip(drafts, beliefs, strict=True)
+        ]
+        plans.append(controller.choose(rows))
+        for row, count in zip(rows, plans[-1].by_model_B, strict=True):
+            accepted = next((g for g in range(count) if rng.random() >= 0.8), count)
+            attempted = min(count, accepted + 1)
+            controller.observe(row.route, row.belief, MODEL, attempted, accepted, row.draft or "none")
+    return plans[num_rounds // 2 :]
+
+
+ROOMY = CostTable((1, 8), (1, 9), ((1.0, 1.2), (2.0, 2.4)), (0.2, 0.2), (0.2, 0.2))
+"""A proposal costs the same for one row as for eight, as each draft's pass does in a batch."""
+
+
+def test_each_draft_pays_its_own_passes() -> None:
+    """Eight rows pay one draft's passes, not eight drafts'."""
+    one, eight = (
+        _chosen(DraftLengthController(ROOMY), ["a"] * 8),
+        _chosen(DraftLengthController(ROOMY), [*"abcdefgh"]),
+    )
+    assert all(all(plan.by_model_B) for plan in one)
+    assert sum(sum(map(bool, plan.by_model_B)) for plan in eight) / len(eight) < 6
+
+
+def test_a_draft_with_few_rows_sits_out_where_its_passes_do_not_pay() -> None:
+    plans = _chosen(DraftLengthController(ROOMY), ["a"] * 7 + ["b"])
+    assert all(all(plan.by_model_B[:7]) for plan in plans)
+    assert sum(plan.by_model_B[7] > 0 for plan in plans) < 0.1 * len(plans)
+    alike = _chosen(DraftLengthController(ROOMY), ["a"] * 4 + ["b"] * 4)
+    assert sum(all(plan.by_model_B) for plan in alike) > 0.8 * len(alike)
+
+
+def test_a_row_whose_draft_broke_is_never_asked_while_others_draft() -> None:
+    plans = _chosen(DraftLengthController(ROOMY), ["a"] * 7 + [None])
+    assert all(all(plan.by_model_B[:7]) and not plan.by_model_B[7] for plan in plans)
+    fixed = DraftLengthController(ROOMY, fixed=2)
+    assert fixed.choose(
+        [Row("a", SequenceBelief(), 9, 8, draft=None), Row("b", SequenceBelief(), 9, 8)]
+    ) == Lengths([0, 2], [0, 0])
+
+
+def test_a_swap_on_one_route_leaves_what_is_believed_of_the_others() -> None:
+    controller = DraftLengthController(ROOMY)
+    _chosen(controller, ["a"] * 4 + ["b"] * 4)
+    before = controller._routes.rates("b", SequenceBelief(is_trial=False), MODEL)
+    controller.forget_model(lambda route: route == "a")
+    assert controller._routes.rates("a", SequenceBelief(is_trial=False), MODEL) == (0.5, 0.5)
+    assert controller._routes.rates("b", SequenceBelief(is_trial=False), MODEL) == before != (0.5, 0.5)
+
+
+def test_several_proposals_correct_the_table_by_their_sum() -> None:
+    table = CostTable((1, 8), (1, 9), ((1.0, 1.2), (2.0, 2.4)), (0.2, 0.2), (0.2, 0.2))
+    table.observe_draft(8, (3, 1), table.propose_s(8, 3) + table.propose_s(8, 1))
+    assert table.draft_scale == pytest.approx(1.0)
+    table.observe_draft(8, (3, 1), 2.0 * table.propose_s(8, 3) + 2.0 * table.propose_s(8, 1))
+    assert table.draft_scale > 1.0

@@ -4,7 +4,7 @@ A control runs the same check over the same examples as the property test, with 
 words. Patching our own code is what a control is; the engine under it is the real one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +101,36 @@ class _ClaimsNewWeights(ModelDrafter):
 
 def test_draft_probs_from_new_weights_are_caught() -> None:
     _law_fails("drafted", drafter_class=_ClaimsNewWeights)
+
+
+def test_another_routes_law_is_caught(monkeypatch: Patch) -> None:
+    """Tokens are their own route's, the laws all those of whoever drafted first."""
+
+    def first_laws_for_all(parts: Sequence[Proposal]) -> Proposal:
+        whole = right(parts)
+        drawn = next((part for part in parts if part.logprobs_BGV is not None), None)
+        if drawn is None or drawn.max_drafted < whole.max_drafted:
+            return whole
+        return replace(whole, logprobs_BGV=drawn.logprobs_BGV)
+
+    right = round_module.combine
+    monkeypatch.setattr(round_module, "combine", first_laws_for_all)
+    _law_fails("drafts of three routes in one batch")
+
+
+def test_another_routes_weights_behind_a_routes_law_are_caught(monkeypatch: Patch) -> None:
+    """As if two routes shared a runner: one's pass runs on the weights that the other just drafted with, and
+    claims its own laws."""
+
+    def tokens_of_the_first(parts: Sequence[Proposal]) -> Proposal:
+        whole = right(parts)
+        if parts[0].max_drafted < whole.max_drafted or parts[0].logprobs_BGV is None:
+            return whole
+        return replace(whole, token_ids_BG=parts[0].token_ids_BG)
+
+    right = round_module.combine
+    monkeypatch.setattr(round_module, "combine", tokens_of_the_first)
+    _law_fails("drafts of three routes in one batch", checks_caches=False)
 
 
 def test_un_drawing_an_unlikely_token_is_caught() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import DraftPlan, Share
+from serving.engine.proposal import BORROWED_VERSION, DraftPlan, ServingDraft, Share
 from serving.engine.round import run_round
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
@@ -49,7 +49,8 @@ def _batch(params: list[SamplingParams], capture: bool) -> Batch:
 
 
 def _plan(drafter: ModelDrafter, lengths: list[int]) -> DraftPlan:
-    return DraftPlan(0, (Share(drafter, lengths),) if any(lengths) else ())
+    drafts_B = (ServingDraft("default", drafter.draft_version),) * len(lengths)
+    return DraftPlan(drafts_B, (Share(drafter, lengths),) if any(lengths) else ())
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -65,6 +66,23 @@ def test_a_round_waits_for_its_device_once(kind: str, capture: bool) -> None:
         assert reads.places == []
         assert reads.num_host_calls == 1
         assert all(now > then for now, then in zip(batch.lengths(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_round_in_which_several_drafts_draft_waits_for_its_device_once(kind: str) -> None:
+    target, drafters = _runner(2), [ModelDrafter(_runner(1)) for _ in range(2)]
+    batch = _batch(BATCHES[kind], capture=True)
+    lengths = [[3 * (row % 2 == number) for row in range(len(batch))] for number in range(2)]
+    shares = tuple(Share(drafter, each) for drafter, each in zip(drafters, lengths, strict=True))
+    drafts_B = tuple(ServingDraft(f"r{row % 2}", row % 2) for row in range(len(batch)))
+    with HostReads() as reads:
+        report = run_round(batch, DraftPlan(drafts_B, shares), target, torch.Generator().manual_seed(0))
+    assert reads.places == []
+    assert reads.num_host_calls == 1
+    assert report.draft_passes == (3, 3)
+    assert [advance.num_drafted for advance in report.advances] == [3] * len(batch)
+    versions = [sequence.captured_rounds[0].draft_version for sequence in batch.sequences]
+    assert versions == [0, BORROWED_VERSION, 0][: len(batch)]
 
 
 def test_catching_up_by_chunks_waits_for_nothing_more() -> None:
