@@ -130,7 +130,8 @@ class AdapterEvent:
     """One line of a route's history."""
 
     kind: str
-    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned` or `rejected_by_replica`."""
+    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`; of a route, `opened`
+    and `closed`."""
     route: str
     draft_version: int
     """The version concerned: for a refusal the one it would have become, else what serves afterwards."""

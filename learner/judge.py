@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from buffer.records import FLOOR_VERSION, GenerationRecord, ServingStatus
+from buffer.records import GenerationRecord, ServingStatus
+from learner.bandit import FLOOR, ExistingDraft, Worths, worths
 from learner.draft import AdapterState
 from learner.draw import is_held_out
 from learner.gate import GateDecision, GateRule, acceptance, decide
@@ -47,11 +48,15 @@ class Judge:
         self._window.add(record for record in records if is_held_out(record.request_id, held_out_share))
         return [record for record in records if not is_held_out(record.request_id, held_out_share)]
 
+    def compare(self, drafts: Sequence[ExistingDraft]) -> Worths:
+        """What each draft that exists is worth on the last held-out records. Forgets every other draft."""
+        self._window.keep_drafts(draft.key for draft in drafts)
+        return worths(self._window, drafts, self._settings.route_evidence_records, self._score)
+
     def judge(
         self,
         candidate: AdapterState,
-        incumbent: AdapterState | None,
-        incumbent_version: int,
+        incumbent: ExistingDraft,
         *,
         fault: str,
         operation: Operation,
@@ -62,11 +67,10 @@ class Judge:
         self._window.expire(now_s)
         if fault:
             return Judgement(GateDecision(False, fault))
-        self._window.keep_versions([FLOOR_VERSION, incumbent_version])
-        floor = self._window.scores(FLOOR_VERSION, partial(self._score, None))
+        floor = self._window.scores(FLOOR.key, partial(self._score, None))
         before = floor
-        if incumbent is not None:
-            before = self._window.scores(incumbent_version, partial(self._score, incumbent))
+        if incumbent.state is not None:
+            before = self._window.scores(incumbent.key, partial(self._score, incumbent.state))
         after = self._window.fresh_scores(partial(self._score, candidate))
         triples = [
             (new, old, base)

@@ -1,4 +1,4 @@
-"""What the learner has done and decided, for people: counters, the last figures, the tracker's lines.
+"""What the learner did for one route and decided, for people: counters, last figures, the tracker's lines.
 
 Knows no draft and no store. Invariant: `facts` is plain data and never waits for the tracker.
 """
@@ -6,6 +6,7 @@ Knows no draft and no store. Invariant: `facts` is plain data and never waits fo
 import logging
 from typing import Any
 
+from buffer.records import DEFAULT_ROUTE
 from learner.judge import Judgement
 from learner.schedule import Pace
 from learner.settings import LearnerSettings
@@ -16,19 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """`pace` and `num_records_seen` come from the checkpoint, if there is one."""
+    """`pace` and `num_records_seen` come from the checkpoint, if there is one. What is told of another route
+    than `default` bears its name in front."""
 
     def __init__(
-        self, settings: LearnerSettings, tracker: Tracker, pace: Pace, num_records_seen: int
+        self,
+        settings: LearnerSettings,
+        tracker: Tracker,
+        pace: Pace,
+        num_records_seen: int,
+        route: str = DEFAULT_ROUTE,
     ) -> None:
         self._settings = settings
+        self._prefix = "" if route == DEFAULT_ROUTE else f"{route}/"
         self.tracker = tracker
         self.pace = pace
         self.num_records_seen = num_records_seen
         self.num_refused_records = 0
         self.num_refusals_in_a_row = 0
-        self.state = "waiting"
-        self.last_error = ""
         self._last_decision: dict[str, Any] | None = None
         self._figures: dict[str, float | None] = {}
 
@@ -39,10 +45,10 @@ class Progress:
 
     def decided(self, kind: str, draft_version: int, reason: str, step: int) -> None:
         """`kind` as in AdapterEvent."""
-        logger.info("draft version %d %s: %s", draft_version, kind, reason)
+        logger.info("%sdraft version %d %s: %s", self._prefix, draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
         self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
-        self.tracker.log_decision(f"decision.step{step}.v{draft_version}", f"{kind}: {reason}")
+        self.tracker.log_decision(f"{self._prefix}decision.step{step}.v{draft_version}", f"{kind}: {reason}")
 
     def cycle_ended(self, report: TrainingReport, judgement: Judgement, num_records: int, step: int) -> None:
         """Figures of the cycle go to the tracker and set the pace of the next."""
@@ -61,7 +67,7 @@ class Progress:
         }
         known = {name: value for name, value in figures.items() if value == value}
         self._figures = {name: known.get(name) for name in figures}
-        self.tracker.log_metrics(known, step)
+        self.tracker.log_metrics({self._prefix + name: value for name, value in known.items()}, step)
 
     def facts(self) -> dict[str, Any]:
         """None where a figure is not known yet."""
@@ -71,13 +77,9 @@ class Progress:
             "acceptance_incumbent": None,
             "acceptance_floor": None,
             **self._figures,
-            "state": self.state,
-            "last_error": self.last_error,
             "last_decision": self._last_decision,
             "num_records_seen": self.num_records_seen,
             "num_refused_records": self.num_refused_records,
             "slowdown": self.pace.slowdown,
             "live_acceptance": self.pace.short_acceptance,
-            "num_dropped_metrics": self.tracker.num_dropped,
-            "mlflow_run_id": self.tracker.run_id,
         }
