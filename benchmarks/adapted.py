@@ -23,12 +23,12 @@ from buffer.records import DEFAULT_ROUTE, GenerationRecord
 from buffer.store import StreamKey
 from deploy.commands.demo import LEARNER
 from deploy.errors import DeployError
-from learner.draft import TrainableDraft
+from learner.draft import TrainableDraft, build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
 from serving.engine.counters import acceptance_rate
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
-from serving.local import LocalEngine, build_engine
+from serving.local import LocalEngine, Speculation, build_engine
 from serving.models.adapter import merge_adapter, sha256_of
 from serving.models.loading import ModelPair
 from serving.recorder import Recorder
@@ -85,6 +85,9 @@ class Recipe:
     num_requests: int = 960
     requests_per_cycle: int = 32
     num_slots: int = 16
+    num_draft_tokens: int | None = None
+    """None: the controller's choice."""
+    speculation: Speculation = "auto"
     max_tokens: int = 64
     prompt_tokens: int = 64
     sampled_share: float = 0.25
@@ -101,9 +104,14 @@ class Cycle:
     """So far, those of this cycle included."""
     draft_version: int
     """That served in this cycle."""
-    acceptance_rate: float
+    num_accepted: int
+    num_attempted: int
     """Of its greedy requests."""
     elapsed_s: float
+
+    @property
+    def acceptance_rate(self) -> float:
+        return acceptance_rate(self.num_accepted, self.num_attempted)
 
 
 @dataclass
@@ -112,6 +120,8 @@ class Adaptation:
 
     adapter: Adapter | None = None
     history: list[Cycle] = field(default_factory=list)
+    learner_s: float = 0.0
+    """Seconds of its thread."""
 
 
 def demo_settings() -> LearnerSettings:
@@ -134,7 +144,14 @@ def adapt(
     room = recipe.prompt_tokens + recipe.max_tokens
     with (
         TemporaryDirectory() as folder,
-        build_engine(pair, num_slots=recipe.num_slots, max_seq_len=room, prefix_cache_mib=0) as engine,
+        build_engine(
+            pair,
+            num_slots=recipe.num_slots,
+            max_seq_len=room,
+            num_draft_tokens=recipe.num_draft_tokens,
+            speculation=recipe.speculation,
+            prefix_cache_mib=0,
+        ) as engine,
     ):
         engine.seed(recipe.seed)
         learner = Learner(
@@ -158,10 +175,12 @@ def adapt(
             num_requests += len(generations)
             for generation in generations:
                 recorder.record(generation)
+            learning_s = time.thread_time()
             learner.run_cycle()
+            result.learner_s += time.thread_time() - learning_s
             result.adapter = _follow(engine, feed)
-            rate = _greedy_acceptance(generations)
-            result.history.append(Cycle(num_requests, version, rate, time.monotonic() - began_s))
+            counts = _greedy_counts(generations)
+            result.history.append(Cycle(num_requests, version, *counts, time.monotonic() - began_s))
             on_cycle(result.history[-1])
     return result
 
@@ -211,15 +230,8 @@ class _Sink:
 
 def _trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
     assert pair.draft is not None
-    return TrainableDraft(
-        copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
-        draft_id=pair.draft_id,
-        draft_revision=pair.draft_revision,
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
-        target_modules=settings.target_modules,
-        seed=settings.seed,
-    )
+    own = copy.deepcopy(pair.draft).float()  # learning changes its base in place
+    return build_draft(own, settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision)
 
 
 def _serve(engine: LocalEngine, prompts: Iterator[list[int]], recipe: Recipe, first: int) -> list[Generation]:
@@ -263,9 +275,10 @@ def _follow(engine: LocalEngine, feed: MemoryAdapterFeed) -> Adapter | None:
     return Adapter(weights, manifest.adapter_config_json)
 
 
-def _greedy_acceptance(generations: list[Generation]) -> float:
+def _greedy_counts(generations: list[Generation]) -> tuple[int, int]:
+    """(accepted, attempted) draft tokens."""
     greedy = [generation for generation in generations if generation.sampling.mode == "greedy"]
-    return acceptance_rate(
+    return (
         sum(generation.num_accepted for generation in greedy),
         sum(generation.num_attempted for generation in greedy),
     )

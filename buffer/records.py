@@ -111,10 +111,12 @@ class AdapterManifest:
     """sha256 over the base draft's weights; a replica refuses another base."""
     target_revision: str
     rank: int
+    """0: not LoRA but the draft's own weights, whole; `alpha` is 0 too."""
     alpha: float
     target_modules: tuple[str, ...]
+    """Of full weights: empty where every weight learnt."""
     adapter_config_json: str
-    """PEFT's adapter_config.json, so that any tool can load the adapter."""
+    """PEFT's adapter_config.json, so that any tool can load the adapter; full weights say so here."""
     sha256: str
     """Of the safetensors bytes."""
     num_bytes: int

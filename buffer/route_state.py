@@ -86,10 +86,19 @@ def promotion(manifest: AdapterManifest, at_s: float) -> AdapterEvent:
         kind="promoted",
         route=manifest.route,
         draft_version=manifest.draft_version,
-        reason=f"judged against version {manifest.parent_version}",
+        reason=f"judged against version {manifest.parent_version}{_gain(manifest.evidence)}",
         at_s=at_s,
         evidence=dict(manifest.evidence),
     )
+
+
+def _gain(evidence: Mapping[str, float]) -> str:
+    """What the gate saw, where it says so."""
+    names = ("acceptance_incumbent", "acceptance_candidate", "gain_lower_bound")
+    if not all(name in evidence for name in names):
+        return ""
+    before, after, least = (evidence[name] for name in names)
+    return f": acceptance {before:.3f} -> {after:.3f}, lower bound of the gain {least:+.4f}"
 
 
 def turn(kind: str, state: RouteState, reason: str, at_s: float) -> AdapterEvent:

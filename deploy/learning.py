@@ -8,7 +8,7 @@ from functools import partial
 
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_store import RedisRecordStore
-from learner.draft import TrainableDraft
+from learner.draft import build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
 from learner.tracking import MlflowTracker, NullTracker, Tracker
@@ -17,20 +17,14 @@ from serving.settings import ServingSettings
 
 
 def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
-    """Load the pair, put LoRA on its draft. Raises UnsupportedModelError, or OSError for no model.
+    """Load the pair, make its draft trainable. Raises UnsupportedModelError, or OSError for no model.
 
     The target is needed only for its revision; its weights are let go at once.
     """
     pair = load_pair(serving.target, serving.draft, device=serving.device, dtype=serving.dtype)
     assert pair.draft is not None, "a learner is wired only where there is a draft"
-    draft = TrainableDraft(
-        pair.draft.float(),
-        draft_id=pair.draft_id,
-        draft_revision=pair.draft_revision,
-        rank=learner.lora_rank,
-        alpha=learner.lora_alpha,
-        target_modules=learner.target_modules,
-        seed=learner.seed,
+    draft = build_draft(
+        pair.draft.float(), learner, draft_id=pair.draft_id, draft_revision=pair.draft_revision
     )
     return Learner(
         draft,

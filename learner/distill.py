@@ -1,4 +1,4 @@
-"""One optimizer step on the draft's LoRA weights, towards what the target said.
+"""One optimizer step on the draft's weights that learn, towards what the target said.
 
 Knows no store and no clock. Invariant: a step whose loss or gradient is not finite changes nothing and
 says so.

@@ -11,7 +11,8 @@ from dataclasses import replace
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
-from learner.draft import AdapterState, TrainableDraft, export_config, export_weights, import_weights
+from learner.draft import AdapterState, TrainableDraft, export_weights, import_weights
+from learner.story import TURNS
 
 
 class Incumbent:
@@ -39,6 +40,7 @@ class Incumbent:
         self.weights = weights
         self.state: AdapterState | None = self._readable(manifest, weights)
         self.last_version = last_version
+        self._told_until_s = now_s()
 
     @property
     def version(self) -> int:
@@ -80,6 +82,24 @@ class Incumbent:
         event = AdapterEvent("refused", self._route, number, reason, self._now_s(), dict(evidence))
         self._feed.add_event(event)
 
+    def last_turn(self) -> tuple[str, str]:
+        """(kind, reason) of the event since which this draft serves."""
+        for event in reversed(self._feed.history(self._route)):
+            if event.kind in TURNS and event.draft_version == self.version:
+                return event.kind, event.reason
+        return "adopted", "the feed says so"
+
+    def rejections(self) -> list[AdapterEvent]:
+        """By replicas, since the last call."""
+        since_s = self._told_until_s
+        found = [
+            event
+            for event in self._feed.history(self._route)
+            if event.kind == "rejected_by_replica" and event.at_s > since_s
+        ]
+        self._told_until_s = max((event.at_s for event in found), default=since_s)
+        return found
+
     def _manifest(
         self, weights: bytes, evidence: Mapping[str, float], num_records_seen: int, run_id: str
     ) -> AdapterManifest:
@@ -94,7 +114,7 @@ class Incumbent:
             rank=draft.rank,
             alpha=draft.alpha,
             target_modules=draft.target_modules,
-            adapter_config_json=export_config(draft),
+            adapter_config_json=draft.config_json,
             sha256=hashlib.sha256(weights).hexdigest(),
             num_bytes=len(weights),
             created_at_s=self._now_s(),

@@ -25,7 +25,7 @@ from learner.route_draft import RouteDraft
 from learner.routes import Routes
 from learner.rows import record_fault
 from learner.settings import LearnerSettings
-from learner.tracking import NullTracker, Tracker
+from learner.tracker import NullTracker, Tracker
 from learner.trainer import TrainingReport
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Learner:
     def run(self, stop: threading.Event) -> None:
         """Cycles until `stop` is set; then returns within about one step."""
         self._stop = stop
-        self._tracker.log_params(self._settings.model_dump())
+        known = {"target_revision": self._target_revision} | self._draft.identity
+        self._tracker.log_params(self._settings.model_dump() | known)
         try:
             while not stop.is_set():
                 if self._paused.is_set() or not self.run_cycle():
@@ -103,6 +104,8 @@ class Learner:
             return False
         self._state = "learning"
         streams = self._routes.streams_of(draft, self._streams)
+        draft.progress.num_records_seen += self._inbox.num_waiting(streams)
+        draft.tell_rejections()
         fresh = draft.judge.split(self._sound_records(draft, streams)) + draft.take_first_lesson()
         report = self._train(draft, fresh)
         judgement = draft.evaluate(report)
@@ -110,9 +113,7 @@ class Learner:
             draft.publish(judgement, self._stop.wait)
         else:
             draft.refuse(judgement)
-        draft.progress.cycle_ended(
-            report, judgement, self._inbox.num_waiting(streams), draft.trainer.num_steps
-        )
+        draft.progress.cycle_ended(report, judgement, draft.trainer.num_steps)
         self._routes.save(draft, self._inbox.entry_ids(streams))
         self._insist(lambda: self._inbox.ack(streams))
         self._routes.decided(draft)

@@ -6,31 +6,25 @@ Knows no draft and no store. Invariant: `facts` is plain data and never waits fo
 import logging
 from typing import Any
 
-from buffer.records import DEFAULT_ROUTE
+from buffer.records import FLOOR_VERSION, AdapterManifest
 from learner.judge import Judgement
 from learner.schedule import Pace
 from learner.settings import LearnerSettings
-from learner.tracking import Tracker
+from learner.tracker import Tracker
 from learner.trainer import TrainingReport
 
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """`pace` and `num_records_seen` come from the checkpoint, if there is one. What is told of another route
-    than `default` bears its name in front."""
+    """`pace` and `num_records_seen` come from the checkpoint, if there is one."""
 
     def __init__(
-        self,
-        settings: LearnerSettings,
-        tracker: Tracker,
-        pace: Pace,
-        num_records_seen: int,
-        route: str = DEFAULT_ROUTE,
+        self, settings: LearnerSettings, tracker: Tracker, pace: Pace, num_records_seen: int, route: str
     ) -> None:
         self._settings = settings
-        self._prefix = "" if route == DEFAULT_ROUTE else f"{route}/"
         self.tracker = tracker
+        self.route = route
         self.pace = pace
         self.num_records_seen = num_records_seen
         self.num_refused_records = 0
@@ -43,16 +37,26 @@ class Progress:
         pace = self.pace.after_records(num_accepted, num_attempted, num_records)
         self.pace = pace.woken(self._settings.shift_drop)
 
-    def decided(self, kind: str, draft_version: int, reason: str, step: int) -> None:
+    def decided(self, kind: str, draft_version: int, reason: str) -> None:
         """`kind` as in AdapterEvent."""
-        logger.info("%sdraft version %d %s: %s", self._prefix, draft_version, kind, reason)
+        logger.info("route %s, draft version %d %s: %s", self.route, draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
-        self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
-        self.tracker.log_decision(f"{self._prefix}decision.step{step}.v{draft_version}", f"{kind}: {reason}")
+        if kind != "rejected_by_replica":  # which says nothing of the candidate
+            self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
+        self.tracker.log_decision(self.route, kind, draft_version, reason, self.num_records_seen)
 
-    def cycle_ended(self, report: TrainingReport, judgement: Judgement, num_records: int, step: int) -> None:
+    def turned(self, kind: str, manifest: AdapterManifest | None, weights: bytes, reason: str) -> None:
+        """Another draft answers from now on; None is the floor."""
+        version, parent = FLOOR_VERSION, FLOOR_VERSION
+        if manifest is not None:
+            version, parent = manifest.draft_version, manifest.parent_version
+            let_in = reason if kind == "promoted" else "let in before this learner looked"
+            self.tracker.log_adapter(manifest, weights, let_in)
+        self.tracker.mark_serving(self.route, version, parent, f"{kind.replace('_', ' ')}: {reason}")
+        self.decided(kind, version, reason)
+
+    def cycle_ended(self, report: TrainingReport, judgement: Judgement, num_steps: int) -> None:
         """Figures of the cycle go to the tracker and set the pace of the next."""
-        self.num_records_seen += num_records
         settings, acceptance = self._settings, judgement.acceptance_candidate
         gain = acceptance - judgement.acceptance_incumbent
         self.pace = self.pace.after_evaluation(gain, settings.stall_gain, settings.max_slowdown)
@@ -63,11 +67,15 @@ class Progress:
             "acceptance_floor": judgement.acceptance_floor,
             "training_s": report.compute_s,
             "num_skipped_steps": float(report.num_skipped),
-            "num_records_seen": float(self.num_records_seen),
+            "num_steps": float(num_steps),
         }
         known = {name: value for name, value in figures.items() if value == value}
         self._figures = {name: known.get(name) for name in figures}
-        self.tracker.log_metrics({self._prefix + name: value for name, value in known.items()}, step)
+        more = {"slowdown": float(self.pace.slowdown), "acceptance_live": self.pace.short_acceptance}
+        if "gain_lower_bound" in judgement.decision.evidence:
+            more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
+        known |= {name: value for name, value in more.items() if value is not None}
+        self.tracker.log_metrics(self.route, known, self.num_records_seen)
 
     def facts(self) -> dict[str, Any]:
         """None where a figure is not known yet."""

@@ -54,21 +54,25 @@ def fit_routes(
     `labels` are the routes that prompts are known to be of. Those of `default` (all, without labels) are
     named as `previous` names them; what it does not name is clustered, and a cluster that is apart gets a
     new name (`auto-1`, ...). What remains of `default` has a centroid of its own. A label that cannot be told
-    from another kind gets none: its requests must bear their tag.
+    from another kind gets none: its requests must bear their tag. What `previous` knew and too few prompts
+    are of now keeps the centroid it had.
     """
     points_NH, rng = np.asarray(embeddings_NH, np.float64), np.random.default_rng(seed)
     names = np.array(labels if labels is not None else [DEFAULT_ROUTE] * len(points_NH), dtype=object)
+    old = _centroids(previous)
     if previous is not None:
         for row in np.flatnonzero(names == DEFAULT_ROUTE):
             names[row] = previous.route_of(points_NH[row])
-    rest_N = np.flatnonzero(names == DEFAULT_ROUTE)
-    known = {str(name): np.flatnonzero(names == name) for name in sorted({*names} - {DEFAULT_ROUTE})}
-    taken = {*known, *(previous.routes if previous else ())}
+    members = {str(name): np.flatnonzero(names == name) for name in sorted({*names, DEFAULT_ROUTE})}
+    members = {name: rows for name, rows in members.items() if len(rows) >= LEAST_PROMPTS}
+    rest_N = members.get(DEFAULT_ROUTE, np.zeros(0, np.int64))
     looks = [find_clusters(points_NH[rest_N], max_routes, rng) for _ in range(NUM_LOOKS)]
     cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
-    found = [rest_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
-    kinds = _told_apart(points_NH, known, found, taken, rng)
-    return _table(points_NH, kinds, previous, target_revision, now_s)
+    clusters = [rest_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
+    known = {name: rows for name, rows in members.items() if name != DEFAULT_ROUTE}
+    kinds = _told_apart(points_NH, known, clusters, {*known, *old}, rng)
+    rare = {name: centroid_H for name, centroid_H in old.items() if name not in {*members, *kinds}}
+    return _table(points_NH, kinds, rare, target_revision, now_s)
 
 
 def restricted(table: RouteTable, routes: Sequence[str]) -> RouteTable:
@@ -121,22 +125,20 @@ def has_valley(a_NP: Floats, b_NP: Floats, direction_P: Floats) -> bool:
 def _told_apart(
     points_NH: Floats,
     known: Mapping[str, Members],
-    found: Sequence[Members],
+    clusters: Sequence[Members],
     taken: set[str],
     rng: np.random.Generator,
 ) -> dict[str, Members]:
-    """Members of each kind that gets a centroid. A new cluster that is like a known kind joins it."""
-    kinds: dict[str, Members] = {}
+    """Members of each kind that gets a centroid. A single cluster is what remains of `default`; of several,
+    one that is like a known kind joins it."""
+    kinds = {DEFAULT_ROUTE: clusters[0]} if len(clusters) == 1 else {}
     for name in sorted(known, key=lambda name: -len(known[name])):
         if all(_are_apart(points_NH, known[name], other, rng) for other in kinds.values()):
             kinds[name] = known[name]
-    if len(found) == 1 and len(found[0]) >= LEAST_PROMPTS:
-        rest = {DEFAULT_ROUTE: found[0]}
-        return rest | {
-            name: rows for name, rows in kinds.items() if _are_apart(points_NH, rows, found[0], rng)
-        }
+    if len(clusters) == 1:
+        return kinds
     fresh = (name for number in range(1, 1000) if (name := f"{AUTO_PREFIX}{number}") not in taken)
-    for rows in sorted(found, key=len, reverse=True) if len(found) > 1 else []:
+    for rows in sorted(clusters, key=len, reverse=True):
         like = [name for name in known if not _are_apart(points_NH, rows, known[name], rng)]
         name = like[0] if like else next(fresh)
         kinds[name] = np.concatenate([kinds[name], rows]) if name in kinds else rows
@@ -155,25 +157,28 @@ def _are_apart(points_NH: Floats, a_N: Members, b_N: Members, rng: np.random.Gen
 def _table(
     points_NH: Floats,
     kinds: Mapping[str, Members],
-    previous: RouteTable | None,
+    rare: Mapping[str, Floats],
     target_revision: str,
     now_s: float,
 ) -> RouteTable:
     """One kind alone is no table. The mean is that of the kinds, not of their traffic: a rare kind counts as
     much as a frequent one."""
-    if len(kinds) < 2:
-        kinds = {}
-    names = tuple(sorted(kinds))
-    centroids_RH = np.stack([points_NH[kinds[name]].mean(0) for name in names] or [points_NH.mean(0)])
-    mean_H = centroids_RH.mean(0)
-    cosines = [
-        _cosines(points_NH[kinds[name]] - mean_H, centroids_RH[row] - mean_H)
-        for row, name in enumerate(names)
-    ]
+    centroids = {**rare, **{name: points_NH[rows].mean(0) for name, rows in kinds.items()}}
+    if len(centroids) < 2:
+        nowhere_H = points_NH.mean(0)
+        return RouteTable(target_revision, now_s, nowhere_H, nowhere_H[None, :][:0], (), 0.0)
+    names = tuple(sorted(centroids))
+    mean_H = np.stack([centroids[name] for name in names]).mean(0)
+    cosines = [_cosines(points_NH[rows] - mean_H, centroids[name] - mean_H) for name, rows in kinds.items()]
     least = float(np.quantile(np.concatenate(cosines), STRAY_SHARE)) if cosines else 0.0
-    return RouteTable(
-        target_revision, now_s, mean_H, centroids_RH[: len(names)], names, min(1.0, max(0.0, least))
-    )
+    centroids_RH = np.stack([centroids[name] for name in names])
+    return RouteTable(target_revision, now_s, mean_H, centroids_RH, names, min(1.0, max(0.0, least)))
+
+
+def _centroids(table: RouteTable | None) -> dict[str, Floats]:
+    if table is None:
+        return {}
+    return {name: table.centroids_RH[row].astype(np.float64) for row, name in enumerate(table.routes)}
 
 
 def _principal(points_NH: Floats, half_N: Members, rng: np.random.Generator) -> Floats:

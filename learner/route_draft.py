@@ -22,7 +22,7 @@ from learner.judge import Judge, Judgement, operation
 from learner.progress import Progress
 from learner.schedule import Pace, is_due
 from learner.settings import LearnerSettings
-from learner.tracking import Tracker
+from learner.tracker import Tracker
 from learner.trainer import Trainer, TrainingReport
 from learner.watch import LiveWatch
 
@@ -104,6 +104,8 @@ class RouteDraft:
         if self._insist(self.incumbent.sync):
             self.watch.end()
             self.restart()
+            kind, reason = self._insist(self.incumbent.last_turn)
+            self.progress.turned(kind, self.incumbent.manifest, self.incumbent.weights, reason)
 
     def watch_live(self, sound: Sequence[GenerationRecord]) -> None:
         """Looks at what arrived; rolls a draft back that live traffic speaks against."""
@@ -116,6 +118,11 @@ class RouteDraft:
         settings, slowdown = self._settings, self.progress.pace.slowdown
         least, oldest_s = settings.min_records_per_cycle, settings.max_record_age_s
         return bool(self.first_lesson) or is_due(num_waiting, oldest_age_s, slowdown, least, oldest_s)
+
+    def tell_rejections(self) -> None:
+        """What replicas would not serve, and why."""
+        for event in self._insist(self.incumbent.rejections):
+            self.progress.decided(event.kind, event.draft_version, event.reason)
 
     def take_first_lesson(self) -> list[GenerationRecord]:
         lesson, self.first_lesson = self.first_lesson, []
@@ -150,14 +157,12 @@ class RouteDraft:
         )
         self.watch.begin(manifest, state, parent.state)
         rest(self._settings.quiet_after_publish_s)
-        progress.tracker.log_adapter(manifest, self.incumbent.weights)
-        progress.tracker.mark_serving(manifest.draft_version, manifest.parent_version)
-        self.decided("promoted", manifest.draft_version, judgement.decision.reason)
+        progress.turned("promoted", manifest, self.incumbent.weights, judgement.decision.reason)
 
     def refuse(self, judgement: Judgement) -> None:
         decision = judgement.decision
         self._insist(lambda: self.incumbent.refuse(decision.reason, decision.evidence))
-        self.decided("refused", self.incumbent.last_version + 1, decision.reason)
+        self.progress.decided("refused", self.incumbent.last_version + 1, decision.reason)
         broken = bool(self.trainer.draft.fault(self.trainer.candidate))
         if broken or self.progress.num_refusals_in_a_row >= self._settings.refusals_before_reset:
             self.restart()
@@ -206,16 +211,9 @@ class RouteDraft:
         found = {f"{route}/{version}": worth.acceptance for (route, version), worth in self.worths.items()}
         return {name: value for name, value in found.items() if value == value}
 
-    def decided(self, kind: str, draft_version: int, reason: str) -> None:
-        """For people; `kind` as in AdapterEvent."""
-        self.progress.decided(kind, draft_version, reason, self.trainer.num_steps)
-
     def _roll_back(self, reason: str) -> None:
         self._insist(lambda: self._feed.rollback(self.route, reason))
         self.follow_feed()
-        version = self.incumbent.version
-        self.progress.tracker.mark_serving(version, FLOOR_VERSION)
-        self.decided("rolled_back", version, reason)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         """Go on where the checkpoint stands."""

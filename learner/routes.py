@@ -93,11 +93,16 @@ class Routes:
         return self._used
 
     def start(self) -> None:
-        """Once: what serves on the feed is open here too, and the feed has this book's table."""
+        """Once: what serves on the feed is open here too, as far as there is room, and the feed has this
+        book's table."""
         for route in self._insist(self._feed.routes):
             latest = self._insist(partial(self._feed.latest, route))
             if route not in self.drafts and latest and latest.target_revision == self._target_revision:
-                self._adopt(route)
+                found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
+                self.drafts[route] = self._build(route, found, self._default_draft)
+                self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
+        for route in list(self.drafts)[1 + self._policy.max_routes :]:
+            self._close(route, f"nobody learns for it: max_routes is {self._policy.max_routes}")
         table = self._insist(self._feed.route_table)
         if table is None:
             self._put_table()
@@ -178,7 +183,7 @@ class Routes:
         draft = self.drafts[route]
         if self._insist(partial(self._feed.pinned, route)) is not None:
             return
-        if draft.has_own:
+        if self._insist(partial(self._feed.latest, route)) is not None:
             self._insist(partial(self._feed.rollback, route, f"closed: {reason}", FLOOR_VERSION))
         self._tell("closed", draft, reason)
         del self.drafts[route]
@@ -196,23 +201,12 @@ class Routes:
         elif best.route == DEFAULT_ROUTE or not draft.has_own:
             self._close(draft.route, f"{best.name} has long been as good or better for it")
 
-    def _adopt(self, route: str) -> None:
-        """It serves, so it is open, as far as there is room."""
-        if len(self.drafts) > self._policy.max_routes:
-            reason = f"nobody learns for it: max_routes is {self._policy.max_routes}"
-            self._insist(partial(self._feed.rollback, route, reason, FLOOR_VERSION))
-            return
-        found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
-        self.drafts[route] = self._build(route, found, self._default_draft)
-        self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
-
     def _tell(self, kind: str, draft: RouteDraft, reason: str) -> None:
-        """A line in the route's history."""
-        version = draft.serving.draft_version if kind == "opened" else FLOOR_VERSION
+        """A line in the route's history. Either way `default`'s draft serves it afterwards."""
         evidence = draft.acceptance_by_draft()
         event = AdapterEvent(kind, draft.route, FLOOR_VERSION, reason, self._now_s(), evidence)
         self._insist(partial(self._feed.add_event, event))
-        draft.decided(kind, version, reason)
+        draft.progress.turned(kind, None, b"", reason)
 
     # prompts without a tag
 
@@ -258,6 +252,7 @@ class Routes:
             seed=self._settings.seed,
         )
         kinds = Counter(self._near(prompt_H) for route, prompt_H in prompts if route == DEFAULT_ROUTE)
+        self._known = restricted(self._known, [*self.drafts, *kinds])
         for route in self._known.routes:
             if route != DEFAULT_ROUTE and route not in self._standings:
                 self._standings[route] = Standing(num_records=kinds[route])

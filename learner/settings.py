@@ -3,6 +3,7 @@
 Knows no store, no model, no Ray. Invariant: an instance is frozen and every field is in range.
 """
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,10 @@ DivergenceName = Literal[
     "osd",
 ]
 
+TrainableName = Literal["lora", "full"]
+
+NEVER, NEVER_S = 10**9, 1e9
+
 
 class LearnerSettings(BaseModel):
     """Defaults suit the demo pair and are a safe start for real models."""
@@ -24,10 +29,14 @@ class LearnerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # the trainable draft
+    trainable: TrainableName = "lora"
+    """`full`: the draft's own weights learn, or only those of `target_modules`. A version is then as large
+    as the draft, in float32, in Redis and in every checkpoint (there four times, with its moments)."""
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     target_modules: tuple[str, ...] | None = None
-    """Last parts of module names, embedding and head allowed. None: every linear layer but the head."""
+    """Last parts of module names, embedding and head allowed. None: every linear layer but the head under
+    LoRA, every weight under `full`."""
     seed: int = 0
 
     # one distillation step
@@ -42,6 +51,7 @@ class LearnerSettings(BaseModel):
     warmup_steps: int = Field(10, ge=0)
     """The learning rate rises over the first steps, also after the candidate was started again."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """`inf`: no clipping."""
     records_per_step: int = Field(16, ge=1)
     replay_share: float = Field(0.25, ge=0, lt=1)
     """Share of a step's records drawn from everything kept, against forgetting."""
@@ -79,7 +89,7 @@ class LearnerSettings(BaseModel):
     """A route gets a draft of its own once it has had so many records; until then it teaches `default`'s."""
     route_idle_s: float = Field(3600.0, gt=0)
     """A route without a record for so long is closed."""
-    route_losses_before_close: int = Field(6, ge=1)
+    route_losses_before_close: int = Field(12, ge=1)
     """Decisions in a row in which a route's draft is not the best there is for it: then it is closed
     (`default`'s is), or starts again from another route's (if that one is)."""
     route_evidence_records: int = Field(64, ge=2)
@@ -123,3 +133,32 @@ class LearnerSettings(BaseModel):
     """MLflow; empty: no tracking."""
     experiment_name: str = "everdraft"
     registered_model_name: str = "everdraft-draft"
+    """Of every route's own, which is called `<name>-<route>`."""
+
+
+def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
+    """Online Speculative Decoding as its authors ran it: one AdamW step on the whole draft every 8 requests,
+    forward KL at temperature 1 where the draft was first rejected, each request seen once, a constant rate,
+    no clipping, no replay. The index is the right one, which their code misses by one token.
+
+    Ours remain the held-out share, which they trained on, the gate, and a top-K target.
+    """
+    return LearnerSettings(
+        trainable="full",
+        divergence="osd",
+        greedy_temperature=1.0,
+        learning_rate=learning_rate,
+        warmup_steps=0,
+        max_grad_norm=math.inf,
+        records_per_step=8,
+        replay_share=0.0,
+        rejected_suffix_weight=0.0,
+        min_records_per_cycle=8,
+        max_records_per_cycle=8,
+        max_record_age_s=NEVER_S,
+        passes_over_fresh=1.0,
+        max_steps_per_cycle=1,
+        max_slowdown=1,
+        refusals_before_reset=NEVER,
+        max_routes=0,
+    )

@@ -1,21 +1,39 @@
 """What the learner tells the outside about itself: metrics, adapters, decisions. The only MLflow file.
 
-`MlflowTracker` writes from a thread of its own through a bounded queue: a slow or dead MLflow costs the
-learner nothing; what no longer fits, or what MLflow refuses, is dropped and counted. MLflow is imported
-in that thread, telemetry off. Invariant: no call of a Tracker raises or waits, `close` excepted.
+`MlflowTracker` writes from a thread of its own through a bounded queue (outbox.py): a slow or dead MLflow
+costs the learner nothing. MLflow is imported in that thread, telemetry off. One run is one learner's life:
+its page says which draft serves each route and why, its artifacts hold the adapters, and by route a picture
+and every decision. Knows no training.
 """
 
+import json
 import logging
 import os
-import queue
 import tempfile
-import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-from buffer.records import FLOOR_VERSION, AdapterManifest
+from buffer.records import DEFAULT_ROUTE, AdapterManifest
+from learner.acceptance_plot import PLOTTED, acceptance_png
+from learner.outbox import Outbox
+from learner.registry import RouteRegistry
+from learner.story import (
+    TURNS,
+    Decision,
+    decisions_csv,
+    decisions_from_csv,
+    decisions_text,
+    moment,
+    shortened,
+)
+from learner.tracker import NullTracker, Tracker
+
+__all__ = ["MlflowTracker", "NullTracker", "Tracker"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,61 +45,19 @@ _REFUSALS = {
     "PERMISSION_DENIED",
 }
 """Error codes that trying again cannot mend."""
+_UNWRITABLE = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
-
-class Tracker(Protocol):
-    """Where the learner's story is kept."""
-
-    @property
-    def run_id(self) -> str:
-        """Of the run that a resumed learner continues; empty while there is none."""
-        ...
-
-    @property
-    def num_dropped(self) -> int: ...
-
-    def log_params(self, params: Mapping[str, object]) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def log_decision(self, key: str, text: str) -> None:
-        """A tag of the run, e.g. `decision.v3`."""
-        ...
-
-    def log_adapter(self, manifest: AdapterManifest, weights: bytes) -> None:
-        """The durable copy: artifacts of the run and a version in the registry."""
-        ...
-
-    def mark_serving(self, draft_version: int, previous_version: int) -> None:
-        """Point the aliases `champion` and `previous`; the floor (0) has none."""
-        ...
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Write what is queued, for at most so long."""
-        ...
-
-
-class NullTracker:
-    """Keeps nothing."""
-
-    run_id = ""
-    num_dropped = 0
-
-    def log_params(self, params: Mapping[str, object]) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def log_decision(self, key: str, text: str) -> None: ...
-
-    def log_adapter(self, manifest: AdapterManifest, weights: bytes) -> None: ...
-
-    def mark_serving(self, draft_version: int, previous_version: int) -> None: ...
-
-    def close(self, timeout_s: float = 10.0) -> None: ...
+KEPT_DECISION_TAGS = 20
+"""Of a run, the latest; every decision is in its route's table."""
+CYCLES_PER_PLOT = 20
+_KEPT_LINES = 5000
+"""Of a route's curves and of its table."""
+_NOTE = "mlflow.note.content"
 
 
 class MlflowTracker:
-    """`run_id` continues an earlier run; else one is started in `experiment_name`."""
+    """`run_id` continues an earlier run, if it is still there; else one is started in `experiment_name`.
+    A route's registered model is called `<registered_model_name>-<route>`."""
 
     def __init__(
         self,
@@ -94,13 +70,10 @@ class MlflowTracker:
         retry_s: float = 2.0,
     ) -> None:
         self._run_id = run_id
-        self._num_dropped = 0
-        self._retry_s = retry_s
-        self._queue: queue.Queue[Callable[[_Session], None]] = queue.Queue(max_queued)
-        self._stop = threading.Event()
         self._places = (tracking_uri, experiment_name, registered_model_name)
-        self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
-        self._thread.start()
+        self._outbox = Outbox(
+            self._connect, _is_refusal, name="MLflow", max_queued=max_queued, retry_s=retry_s
+        )
 
     @property
     def run_id(self) -> str:
@@ -108,73 +81,45 @@ class MlflowTracker:
 
     @property
     def num_dropped(self) -> int:
-        return self._num_dropped
+        return self._outbox.num_dropped
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        kept = dict(params)
-        self._submit(lambda session: session.log_params(kept))
+        kept = {name: str(value) for name, value in params.items()}
+        self._outbox.submit(lambda session: session.log_params(kept))
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, route: str, metrics: Mapping[str, float], num_records_seen: int) -> None:
         kept, at_s = dict(metrics), time.time()
-        self._submit(lambda session: session.log_metrics(kept, step, at_s))
+        self._outbox.submit(lambda session: session.log_metrics(route, kept, num_records_seen, at_s))
 
-    def log_decision(self, key: str, text: str) -> None:
-        self._submit(lambda session: session.set_tag(key, text))
+    def log_decision(
+        self, route: str, kind: str, draft_version: int, reason: str, num_records_seen: int
+    ) -> None:
+        at = moment(time.time())
+        decision = Decision(kind, draft_version, shortened(reason), num_records_seen, at)
+        self._outbox.submit(lambda session: session.log_decision(route, decision))
 
-    def log_adapter(self, manifest: AdapterManifest, weights: bytes) -> None:
-        self._submit(lambda session: session.log_adapter(manifest, weights))
+    def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
+        self._outbox.submit(lambda session: session.log_adapter(manifest, weights, reason))
 
-    def mark_serving(self, draft_version: int, previous_version: int) -> None:
-        self._submit(lambda session: session.mark_serving(draft_version, previous_version))
+    def mark_serving(self, route: str, draft_version: int, previous_version: int, reason: str) -> None:
+        since = moment(time.time())
+        self._outbox.submit(
+            lambda session: session.mark_serving(route, draft_version, previous_version, since, reason)
+        )
 
     def close(self, timeout_s: float = 10.0) -> None:
-        self._submit(lambda session: session.end())
-        self._stop.set()
-        self._thread.join(timeout_s)
+        self._outbox.submit(lambda session: session.end())
+        self._outbox.close(timeout_s)
 
-    def _submit(self, job: "Callable[[_Session], None]") -> None:
-        try:
-            self._queue.put_nowait(job)
-        except queue.Full:
-            self._num_dropped += 1
+    def _connect(self) -> "_Session":
+        session = _Session(*self._places, run_id=self._run_id)
+        self._run_id = session.run_id
+        return session
 
-    def _work(self) -> None:
-        session = self._connect()
-        while session is not None:
-            try:
-                job = self._queue.get(timeout=0.2)
-            except queue.Empty:
-                if self._stop.is_set():
-                    return
-                continue
-            while not self._done(job, session):
-                if self._stop.wait(self._retry_s):
-                    return
 
-    def _connect(self) -> "_Session | None":
-        """Tries until it succeeds or the tracker is closed."""
-        while True:
-            try:
-                session = _Session(*self._places, run_id=self._run_id)
-            except Exception as error:  # MLflow lets its backends' exceptions through
-                logger.info("MLflow cannot be reached, trying again: %s", error)
-                if self._stop.wait(self._retry_s):
-                    return None
-            else:
-                self._run_id = session.run_id
-                return session
-
-    def _done(self, job: "Callable[[_Session], None]", session: "_Session") -> bool:
-        """False if it is worth trying again. What MLflow refuses is dropped and counted."""
-        try:
-            job(session)
-        except Exception as error:  # as above
-            if getattr(error, "error_code", "") not in _REFUSALS:
-                logger.info("MLflow cannot be reached, trying again: %s", error)
-                return False
-            logger.warning("MLflow refused a write, dropped: %s", error)
-            self._num_dropped += 1
-        return True
+def _is_refusal(error: Exception) -> bool:
+    """A store of artifacts that cannot be written from here is one too: it must not hold up the rest."""
+    return isinstance(error, _UNWRITABLE) or getattr(error, "error_code", "") in _REFUSALS
 
 
 def _artifacts_beside(tracking_uri: str) -> str | None:
@@ -187,8 +132,13 @@ def _artifacts_beside(tracking_uri: str) -> str | None:
     return (folder / "artifacts").as_uri()
 
 
+def _metric_name(route: str, name: str) -> str:
+    """MLflow draws what stands before the slash as a group of its own."""
+    return name if route == DEFAULT_ROUTE else f"{route}/{name}"
+
+
 class _Session:
-    """MLflow itself; used by the tracker's thread only."""
+    """MLflow itself; used by the outbox's thread only."""
 
     def __init__(self, tracking_uri: str, experiment_name: str, model_name: str, run_id: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -198,51 +148,148 @@ class _Session:
 
         self._metric, self._param = Metric, Param
         self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
-        self._model_name = model_name
+        self._registry = RouteRegistry(self._client, model_name)
         self._artifacts = _artifacts_beside(tracking_uri)
-        self.run_id = run_id or self._start_run(experiment_name)
+        self.run_id = run_id if self._is_known(run_id) else self._start_run(experiment_name)
         self._client.update_run(self.run_id, status="RUNNING")
-        if not self._client.search_registered_models(f"name = '{model_name}'"):
-            self._client.create_registered_model(model_name)
+        tags = self._client.get_run(self.run_id).data.tags
+        own = {key: text for key, text in tags.items() if key.startswith("decision.")}
+        self._decision_tags = sorted(own, key=lambda key: own[key])
+        self._decisions: dict[str, list[Decision]] = {}
+        self._serving = {key: text for key, text in tags.items() if key.startswith("serving.")}
+        self._series: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        self._num_cycles: defaultdict[str, int] = defaultdict(int)
 
-    def log_params(self, params: Mapping[str, object]) -> None:
-        found = [self._param(key, str(value)) for key, value in params.items()]
-        self._client.log_batch(self.run_id, params=found)
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """A life has one set of them; what a restart changed is a tag."""
+        known = self._client.get_run(self.run_id).data.params
+        new = [self._param(key, value) for key, value in params.items() if key not in known]
+        self._client.log_batch(self.run_id, params=new)
+        for key, value in params.items():
+            if known.get(key, value) != value:
+                self._set_tag(f"changed.{key}", f"{known[key]} -> {value}")
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, at_s: float) -> None:
-        at_ms = int(at_s * 1000)
-        found = [self._metric(key, float(value), at_ms, step) for key, value in metrics.items()]
+    def log_metrics(self, route: str, metrics: Mapping[str, float], step: int, at_s: float) -> None:
+        series = self._series_of(route)  # before it grows
+        found = [
+            self._metric(_metric_name(route, key), float(value), int(at_s * 1000), step)
+            for key, value in metrics.items()
+        ]
         self._client.log_batch(self.run_id, metrics=found)
+        for key in PLOTTED:
+            if key in metrics:
+                series[key] = [*series[key], (step, float(metrics[key]))][-_KEPT_LINES:]
+        self._num_cycles[route] += 1
+        if self._num_cycles[route] % CYCLES_PER_PLOT == 0:
+            self._if_possible(lambda: self._draw(route))
 
-    def set_tag(self, key: str, text: str) -> None:
-        self._client.set_tag(self.run_id, key, text)
+    def log_decision(self, route: str, decision: Decision) -> None:
+        self._tag_decision(*decision.tag(route))
+        if decision.kind in TURNS:
+            name = _metric_name(route, "draft_version")
+            version = decision.draft_version
+            self._client.log_metric(self.run_id, name, version, step=decision.num_records_seen)
+        else:
+            self._registry.note(route, decision)
+        self._if_possible(lambda: self._tell(route, decision))
 
-    def log_adapter(self, manifest: AdapterManifest, weights: bytes) -> None:
-        if self._registry_version(manifest.draft_version):
+    def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
+        if self._registry.has(manifest):
             return
-        name = f"adapters/v{manifest.draft_version}"
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "adapter_model.safetensors").write_bytes(weights)
-            (Path(folder) / "adapter_config.json").write_text(manifest.adapter_config_json)
-            self._client.log_artifacts(self.run_id, folder, name)
-        tags = {
-            "draft_version": str(manifest.draft_version),
-            "route": manifest.route,
-            "sha256": manifest.sha256,
+        name = f"adapters/{manifest.route}/v{manifest.draft_version}"
+        files = {
+            "adapter_model.safetensors": weights,
+            "adapter_config.json": manifest.adapter_config_json.encode(),
+            "manifest.json": json.dumps(asdict(manifest), indent=1).encode(),
         }
-        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{name}"
-        self._client.create_model_version(self._model_name, source, self.run_id, tags=tags)
+        self._upload(name, files)
+        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/{name}"
+        self._registry.add(manifest, reason, place, self.run_id)
 
-    def mark_serving(self, draft_version: int, previous_version: int) -> None:
-        for alias, wanted in (("champion", draft_version), ("previous", previous_version)):
-            found = "" if wanted == FLOOR_VERSION else self._registry_version(wanted)
-            if found:
-                self._client.set_registered_model_alias(self._model_name, alias, found)
-            else:
-                self._client.delete_registered_model_alias(self._model_name, alias)
+    def mark_serving(self, route: str, version: int, previous_version: int, since: str, reason: str) -> None:
+        text = self._registry.mark_serving(route, version, previous_version, since, reason)
+        self._serving[f"serving.{route}"] = text
+        self._set_tag(f"serving.{route}", text)
 
     def end(self) -> None:
+        for route in list(self._series):
+            self._if_possible(partial(self._draw, route))
         self._client.set_terminated(self.run_id)
+
+    def _if_possible(self, act: Callable[[], None]) -> None:
+        """Pictures and tables; a fault costs them and nothing else."""
+        try:
+            act()
+        except Exception as error:  # whatever a canvas or a store of artifacts may raise
+            logger.info("a picture or table was not kept: %s", error)
+
+    def _tell(self, route: str, decision: Decision) -> None:
+        """The route's table, and the run's own page: what the routes' pages say, and the latest decisions."""
+        lines = self._decisions_of(route)
+        lines.append(decision)
+        del lines[:-_KEPT_LINES]
+        texts = [text for _, text in sorted(self._serving.items())]
+        latest = f"Latest decisions of route `{route}`; all of them: Artifacts, `routes/`."
+        self._set_tag(_NOTE, "\n\n".join([*texts, latest, decisions_text(lines)]))
+        self._upload("routes", {f"decisions-{route}.csv": decisions_csv(lines).encode()})
+        if decision.kind in TURNS:
+            self._draw(route)
+
+    def _draw(self, route: str) -> None:
+        picture = acceptance_png(route, self._series_of(route), self._decisions_of(route))
+        self._upload("routes", {f"acceptance-{route}.png": picture})
+
+    def _decisions_of(self, route: str) -> list[Decision]:
+        """What was decided so far; an earlier life's is read once."""
+        if route not in self._decisions:
+            path = f"routes/decisions-{route}.csv"
+            known = [file.path for file in self._client.list_artifacts(self.run_id, "routes")]
+            text = ""
+            if path in known:
+                with tempfile.TemporaryDirectory() as folder:
+                    found = self._client.download_artifacts(self.run_id, path, folder)
+                    text = Path(found).read_text()
+            self._decisions[route] = decisions_from_csv(text)
+        return self._decisions[route]
+
+    def _tag_decision(self, key: str, text: str) -> None:
+        self._set_tag(key, text)
+        self._decision_tags = [*(old for old in self._decision_tags if old != key), key]
+        while len(self._decision_tags) > KEPT_DECISION_TAGS:
+            self._client.delete_tag(self.run_id, self._decision_tags[0])
+            del self._decision_tags[0]
+
+    def _upload(self, folder_name: str, files: Mapping[str, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self._client.log_artifacts(self.run_id, folder, folder_name)
+
+    def _series_of(self, route: str) -> dict[str, list[tuple[int, float]]]:
+        """What was drawn so far; an earlier life's is read once."""
+        if route not in self._series:
+            self._series[route] = {
+                key: [(point.step, point.value) for point in self._history(_metric_name(route, key))]
+                for key in PLOTTED
+            }
+        return self._series[route]
+
+    def _history(self, name: str) -> list[Any]:
+        return list(self._client.get_metric_history(self.run_id, name))[-_KEPT_LINES:]
+
+    def _set_tag(self, key: str, text: str) -> None:
+        self._client.set_tag(self.run_id, key, text)
+
+    def _is_known(self, run_id: str) -> bool:
+        """Whether it can be continued: an MLflow that lost its memory gets a new run."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(run_id) and self._client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
 
     def _start_run(self, experiment_name: str) -> str:
         experiment = self._client.get_experiment_by_name(experiment_name)
@@ -251,11 +298,4 @@ class _Session:
             if experiment
             else self._client.create_experiment(experiment_name, artifact_location=self._artifacts)
         )
-        return str(self._client.create_run(experiment_id).info.run_id)
-
-    def _registry_version(self, draft_version: int) -> str:
-        """The registry's own number of this run's adapter; empty if it is not there."""
-        for found in self._client.search_model_versions(f"name = '{self._model_name}'"):
-            if found.tags.get("draft_version") == str(draft_version) and found.run_id == self.run_id:
-                return str(found.version)
-        return ""
+        return str(self._client.create_run(experiment_id, run_name="learner").info.run_id)

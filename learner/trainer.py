@@ -52,14 +52,7 @@ class Trainer:
         self.rng = np.random.default_rng(settings.seed)
         self._settings = settings
         self._optimizer = build_optimizer(draft)
-        self._objective = Objective(
-            divergence=settings.divergence,
-            jensen_shannon_beta=settings.jensen_shannon_beta,
-            greedy_temperature=settings.greedy_temperature,
-            max_grad_norm=settings.max_grad_norm,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-        )
+        self._objective = objective_of(settings)
 
     def plan(self, num_fresh: int) -> tuple[int, int]:
         """(steps, replayed records wanted) for a cycle over so many fresh records."""
@@ -154,6 +147,18 @@ class Trainer:
     def _fresh_per_step(self) -> int:
         settings = self._settings
         return max(1, round(settings.records_per_step * (1 - settings.replay_share)))
+
+
+def objective_of(settings: LearnerSettings) -> Objective:
+    """What a step minimises under these settings."""
+    return Objective(
+        divergence=settings.divergence,
+        jensen_shannon_beta=settings.jensen_shannon_beta,
+        greedy_temperature=settings.greedy_temperature,
+        max_grad_norm=settings.max_grad_norm,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+    )
 
 
 def limit_threads(num_threads: int) -> None:

@@ -145,17 +145,18 @@ def test_metrics_tell_acceptance_by_version_and_replica(system: RunningSystem) -
     assert any('draft_version="2"' in line and "replica=" in line for line in lines)
 
 
-def test_mlflow_knows_the_champion_and_the_one_before(system: RunningSystem) -> None:
+def test_mlflow_knows_what_serves_and_the_one_before(system: RunningSystem) -> None:
     client = MlflowClient(system.settings.tracking_uri)
-    name = system.settings.learner.registered_model_name
+    name = f"{system.settings.learner.registered_model_name}-{DEFAULT_ROUTE}"
 
     def aliases() -> dict[str, str]:
         found = client.search_registered_models(filter_string=f"name = '{name}'")
         return dict(found[0].aliases) if found else {}
 
-    wait_until(lambda: {"champion", "previous"} <= set(aliases()))
-    champion = client.get_model_version_by_alias(name, "champion")
-    run = client.get_run(champion.run_id)
+    wait_until(lambda: {"serving", "previous"} <= set(aliases()))
+    serving = client.get_model_version_by_alias(name, "serving")
+    assert "acceptance" in serving.tags["brought"]
+    run = client.get_run(serving.run_id)
     assert run.data.params["lora_rank"] == str(LEARNER["lora_rank"])
     assert "loss" in run.data.metrics
 

@@ -7,7 +7,7 @@ target was trained on is never streamed and never judged on, whatever the seed.
 import ast
 import json
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -56,6 +56,14 @@ def exchanges(folder: Path, domain: str, split: str) -> list[Exchange]:
     return rows
 
 
+def check_domains(folder: Path, domains: Iterable[str]) -> None:
+    """Raises CorpusError, before anything is measured, for a name that is none or files that lack."""
+    for domain in domains:
+        if domain not in _SOURCES:
+            raise CorpusError(f"domain={domain!r} is none of {', '.join(_SOURCES)}; nothing was measured")
+        next(_SOURCES[domain](folder), None)
+
+
 @cache
 def general_english(folder: Path) -> list[str]:
     """What the draft is trained on: documentation prose of the standard library and stories, no domain's
@@ -71,8 +79,6 @@ def general_english(folder: Path) -> list[str]:
 
 @cache
 def _rows(folder: Path, domain: str) -> list[Exchange]:
-    if domain not in _SOURCES:
-        raise CorpusError(f"domain={domain!r} is none of {', '.join(_SOURCES)}; nothing was read")
     by_question: dict[str, Exchange] = {}
     for row in _SOURCES[domain](folder):
         by_question.setdefault(row.question, row)
@@ -85,7 +91,8 @@ def _file(folder: Path, name: str, domain: str, kind: str) -> list[Exchange]:
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as error:
         raise CorpusError(
-            f"data={folder} lacks {name} ({error.strerror}), so {domain} has no prompts; nothing was measured"
+            f"data={folder} lacks {name} ({error.strerror}): {domain} has no prompts, nothing was measured. "
+            "Give --data a folder that has it"
         ) from error
     rows = map(json.loads, lines)
     return [Exchange(domain, kind, row["prompt"], row["response"]) for row in rows]

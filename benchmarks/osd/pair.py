@@ -1,7 +1,8 @@
 """The benchmark's pair: a target trained on the four domains, a draft trained on general English alone.
 
-Kept outside the tree, seeded; a run that was killed goes on where it was, and no stage is done twice. Invariant: a model folder under its final name is complete, and nothing of the splits `stream` and
-`heldout` was ever trained on.
+Kept outside the tree, seeded; a run that was killed goes on where it was, and no stage is done twice.
+Invariant: a model folder under its final name is complete, and nothing of the splits `stream` and `heldout`
+was ever trained on.
 """
 
 from collections.abc import Callable

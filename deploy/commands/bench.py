@@ -18,6 +18,10 @@ DraftOption = Annotated[str, typer.Option(help="Path or hub id.")]
 AdapterOption = Annotated[
     Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
 ]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of gsm8k, spider, mbpp, gpteacher and tldr rows; default: $EVERDRAFT_DATA."),
+]
 CompileOption = Annotated[
     Literal["auto", "on", "off"],
     typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
@@ -163,6 +167,96 @@ def prefix(
     write_report(report, "prefix", {"threads": threads, "turns": turns, **metrics}, {})
 
 
+@app.command()
+def pair(
+    data: DataOption = None,
+    minutes: Annotated[float, typer.Option(help="Of training the target.", min=0.1)] = 55.0,
+    draft_minutes: Annotated[float, typer.Option(help="Of training the draft.", min=0.1)] = 6.0,
+    layers: Annotated[int, typer.Option(help="Of the target.", min=1)] = 22,
+    width: Annotated[int, typer.Option(help="Of the target; a multiple of 32.", min=32)] = 192,
+    threads: Annotated[int, typer.Option(help="Each with its shard of a batch.", min=1)] = 2,
+) -> None:
+    """Train the pair of `bench osd`, outside the tree; a run that was killed goes on."""
+    _trained_pair(data, minutes=minutes, draft_minutes=draft_minutes, shape=(layers, width), threads=threads)
+
+
+@app.command()
+def osd(
+    experiment: Annotated[
+        Literal["domain", "shift", "mixture", "ablations", "cost", "deployed"],
+        typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
+    ] = "domain",
+    domain: Annotated[
+        list[str] | None, typer.Option(help="gsm8k, spider, python, chat; may be given again; default: all.")
+    ] = None,
+    records: Annotated[int, typer.Option(help="Requests streamed of each domain.", min=16)] = 2000,
+    seeds: Annotated[int, typer.Option(help="Orders of arrival and starts of the draft.", min=1)] = 3,
+    data: DataOption = None,
+    target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
+    turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
+    report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
+) -> None:
+    """Online distillation on real domains: ours, the paper's setting and the offline ceiling."""
+    import torch
+    from transformers.utils import logging
+
+    from benchmarks.osd.corpus import DOMAINS, check_domains
+    from benchmarks.osd.experiments import Plan
+    from benchmarks.osd.story import tell_experiment
+    from benchmarks.osd.workshop import Workshop
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    folder = _data_folder(data)
+    with plain_faults():
+        check_domains(folder, domain or DOMAINS)
+        if (target is None) != (draft is None):
+            raise typer.BadParameter("--target and --draft belong together: give both, or neither")
+    if target is None or draft is None:
+        home = _trained_pair(data)
+        target, draft = str(home / "target"), str(home / "draft")
+    workshop = Workshop(target, draft, folder, _cache_folder())
+    plan = Plan(workshop, tuple(domain or DOMAINS), records, seeds, jobs, errors().print)
+    report = report or RESULTS / f"osd_{experiment}.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    tell_experiment(experiment, plan, report, output(), turns=turns)
+
+
+def _trained_pair(
+    data: Path | None,
+    *,
+    minutes: float = 55.0,
+    draft_minutes: float = 6.0,
+    shape: tuple[int, int] = (22, 192),
+    threads: int = 2,
+) -> Path:
+    """The folder of the benchmark's pair, trained first where it is not there yet."""
+    import torch
+
+    from benchmarks.osd.pair import PairPlan, Shape, train_pair
+
+    torch.set_num_threads(1)
+    layers, width = shape
+    plan = PairPlan(
+        _data_folder(data),
+        _cache_folder() / f"osd-pair-{layers}x{width}",
+        target=Shape(layers, width),
+        target_minutes=minutes,
+        draft_minutes=draft_minutes,
+        num_threads=threads,
+    )
+    with plain_faults():
+        train_pair(plan, errors().print)
+    return plan.out
+
+
+def _data_folder(data: Path | None) -> Path:
+    return data or Path(os.environ.get("EVERDRAFT_DATA") or "data")
+
+
 def _cache_folder() -> Path:
-    """Where a learnt adapter is kept between runs."""
+    """Where what takes long to work out is kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everdraft"

@@ -155,8 +155,9 @@ def _history(feed: AdapterFeed, route: str, num_events: int) -> Table:
 def _details(manifest: AdapterManifest) -> Iterator[tuple[str, str]]:
     for name in ("route", "draft_version", "parent_version", "draft_id", "draft_revision", "target_revision"):
         yield name, str(getattr(manifest, name))
-    yield "adapter", f"rank {manifest.rank}, alpha {manifest.alpha:g}, {sized(manifest.num_bytes)}"
-    yield "target_modules", ", ".join(manifest.target_modules)
+    kind = f"rank {manifest.rank}, alpha {manifest.alpha:g}" if manifest.rank else "full weights"
+    yield "adapter", f"{kind}, {sized(manifest.num_bytes)}"
+    yield "target_modules", ", ".join(manifest.target_modules) or "all"
     yield "sha256", manifest.sha256
     yield "made", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created_at_s))
     yield "num_records_seen", str(manifest.num_records_seen)

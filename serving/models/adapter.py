@@ -1,7 +1,8 @@
-"""LoRA adapters as bytes: validate everything, then merge aside. Touches no live weight.
+"""Adapters as bytes: validate everything, then merge aside. Touches no live weight.
 
 The bytes are PEFT's `adapter_model.safetensors` and `adapter_config.json`, as any PEFT tool writes them;
-linear and embedding modules are supported. An adapter is accepted whole or refused whole.
+linear and embedding modules are supported. A config that says `{"everdraft": "full"}` stands for the
+draft's own weights (full_weights.py). An adapter is accepted whole or refused whole.
 """
 
 import hashlib
@@ -11,19 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
+
+from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
+from serving.models.full_weights import is_full, read_full
+
+__all__ = ["AdapterRejectedError", "merge_adapter", "sha256_of"]
 
 _KEY = re.compile(
     r"^base_model\.model\.(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?:\.weight)?$"
 )
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class AdapterRejectedError(ValueError):
-    """The adapter was refused; nothing changed. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,18 @@ def merge_adapter(
     """Merged weights by parameter name, for the modules the adapter touches, in the base's dtype.
 
     `base` holds the floor's weights and is not changed. Raises AdapterRejectedError for a wrong hash, an
-    unreadable file, an unknown module, a wrong rank or shape, a value that is not finite, or tied weights.
+    unreadable file, an unknown module, a wrong rank or shape, a value that is not finite, or a LoRA pair
+    on tied weights.
     """
     if sha256_of(weights) != sha256:
         raise AdapterRejectedError(
             f"adapter bytes hash to {sha256_of(weights)[:12]}…, the manifest says {sha256[:12]}…; "
             "they were corrupted on the way"
         )
-    config = _parse_config(adapter_config_json)
+    config = _parse(adapter_config_json)
+    if is_full(config):
+        return read_full(base, weights, config)
+    _check_config(config)
     scale = _scale(config)
     merged: dict[str, Tensor] = {}
     modules = dict(base.named_modules())
@@ -77,9 +79,15 @@ def merge_adapter(
     return merged
 
 
-def _parse_config(text: str) -> dict[str, Any]:
+def _parse(text: str) -> dict[str, Any]:
     try:
-        config = json.loads(text)
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise AdapterRejectedError(f"adapter_config.json is unusable: {error!r}") from error
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise AdapterRejectedError(f"adapter_config.json is unusable: {error!r}") from error
@@ -94,7 +102,6 @@ def _parse_config(text: str) -> dict[str, Any]:
         raise AdapterRejectedError(
             f"adapter_config.json uses {unsupported or ['bias']}, which is not supported"
         )
-    return dict(config)
 
 
 def _scale(config: dict[str, Any]) -> float:
@@ -104,20 +111,12 @@ def _scale(config: dict[str, Any]) -> float:
 
 
 def _pairs(weights: bytes) -> dict[str, LoraPair]:
-    try:
-        tensors = load(weights)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterRejectedError(f"adapter bytes are no safetensors file: {error}") from error
     halves: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
-    for key, tensor in tensors.items():
+    for key, tensor in read_tensors(weights).items():
         match = _KEY.match(key)
         if match is None:
             raise AdapterRejectedError(f"adapter holds the tensor {key!r}, which is no LoRA weight")
-        if tensor.dtype not in _DTYPES:
-            raise AdapterRejectedError(f"adapter tensor {key!r} holds {tensor.dtype}, not {_DTYPES}")
-        if not torch.isfinite(tensor).all():
-            raise AdapterRejectedError(f"adapter tensor {key!r} has values that are not finite")
         halves.setdefault(match["module"], {})[match["half"]] = tensor
         if match["embedding"]:
             embeddings.add(match["module"])

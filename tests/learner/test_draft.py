@@ -8,8 +8,9 @@ import torch
 from peft import PeftModel
 
 from learner.batch import collate
-from learner.draft import TrainableDraft, export_config, export_weights, import_weights, linear_module_names
+from learner.draft import TrainableDraft, export_weights, import_weights
 from learner.rows import trajectory_row
+from learner.trainable import linear_module_names
 from serving.models.draft_weights import DraftWeights
 from tests.support.record_factory import GREEDY, RecordFactory
 from tests.support.tiny_learner import MODULES, tiny_draft, tiny_pair
@@ -38,7 +39,7 @@ def next_token_logits(draft: TrainableDraft) -> torch.Tensor:
 def test_peft_loads_an_exported_adapter_and_computes_the_same(tmp_path: Path) -> None:
     draft = trained_draft()
     (tmp_path / "adapter_model.safetensors").write_bytes(export_weights(draft.state()))
-    (tmp_path / "adapter_config.json").write_text(export_config(draft))
+    (tmp_path / "adapter_config.json").write_text(draft.config_json)
     loaded = PeftModel.from_pretrained(tiny_pair()[1], str(tmp_path))
     with torch.no_grad():
         theirs = loaded(input_ids=torch.tensor([PROMPT])).logits[0, -1]
@@ -52,7 +53,7 @@ def test_serving_stages_an_exported_adapter_and_computes_the_same() -> None:
     staged = live.stage(
         weights,
         draft_version=1,
-        adapter_config_json=export_config(draft),
+        adapter_config_json=draft.config_json,
         sha256=hashlib.sha256(weights).hexdigest(),
         draft_revision="d",
         target_revision="t",

@@ -10,7 +10,7 @@ import torch
 
 from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import AdapterManifest, GenerationRecord, RecordSampling
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, RecordSampling
 from buffer.store import Delivery, StreamKey
 from learner.draft import export_weights, import_weights
 from learner.loop import Learner
@@ -33,16 +33,24 @@ class DiaryTracker(NullTracker):
     def __init__(self) -> None:
         self.decisions: list[str] = []
         self.metrics: dict[str, float] = {}
-        self.serving: list[tuple[int, int]] = []
+        self.serving: list[tuple[int, int, str]] = []
+        self.adapters: dict[int, str] = {}
+        self.steps: list[int] = []
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, route: str, metrics: Mapping[str, float], num_records_seen: int) -> None:
         self.metrics |= metrics
+        self.steps.append(num_records_seen)
 
-    def log_decision(self, key: str, text: str) -> None:
-        self.decisions.append(text)
+    def log_decision(
+        self, route: str, kind: str, draft_version: int, reason: str, num_records_seen: int
+    ) -> None:
+        self.decisions.append(f"{kind}: {reason}")
 
-    def mark_serving(self, draft_version: int, previous_version: int) -> None:
-        self.serving.append((draft_version, previous_version))
+    def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
+        self.adapters[manifest.draft_version] = reason
+
+    def mark_serving(self, route: str, draft_version: int, previous_version: int, reason: str) -> None:
+        self.serving.append((draft_version, previous_version, reason))
 
 
 class FlakyStore(MemoryRecordStore):
@@ -130,7 +138,8 @@ def test_records_become_a_promoted_adapter_with_evidence_and_history(house: Hous
     assert manifest.num_bytes == len(house.feed.weights("default", 1))
     assert house.feed.history("default")[-1].kind == "promoted"
     assert house.tracker.decisions[-1].startswith("promoted: acceptance")
-    assert house.tracker.serving[-1] == (1, 0)
+    assert house.tracker.serving[-1] == (1, 0, house.tracker.decisions[-1])
+    assert house.tracker.steps[-1] == manifest.num_records_seen  # this cycle's records among them
     assert house.tracker.metrics["loss"] > 0
     assert house.store.size(KEY).num_pending == 0
     facts = house.learner.snapshot()
@@ -210,6 +219,7 @@ def test_an_operators_rollback_is_adopted_and_a_pin_is_not_fought(house: House, 
     house.feed.rollback("default", "the operator said so")
     house.learner.run_cycle()
     assert house.learner.snapshot()["draft_version"] == 0
+    assert house.tracker.serving[-1] == (0, 0, "rolled back: the operator said so")
     house.feed.pin("default", 0, "hands off")
     for records in traffic[-3:]:
         house.serve(records)
@@ -227,7 +237,32 @@ def test_a_broken_swap_is_rolled_back(house: House, traffic: Traffic) -> None:
     event = [e for e in house.feed.history("default") if e.kind == "rolled_back"]
     assert event
     assert "broken swap" in event[0].reason
-    assert any(text.startswith("rolled_back") for text in house.tracker.decisions)
+    assert [text for text in house.tracker.decisions if text.startswith("rolled_back: broken swap")]
+    assert [why for _, _, why in house.tracker.serving if why.startswith("rolled back: broken swap")]
+
+
+def test_a_replicas_rejection_is_told_once_with_its_reason(house: House, traffic: Traffic) -> None:
+    house.learn_until_promoted(traffic)
+    rejection = AdapterEvent("rejected_by_replica", "default", 1, "r0: bytes were corrupted", NOW_S + 1)
+    house.feed.add_event(rejection)
+    for records in traffic[-2:]:
+        house.serve(records)
+        house.learner.run_cycle()
+    told = [text for text in house.tracker.decisions if text.startswith("rejected_by_replica")]
+    assert told == ["rejected_by_replica: r0: bytes were corrupted"]
+
+
+def test_a_new_learner_tells_of_the_draft_that_it_finds_serving(
+    house: House, traffic: Traffic, tmp_path: Path
+) -> None:
+    house.learn_until_promoted(traffic)
+    told, house.tracker = house.tracker.decisions[-1], DiaryTracker()
+    house.folder = tmp_path / "elsewhere"  # its checkpoint is lost
+    house.learner = house.build()
+    house.learner.run_cycle()
+    assert house.tracker.serving == [(1, 0, house.tracker.decisions[-1])]
+    assert house.tracker.adapters == {1: house.tracker.decisions[-1].removeprefix("promoted: ")}
+    assert house.tracker.decisions[-1].startswith("promoted: ") and told.startswith("promoted: ")
 
 
 def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: Traffic) -> None:

@@ -82,3 +82,12 @@ def test_a_table_is_told_without_its_closed_routes() -> None:
     assert kept.routes == ("auto-2",)
     kind = next(kind for kind in range(3) if table.route_of(prompts(kind, 1, seed=1)[0]) == "auto-2")
     assert kept.route_of(prompts(kind, 1, seed=1)[0]) == "auto-2"
+
+
+def test_a_known_kind_with_few_prompts_keeps_its_place_and_takes_no_others() -> None:
+    first = fit_routes(np.concatenate([prompts(kind, 100, seed=0) for kind in range(2)]))
+    rare = first.route_of(prompts(0, 1, seed=2)[0])
+    seen = [prompts(0, 5, seed=1), *(prompts(kind, 100, seed=1) for kind in (1, 2, 3))]
+    second = fit_routes(np.concatenate(seen), previous=first)
+    assert second.route_of(prompts(0, 1, seed=2)[0]) == rare
+    assert len({second.route_of(prompts(kind, 1, seed=2)[0]) for kind in range(4)}) == 4

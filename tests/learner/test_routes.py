@@ -324,3 +324,17 @@ def test_the_best_draft_is_the_first_of_equals_and_never_one_that_scores_nothing
     assert best_draft(row, drafts) is FLOOR
     assert best_draft(row, drafts[::-1]) is drafts[1]
     assert row[FLOOR.key].num_records == 4
+
+
+def test_a_learner_that_is_allowed_fewer_routes_closes_those_for_which_there_is_no_room(
+    tmp_path: Path, traffic: dict[str, Records]
+) -> None:
+    house = House(tmp_path)
+    house.live({topic: records[:100] for topic, records in traffic.items()})
+    house._settings["max_routes"] = 1
+    house.learner = house.build()
+    house.learner.run_cycle()
+    assert len(house.open_routes()) == 1
+    [closed] = [event for topic in TOPICS for event in house.events(topic, "closed")]
+    assert "max_routes is 1" in closed.reason
+    assert house.feed.latest(closed.route) is None

@@ -1,0 +1,109 @@
+"""One domain through the whole deployment: REST, Ray, Redis, the learner's actor, swaps between rounds.
+
+The same requests as the replayed streams, sent by clients; acceptance is what answers say of themselves.
+Learner and replicas share the machine, so how many records a draft has seen depends on its speed.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS
+from benchmarks.osd.corpus import exchanges
+from benchmarks.osd.workshop import Tell, Workshop
+from buffer.records import DEFAULT_ROUTE
+from deploy.demo.corpus import Prompt
+from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.settings_source import load_settings
+from deploy.wiring import RunningSystem, open_feed, running_system
+from serving.engine.counters import acceptance_rate
+
+NUM_CLIENTS = 8
+NUM_HELD_OUT = 64
+WINDOW = 50
+
+
+def measure_deployed(
+    workshop: Workshop, domain: str, num_records: int, tell: Tell, port: int = 8000
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Stream, then ask the held-out prompts of the floor's state and of what was learnt, learner at rest."""
+    rows = exchanges(workshop.data, domain, "stream")[:num_records]
+    asks = [_ask(domain, row.question, workshop.asking.max_tokens) for row in rows]
+    held = exchanges(workshop.data, domain, "heldout")[:NUM_HELD_OUT]
+    judged = [_ask(domain, row.question, workshop.asking.max_tokens, store=False) for row in held]
+    with TemporaryDirectory() as folder:
+        settings = load_settings(None, {}, _overrides(workshop, port, Path(folder)))
+        with running_system(settings, tell) as system:
+            clients = Clients(system.url, NUM_CLIENTS)
+            before = clients.send(judged)
+            outcomes: list[Outcome] = []
+
+            def on_outcome(outcome: Outcome) -> None:
+                outcomes.append(outcome)
+                if len(outcomes) % 200 == 0:
+                    tell(f"{len(outcomes)} of {len(asks)} answered, draft {outcome.draft_version}")
+
+            clients.send(asks, on_outcome)
+            _rest(system)
+            after = clients.send(judged)
+            events = _events(system)
+    return {
+        "num_requests": len(outcomes),
+        "num_failed": sum(bool(outcome.error) for outcome in [*before, *outcomes, *after]),
+        "floor": _rate(before),
+        "learnt": _rate(after),
+        "answers_unchanged": _texts(before) == _texts(after),
+        "events": events,
+    }, {"acceptance": _moving(outcomes), "draft_version": [outcome.draft_version for outcome in outcomes]}
+
+
+def _overrides(workshop: Workshop, port: int, folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    asking = workshop.asking
+    return {
+        "serving": {
+            "target": workshop.target,
+            "draft": workshop.draft,
+            "max_seq_len": asking.prompt_tokens + asking.max_tokens + 256,
+            "num_draft_tokens": NUM_DRAFT_TOKENS,
+            "speculation": "model",
+            "num_threads": 1,
+        },
+        "cluster": {"port": port, "state_dir": folder},
+    }
+
+
+def _ask(domain: str, question: str, max_tokens: int, *, store: bool = True) -> Ask:
+    prompt = Prompt(domain, question, ({"role": "user", "content": question},), "")
+    return Ask(prompt, max_tokens, store=store)
+
+
+def _rest(system: RunningSystem) -> None:
+    if system.learner is not None:
+        system.learner.pause()
+
+
+def _events(system: RunningSystem) -> dict[str, int]:
+    """The history of every route, counted by kind."""
+    feed, counts = open_feed(system.redis_url), dict[str, int]()
+    try:
+        for route in dict.fromkeys([DEFAULT_ROUTE, *feed.routes()]):
+            for event in feed.history(route, max_events=1000):
+                counts[event.kind] = counts.get(event.kind, 0) + 1
+    finally:
+        feed.close()
+    return counts
+
+
+def _rate(outcomes: Sequence[Outcome]) -> float:
+    return acceptance_rate(
+        sum(outcome.num_accepted for outcome in outcomes), sum(outcome.num_attempted for outcome in outcomes)
+    )
+
+
+def _texts(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, ...]]:
+    return {outcome.question: outcome.token_ids for outcome in outcomes}
+
+
+def _moving(outcomes: Sequence[Outcome]) -> list[list[float]]:
+    return [[end, round(_rate(outcomes[end - WINDOW : end]), 4)] for end in range(WINDOW, len(outcomes), 10)]

@@ -1,0 +1,161 @@
+"""Rounds that never ran: which draft tokens the target would have taken, from what it told once.
+
+In greedy and in coupled mode the told text does not depend on the draft, so what a draft would have proposed
+at every told position follows from one pass over the told text, and with it every round at a fixed draft
+length. Positions after a rejection were never told; their rows are left NaN, so nothing can learn from them.
+
+Legend: N told tokens, G drafted tokens of a round, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.osd.told import Told
+from buffer.records import DEFAULT_ROUTE, GenerationRecord, RecordSampling, RoundTrace
+from learner.batch import collate, pack
+from learner.draft import TrainableDraft
+from learner.rows import trajectory_row
+from serving.engine.noise import gumbel_noise, noise_key
+
+Kept = TypeVar("Kept", bound=np.generic)
+RECORD_TTL_S = 24 * 3600.0
+_TOKENS_PER_PASS, _POSITIONS_PER_PASS = 8192, 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """What would have happened to one request."""
+
+    record: GenerationRecord
+    num_accepted: int
+    num_attempted: int
+    num_rounds: int
+
+
+class Replay:
+    """Rounds of `num_draft_tokens` on told requests of one target."""
+
+    def __init__(self, target_revision: str, num_draft_tokens: int) -> None:
+        self.target_revision = target_revision
+        self.num_draft_tokens = num_draft_tokens
+
+    def play(
+        self, draft: TrainableDraft, draft_version: int, told: Sequence[Told], route: str = DEFAULT_ROUTE
+    ) -> list[Replayed]:
+        """What the draft, as it stands, would have done; one a request, in order."""
+        chosen = self.chosen(draft, told)
+        return [
+            self._replayed(one, choice_N, draft_version, route)
+            for one, choice_N in zip(told, chosen, strict=True)
+        ]
+
+    def chosen(self, draft: TrainableDraft, told: Sequence[Told]) -> list[NDArray[np.int64]]:
+        """The draft's own token [N] at every told position, given all told tokens before it."""
+        rows = [trajectory_row(self.bare_record(one), 1 << 20) for one in told]
+        assert all(row is not None for row in rows)
+        by_row = {id(row): one for row, one in zip(rows, told, strict=True)}
+        found: dict[str, NDArray[np.int64]] = {}
+        present = [row for row in rows if row is not None]
+        for group in pack(present, _TOKENS_PER_PASS, _POSITIONS_PER_PASS):
+            with torch.no_grad():
+                logits_NV = draft.logits(collate(group, draft.device))
+            ends = np.cumsum([len(row.positions) for row in group])[:-1].tolist()
+            for row, logits in zip(group, logits_NV.tensor_split(ends), strict=True):
+                one = by_row[id(row)]
+                found[one.request_id] = _choice(one, logits).numpy()
+        return [found[one.request_id] for one in told]
+
+    def bare_record(self, told: Told, route: str = DEFAULT_ROUTE) -> GenerationRecord:
+        """Everything that was told as one round without drafts."""
+        nothing_G = np.zeros(0, np.int64)
+        return self._record(told, (_trace(told, 0, told.num_tokens, 0, nothing_G, 0),), route)
+
+    def _replayed(self, told: Told, choice_N: NDArray[np.int64], draft_version: int, route: str) -> Replayed:
+        hits_N = choice_N == told.token_ids_N
+        rounds, start = [], 0
+        while start < told.num_tokens:
+            room = min(self.num_draft_tokens, told.num_tokens - start - (not told.stopped))
+            hits = hits_N[start : start + room]
+            accepted = int(room if hits.all() else hits.argmin())
+            drafted_G = choice_N[start : start + min(room, accepted + 1)]
+            num_emitted = min(accepted + 1, told.num_tokens - start)
+            rounds.append(_trace(told, start, num_emitted, accepted, drafted_G, draft_version))
+            start += num_emitted
+        return Replayed(
+            self._record(told, tuple(rounds), route),
+            sum(trace.num_accepted for trace in rounds),
+            sum(trace.num_attempted for trace in rounds),
+            len(rounds),
+        )
+
+    def _record(self, told: Told, rounds: tuple[RoundTrace, ...], route: str) -> GenerationRecord:
+        now_s = time.time()
+        mode = "greedy" if told.temperature == 0 else "coupled"
+        return GenerationRecord(
+            record_id=f"{told.request_id}-0-0",
+            request_id=told.request_id,
+            route=route,
+            target_revision=self.target_revision,
+            sampling=RecordSampling(temperature=told.temperature, mode=mode),
+            prompt_token_ids=told.prompt_token_ids,
+            output_token_ids=told.token_ids_N,
+            rounds=rounds,
+            created_at_s=now_s,
+            expires_at_s=now_s + RECORD_TTL_S,
+        )
+
+
+def _choice(told: Told, logits_NV: Tensor) -> Tensor:
+    """Greedy: the likeliest. Coupled: the winner of the race that the target ran with the same noise."""
+    if told.seed is None:
+        return logits_NV.argmax(-1)
+    key_1 = torch.tensor([noise_key(told.seed, 0)])
+    positions_1N = torch.arange(told.num_tokens)[None]
+    noise_NV = gumbel_noise(key_1, positions_1N, logits_NV.shape[-1])[0]
+    return (torch.log_softmax(logits_NV / told.temperature, -1) + noise_NV).argmax(-1)
+
+
+def _trace(
+    told: Told,
+    start: int,
+    num_emitted: int,
+    num_accepted: int,
+    drafted_G: NDArray[np.int64],
+    draft_version: int,
+) -> RoundTrace:
+    """A round that emitted the told tokens from `start` on."""
+    span = slice(start, start + num_emitted)
+    num_drafted = len(drafted_G)
+    missing = max(0, num_drafted + 1 - num_emitted)
+    empty_G = np.zeros(num_drafted, np.float32)
+    return RoundTrace(
+        start=len(told.prompt_token_ids) + start,
+        draft_version=draft_version,
+        num_accepted=num_accepted,
+        num_attempted=num_drafted,
+        drafted_token_ids_G=drafted_G.astype(np.int32),
+        drafted_target_logprobs_G=empty_G,
+        drafted_draft_logprobs_G=empty_G,
+        emitted_target_logprobs_C=told.emitted_logprob_N[span],
+        topk_token_ids_EK=_padded(told.topk_token_ids_NK[span], missing, 0),
+        topk_logprobs_EK=_padded(told.topk_logprobs_NK[span], missing, np.nan),
+        retemper_E=np.zeros(num_emitted + missing, np.float32),
+    )
+
+
+def _padded(array_NK: NDArray[Kept], missing: int, value: float) -> NDArray[Kept]:
+    if not missing:
+        return array_NK
+    return np.concatenate([array_NK, np.full((missing, array_NK.shape[1]), value, array_NK.dtype)])
+
+
+def chunks(told: Sequence[Told], size: int) -> Iterator[Sequence[Told]]:
+    for start in range(0, len(told), size):
+        yield told[start : start + size]

@@ -1,0 +1,104 @@
+"""What the drafts that learnt are worth in time: the real engine, one request at a time, arms in turn.
+
+Speed-ups are medians of ratios within a turn, over the same engine without speculation. The prediction is the
+cost model's: tokens a round, and how long the passes themselves take.
+"""
+
+import copy
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from benchmarks.adapted import Adapter
+from benchmarks.engine_modes import EngineMode
+from benchmarks.forwards import measure_forwards, pass_runners
+from benchmarks.lineup import Lineup
+from benchmarks.modes import Mode, Outcome, Rounds
+from benchmarks.osd.told import Told
+from benchmarks.osd.workshop import Tell
+from serving.compiling import CompileChoice
+from serving.engine.counters import acceptance_rate, block_efficiency
+from serving.local import build_engine
+from serving.models.loading import ModelPair
+
+OFF = "off"
+NUM_TOKENS = 64
+
+
+def measure_speed(
+    pair: ModelPair,
+    adapters: Mapping[str, str],
+    asked: Sequence[Told],
+    *,
+    turns: int,
+    compile: CompileChoice,
+    tell: Tell,
+) -> dict[str, dict[str, Any]]:
+    """By arm. `adapters`: the folder of each arm's adapter, empty for the floor."""
+    prompts = [one.prompt_token_ids.tolist() for one in asked]
+    room = max(map(len, prompts)) + NUM_TOKENS + 16
+    makers = {arm: _maker(pair, folder, room, compile, None) for arm, folder in adapters.items()}
+    lineup = Lineup({OFF: _maker(pair, "", room, compile, 0), **makers})
+    outcomes: dict[str, list[Outcome]] = {arm: [] for arm in (OFF, *makers)}
+    try:
+        for turn in range(turns + 1):
+            for arm, kept in outcomes.items():
+                tell(f"{arm}, turn {turn} of {turns}")
+                outcome = lineup.run(arm, prompts, concurrency=1, num_tokens=NUM_TOKENS, temperature=0.0)
+                if isinstance(outcome, str):
+                    raise RuntimeError(f"{arm} could not run: {outcome}")
+                if turn:  # the first one warms up
+                    kept.append(outcome)
+    finally:
+        lineup.close()
+    runners = pass_runners(pair, num_slots=1, max_seq_len=room, compile=compile)
+    forwards = measure_forwards(runners, batch_size=1, context_tokens=room // 2)
+    found: dict[str, dict[str, Any]] = {"passes": {"by": runners.passes}}
+    for arm, own in outcomes.items():
+        identical = all(
+            one.output_token_ids == other.output_token_ids
+            for one, other in zip(own, outcomes[OFF], strict=True)
+        )
+        ratios = [other.wall_s / one.wall_s for one, other in zip(own, outcomes[OFF], strict=True)]
+        rounds = sum((outcome.rounds or Rounds() for outcome in own), Rounds())
+        efficiency = block_efficiency(sum(outcome.num_tokens for outcome in own), rounds.num_rounds)
+        drafted = rounds.num_drafted / max(1, rounds.num_rounds)
+        predicted = forwards.predicted_speedup(efficiency, drafted, drafted)
+        found[arm] = {
+            "tokens_per_s": statistics.median(outcome.tokens_per_s for outcome in own),
+            "speedup": statistics.median(ratios),
+            "predicted": predicted,
+            "measured_over_predicted": statistics.median(ratios) / predicted,
+            "acceptance_rate": acceptance_rate(rounds.num_accepted, rounds.num_attempted),
+            "block_efficiency": efficiency,
+            "num_draft_tokens": drafted,
+            "identical": identical,
+        }
+    return found
+
+
+def _maker(pair: ModelPair, folder: str, room: int, compile: CompileChoice, cap: int | None) -> Any:
+    def make() -> Mode:
+        engine = build_engine(
+            replace(pair, draft=adapted(pair, folder)),
+            num_slots=1,
+            max_seq_len=room,
+            speculation="model",
+            compile=compile,
+            prefix_cache_mib=0,
+        )
+        return EngineMode(engine, cap=cap)
+
+    return make
+
+
+def adapted(pair: ModelPair, folder: str) -> nn.Module:
+    """The draft with the adapter of a folder in it; the floor for none."""
+    assert pair.draft is not None
+    if not folder:
+        return copy.deepcopy(pair.draft)
+    return Adapter.load(Path(folder)).merged(pair.draft)

@@ -1,0 +1,179 @@
+"""What the target told: its answer to each request and its rows along it, recorded once by the real engine.
+
+Greedy and seeded answers do not depend on any draft (a seed is a promise), so one recording serves every arm,
+seed and ablation. Invariant: one row a told token, under the same capture that serving uses.
+
+Legend: N told tokens of a request, K kept entries.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.osd.corpus import Exchange
+from deploy.demo.train_pair.tokens import chat_ids
+from serving.engine.request import Generation, GenerationRequest, SamplingParams
+from serving.local import build_engine
+from serving.models.loading import ModelPair
+
+_RAGGED = (
+    "prompt_token_ids",
+    "token_ids_N",
+    "topk_token_ids_NK",
+    "topk_logprobs_NK",
+    "emitted_logprob_N",
+    "prompt_embedding_H",
+)
+_SLOTS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """One request and what the target said."""
+
+    request_id: str
+    domain: str
+    kind: str
+    temperature: float
+    """0 or 1."""
+    seed: int | None
+    """Of the shared noise; None when greedy."""
+    stopped: bool
+    """Whether the last token ended the text; else the token limit did."""
+    prompt_token_ids: NDArray[np.int32]
+    token_ids_N: NDArray[np.int32]
+    topk_token_ids_NK: NDArray[np.int32]
+    topk_logprobs_NK: NDArray[np.float16]
+    emitted_logprob_N: NDArray[np.float32]
+    prompt_embedding_H: NDArray[np.float16]
+    """The target's mean hidden state over the prompt."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_N)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How requests are put: the longest prompt (cut from the left) and answer, in tokens."""
+
+    prompt_tokens: int = 96
+    max_tokens: int = 40
+
+
+def tell(
+    pair: ModelPair,
+    exchanges: Sequence[Exchange],
+    temperature: float,
+    asking: Asking,
+) -> list[Told]:
+    """Ask the target alone, through the engine, for every request."""
+    told: list[Told] = []
+    alone = replace(pair, draft=None)
+    room = asking.prompt_tokens + asking.max_tokens
+    with build_engine(alone, num_slots=_SLOTS, max_seq_len=room, speculation="off") as engine:
+        for start in range(0, len(exchanges), 4 * _SLOTS):
+            part = exchanges[start : start + 4 * _SLOTS]
+            asked = [
+                _request(pair, row, number, temperature, asking) for number, row in enumerate(part, start)
+            ]
+            handles = [engine.submit(request) for request in asked]
+            told += [
+                _told(row, handle.result(), _embedding(pair, request))
+                for row, handle, request in zip(part, handles, asked, strict=True)
+            ]
+    return told
+
+
+def told_once(
+    file: Path,
+    pair: ModelPair,
+    exchanges: Sequence[Exchange],
+    temperature: float,
+    asking: Asking,
+) -> list[Told]:
+    """From `file`, or told now and kept there."""
+    if not file.exists():
+        save(file, tell(pair, exchanges, temperature, asking))
+    return load(file)
+
+
+def save(file: Path, told: Sequence[Told]) -> None:
+    """As .npz: ragged arrays end to end; appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.concatenate([getattr(one, name) for one in told]) for name in _RAGGED}
+    arrays["prompt_lengths"] = np.array([len(one.prompt_token_ids) for one in told])
+    arrays["told_lengths"] = np.array([one.num_tokens for one in told])
+    arrays["widths"] = np.array([len(one.prompt_embedding_H) for one in told])
+    heads = [[one.request_id, one.domain, one.kind, one.temperature, one.seed, one.stopped] for one in told]
+    aside = file.with_suffix(".part.npz")
+    with aside.open("wb") as opened:
+        np.savez(opened, allow_pickle=False, heads=np.array(json.dumps(heads)), **arrays)
+    aside.replace(file)
+
+
+def load(file: Path) -> list[Told]:
+    with np.load(file) as kept:
+        arrays = {name: kept[name] for name in kept.files}
+    heads = json.loads(str(arrays["heads"]))
+    lengths = {"prompt_token_ids": "prompt_lengths", "prompt_embedding_H": "widths"}
+    columns = [
+        np.split(arrays[name], np.cumsum(arrays[lengths.get(name, "told_lengths")])[:-1]) for name in _RAGGED
+    ]
+    return [Told(*head, *parts) for head, *parts in zip(heads, *columns, strict=True)]
+
+
+def _request(
+    pair: ModelPair, row: Exchange, number: int, temperature: float, asking: Asking
+) -> GenerationRequest:
+    assert pair.tokenizer is not None
+    asked = chat_ids(pair.tokenizer, {"role": "user", "content": row.question})[-asking.prompt_tokens :]
+    seed = number if temperature else None
+    sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=asking.max_tokens)
+    name = f"{row.domain}-{number}" + (f"@{temperature:g}" if temperature else "")
+    return GenerationRequest(name, tuple(asked), sampling, capture=True)
+
+
+def _told(row: Exchange, generation: Generation, embedding_H: NDArray[np.float16]) -> Told:
+    rounds = generation.captured_rounds
+    sampling = generation.sampling
+    return Told(
+        generation.request_id,
+        row.domain,
+        row.kind,
+        sampling.temperature,
+        sampling.seed,
+        generation.finish_reason == "stop",
+        np.array(generation.prompt_token_ids, np.int32),
+        np.array(generation.output_token_ids, np.int32),
+        np.concatenate([captured.topk_token_ids_EK for captured in rounds]),
+        np.concatenate([captured.topk_logprobs_EK for captured in rounds]),
+        np.concatenate([captured.emitted_target_logprobs_C for captured in rounds]),
+        embedding_H,
+    )
+
+
+@torch.inference_mode()
+def _embedding(pair: ModelPair, request: GenerationRequest) -> NDArray[np.float16]:
+    model: Any = pair.target
+    hidden_1TH = model.get_decoder()(torch.tensor([request.prompt_token_ids])).last_hidden_state
+    embedding_H: NDArray[np.float16] = hidden_1TH[0].mean(0).numpy().astype(np.float16)
+    return embedding_H
+
+
+def shuffled(told: Sequence[Told], seed: int) -> list[Told]:
+    """A seed's own order of arrival."""
+    order = np.random.default_rng(seed).permutation(len(told))
+    return [told[index] for index in order]
+
+
+def interleaved(streams: Sequence[Sequence[Told]]) -> Iterator[Told]:
+    """One of each in turn, as far as the shortest goes."""
+    for row in zip(*streams, strict=False):
+        yield from row

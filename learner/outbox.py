@@ -1,0 +1,82 @@
+"""Jobs for something that may be slow, wrong or away, done in order by a thread of their own.
+
+Knows no MLflow. Invariants: `submit` neither raises nor waits; what no longer fits, or what is refused for
+good, is dropped and counted; a job that fails for another reason is tried until it succeeds.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+logger = logging.getLogger(__name__)
+Session = TypeVar("Session")
+
+
+class Outbox(Generic[Session]):
+    """`connect` makes the session that every job is given; `is_refusal` tells errors that trying again
+    cannot mend. Both run in the outbox's thread."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Session],
+        is_refusal: Callable[[Exception], bool],
+        *,
+        name: str,
+        max_queued: int,
+        retry_s: float,
+    ) -> None:
+        self._connect, self._is_refusal = connect, is_refusal
+        self._name, self._retry_s = name, retry_s
+        self.num_dropped = 0
+        self._queue: queue.Queue[Callable[[Session], None]] = queue.Queue(max_queued)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"{name}-outbox", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[Session], None]) -> None:
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            self.num_dropped += 1
+
+    def close(self, timeout_s: float) -> None:
+        """Do what is queued, for at most so long."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        session = self._connected()
+        while session is not None:
+            try:
+                job = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                if self._stop.is_set():
+                    return
+                continue
+            while not self._done(job, session):
+                if self._stop.wait(self._retry_s):
+                    return
+
+    def _connected(self) -> Session | None:
+        """Tries until it succeeds or the outbox is closed."""
+        while True:
+            try:
+                return self._connect()
+            except Exception as error:  # third parties let their backends' exceptions through
+                logger.info("%s cannot be reached, trying again: %s", self._name, error)
+                if self._stop.wait(self._retry_s):
+                    return None
+
+    def _done(self, job: Callable[[Session], None], session: Session) -> bool:
+        """False if it is worth trying again."""
+        try:
+            job(session)
+        except Exception as error:  # as above
+            if not self._is_refusal(error):
+                logger.info("%s cannot be reached, trying again: %s", self._name, error)
+                return False
+            logger.warning("%s refused a write, dropped: %s", self._name, error)
+            self.num_dropped += 1
+        return True

@@ -1,0 +1,120 @@
+"""What of a draft is learnt: PEFT LoRA pairs on a frozen base, or the draft's own weights.
+
+Knows no records and no loss. Invariants: every weight that learns is there once, under the key that it is
+exported with; `floor` is what makes the draft what was shipped; nothing else of the model ever changes.
+"""
+
+import copy
+import json
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from serving.models.full_weights import full_config, full_parameters
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """The model that computes logits, and its weights that learn."""
+
+    model: Any
+    weights: dict[str, nn.Parameter]
+    """Live. LoRA by PEFT's key (`base_model.model.<module>.lora_A.weight`), full by parameter name."""
+    floor: dict[str, Tensor]
+    """Those of `weights` that the floor fixes, with its values."""
+    rank: int
+    """0 for full weights, which have no alpha either."""
+    alpha: float
+    target_modules: tuple[str, ...]
+    """Empty: every weight."""
+    config_json: str
+    """What an export of `weights` carries with it."""
+
+
+def lora_trainable(
+    base: nn.Module,
+    *,
+    draft_id: str,
+    rank: int,
+    alpha: float,
+    target_modules: tuple[str, ...] | None,
+    seed: int,
+) -> Trainable:
+    """PEFT wraps the base in place. Every B starts at zero, so the start is the floor."""
+    modules = target_modules or linear_module_names(base)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int; PEFT only divides by the rank
+        target_modules=list(modules),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks the base for a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        torch.manual_seed(seed)
+        model: Any = get_peft_model(base, config)
+    config.base_model_name_or_path = draft_id  # PEFT put the base's local path there
+    weights = _lora_weights(model)
+    floor = {key: torch.zeros_like(weight) for key, weight in weights.items() if _is_second_factor(key)}
+    return Trainable(model, weights, floor, rank, alpha, modules, _peft_config_json(config))
+
+
+def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -> Trainable:
+    """The base itself learns, or only the named modules of it; weights that are tied learn as one.
+
+    Raises ValueError where `target_modules` names nothing in the base."""
+    base.requires_grad_(False)
+    weights = dict(sorted(full_parameters(base, target_modules).items()))
+    if not weights:
+        raise ValueError(f"target_modules={target_modules} names no weight of the draft; nothing would learn")
+    floor = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return Trainable(base, weights, floor, 0, 0.0, target_modules or (), full_config(target_modules))
+
+
+def linear_module_names(base: nn.Module) -> tuple[str, ...]:
+    """Last name parts of every linear layer but the head: attention and MLP."""
+    head = output_head(base)
+    names = {
+        name.split(".")[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return tuple(sorted(names))
+
+
+def output_head(model: Any) -> nn.Module:
+    """The layer that gives logits, wrapped in LoRA or not."""
+    head: nn.Module = model.get_output_embeddings()
+    return head
+
+
+def _lora_weights(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The model's own LoRA parameters under the keys that PEFT exports them with."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    exported = get_peft_model_state_dict(model, save_embedding_layers=False)
+    by_pointer = {parameter.data_ptr(): parameter for parameter in trainable}
+    weights = {key: by_pointer[tensor.data_ptr()] for key, tensor in sorted(exported.items())}
+    assert len(weights) == len(trainable), "every trainable weight has a key of its own"
+    return weights
+
+
+def _peft_config_json(config: LoraConfig) -> str:
+    """adapter_config.json, as PEFT itself writes it, ready for inference."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready = copy.copy(config)
+        ready.inference_mode = True
+        ready.save_pretrained(folder)
+        text = (Path(folder) / "adapter_config.json").read_text()
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+def _is_second_factor(key: str) -> bool:
+    return "lora_B" in key or "lora_embedding_B" in key

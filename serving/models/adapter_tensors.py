@@ -1,0 +1,29 @@
+"""Weights as they arrive from outside: a safetensors file of finite floating-point tensors, or refused.
+
+Knows no draft. Invariant: nothing that leaves here holds a value that is not finite.
+"""
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class AdapterRejectedError(ValueError):
+    """The adapter was refused; nothing changed. The message says why."""
+
+
+def read_tensors(weights: bytes) -> dict[str, Tensor]:
+    """By key. Raises AdapterRejectedError."""
+    try:
+        tensors = load(weights)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterRejectedError(f"adapter bytes are no safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterRejectedError(f"adapter tensor {key!r} holds {tensor.dtype}, not {_DTYPES}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterRejectedError(f"adapter tensor {key!r} has values that are not finite")
+    return tensors

@@ -1,0 +1,70 @@
+"""A draft's own weights as an adapter: for a learner that trains the whole draft instead of LoRA pairs.
+
+The bytes are safetensors by parameter name; in place of PEFT's adapter_config.json stands
+`{"everdraft": "full", "target_modules": null}`, or a list of module names where only those were trained.
+Invariant: the file holds exactly the parameters that its config names, each once; tied weights go under
+their first name, and taking them in changes every module that shares them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
+
+_MARK, _FULL = "everdraft", "full"
+
+
+def full_config(target_modules: Sequence[str] | None) -> str:
+    """What such weights carry instead of PEFT's adapter_config.json."""
+    return json.dumps({_MARK: _FULL, "target_modules": list(target_modules) if target_modules else None})
+
+
+def is_full(config: Mapping[str, Any]) -> bool:
+    return config.get(_MARK) == _FULL
+
+
+def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """By first name, each once; None: all of them, else those of modules whose names end so."""
+    owned = dict(module.named_parameters())
+    if not target_modules:
+        return owned
+    wanted = {
+        parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if _belongs(name.rpartition(".")[0], target_modules)
+    }
+    return {name: parameter for name, parameter in owned.items() if parameter in wanted}
+
+
+def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By parameter name, as the base holds them; `base` is not changed. Raises AdapterRejectedError."""
+    targets = config.get("target_modules")
+    if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        raise AdapterRejectedError(f"full weights' target_modules={targets!r} are no module names")
+    tensors, parameters = read_tensors(weights), full_parameters(base, targets)
+    absent, stray = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if absent or stray or not parameters:
+        raise AdapterRejectedError(
+            f"full weights and the draft disagree: of the draft's parameters {absent[:3]} are missing, "
+            f"and {stray[:3]} are none that target_modules={targets} names"
+        )
+    return {name: _fitted(name, tensors[name], parameter) for name, parameter in parameters.items()}
+
+
+def _fitted(name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    if tensor.shape != parameter.shape:
+        raise AdapterRejectedError(
+            f"full weight {name!r} has shape {tuple(tensor.shape)}; the draft's is {tuple(parameter.shape)}"
+        )
+    fitted = tensor.to(parameter.device, parameter.dtype)
+    if not torch.isfinite(fitted).all():
+        raise AdapterRejectedError(f"full weight {name!r} is not finite as {parameter.dtype}")
+    return fitted
+
+
+def _belongs(module_name: str, target_modules: Sequence[str]) -> bool:
+    return any(module_name == target or module_name.endswith(f".{target}") for target in target_modules)

@@ -1,0 +1,92 @@
+"""Replayed rounds are the rounds that the engine would have run, for every request, in both modes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.osd.arms import settings_of, trainable
+from benchmarks.osd.corpus import Exchange
+from benchmarks.osd.replay import Replay
+from benchmarks.osd.told import Asking, Told, load, save, tell
+from deploy.commands.demo import PAIR
+from deploy.demo.corpus import prompts
+from serving.engine.request import Generation, SamplingParams
+from serving.local import build_engine
+from serving.models.loading import ModelPair, load_pair
+
+NUM_DRAFT_TOKENS = 4
+ASKING = Asking(prompt_tokens=64, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def pair() -> ModelPair:
+    return load_pair(str(PAIR / "target"), str(PAIR / "draft"))
+
+
+@pytest.fixture(scope="module", params=[0.0, 1.0])
+def told(request: pytest.FixtureRequest, pair: ModelPair) -> list[Told]:
+    stream = prompts("prose", "heldout", seed=3)
+    rows = [Exchange("prose", "en", next(stream).messages[-1]["content"], "") for _ in range(12)]
+    return tell(pair, rows, request.param, ASKING)
+
+
+def _engine(pair: ModelPair, told: list[Told]) -> list[Generation]:
+    """One request at a time: with batch mates a row may sit out a round while it catches up."""
+    with build_engine(
+        pair, num_slots=1, max_seq_len=128, num_draft_tokens=NUM_DRAFT_TOKENS, speculation="model"
+    ) as engine:
+        return [
+            engine.generate(
+                [one.prompt_token_ids.tolist()],
+                SamplingParams(temperature=one.temperature, seed=one.seed, max_tokens=ASKING.max_tokens),
+            )[0]
+            for one in told
+        ]
+
+
+def _replayed(pair: ModelPair, told: list[Told]) -> list[tuple[int, int, int]]:
+    draft = trainable(pair, settings_of("ours", {}))
+    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, told)
+    return [(one.num_rounds, one.num_attempted, one.num_accepted) for one in played]
+
+
+def test_a_replay_counts_what_the_engine_counts(pair: ModelPair, told: list[Told]) -> None:
+    generations = _engine(pair, told)
+    assert [list(one.token_ids_N) for one in told] == [one.output_token_ids for one in generations]
+    counted = [(one.num_rounds, one.num_attempted, one.num_accepted) for one in generations]
+    assert _replayed(pair, told) == counted
+    assert sum(accepted for _, _, accepted in counted) > 0
+
+
+def test_a_replay_with_another_draft_length_or_noise_is_seen(pair: ModelPair, told: list[Told]) -> None:
+    """The control of the test above: what it compares does depend on what it should."""
+    counted = _replayed(pair, told)
+    draft = trainable(pair, settings_of("ours", {}))
+    shorter = Replay(pair.target_revision, 1).play(draft, 0, told)
+    assert [one.num_rounds for one in shorter] != [rounds for rounds, _, _ in counted]
+    if told[0].seed is not None:
+        assert _replayed(pair, [replace(one, seed=one.seed + 1) for one in told if one.seed is not None]) != (
+            counted
+        )
+
+
+def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, told: list[Told]) -> None:
+    draft = trainable(pair, settings_of("ours", {}))
+    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, told)
+    traces = [trace for one in played for trace in one.record.rounds]
+    rejected = [trace for trace in traces if trace.num_accepted < trace.num_drafted]
+    assert rejected
+    for trace in rejected:
+        emitted = len(trace.emitted_target_logprobs_C)
+        assert np.isnan(trace.topk_logprobs_EK[emitted:]).all()
+        assert np.isfinite(trace.topk_logprobs_EK[:emitted]).all()
+
+
+def test_what_was_told_survives_its_file(tmp_path: Path, told: list[Told]) -> None:
+    save(tmp_path / "told.npz", told)
+    for one, other in zip(told, load(tmp_path / "told.npz"), strict=True):
+        assert vars(one).keys() == vars(other).keys()
+        for name, value in vars(one).items():
+            np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
