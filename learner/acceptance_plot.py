@@ -6,7 +6,7 @@ Knows no MLflow. Invariant: draws on a canvas of its own, so that it may run in 
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from learner.story import TURNS, Decision
+from learner.story import TURNS, Decision, named
 
 _LINES = {
     "acceptance_candidate": ("candidate", "#7fb3d5", 1.0),
@@ -32,13 +32,10 @@ def acceptance_png(route: str, series: Series, decisions: Iterable[Decision]) ->
     for turn in decisions:
         if turn.kind in TURNS:
             up = turn.kind == "promoted"
-            color, text = (
-                ("#2e7d32" if up else "#c62828"),
-                f"{turn.kind.replace('_', ' ')} v{turn.draft_version}",
-            )
+            color, words = ("#2e7d32", "") if up else ("#c62828", f"{turn.kind.replace('_', ' ')}: ")
             axes.axvline(turn.num_records_seen, color=color, lw=0.8, ls=":" if up else "-")
             axes.annotate(
-                f"v{turn.draft_version}" if up else text,
+                f"{words}{named(turn.draft_version)}",
                 (turn.num_records_seen, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(2, -2),
@@ -49,7 +46,7 @@ def acceptance_png(route: str, series: Series, decisions: Iterable[Decision]) ->
                 color=color,
             )
     axes.set(xlabel="records seen", ylabel="held-out acceptance", title=f"Route {route}", ylim=(0, 1))
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(_LINES), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()

@@ -10,6 +10,9 @@ from typing import Any
 from buffer.records import FLOOR_VERSION, AdapterManifest
 from learner.story import Decision, named, serving_text, version_tags, version_text
 
+_FAREWELL = frozenset(("served_until", "replaced_because"))
+"""Tags of a draft that no longer serves; it loses them should it serve again."""
+
 
 class RouteRegistry:
     """`base_name` and the route make a model's name."""
@@ -41,6 +44,8 @@ class RouteRegistry:
         if before and (found is None or str(before) != str(found.version)):
             self._tag(route, str(before), {"served_until": since, "replaced_because": reason})
         if found:
+            for key in _FAREWELL.intersection(found.tags):
+                self._client.delete_model_version_tag(model, str(found.version), key)
             self._tag(route, str(found.version), {"serving_since": since, "serving_because": reason})
         self._point(model, "serving", found)
         self._point(model, "previous", self._find(route, previous_version))
@@ -53,10 +58,10 @@ class RouteRegistry:
     def note(self, route: str, decision: Decision) -> None:
         """A refusal beside the route, what replicas rejected beside the draft."""
         if decision.kind == "refused":
-            text = f"{decision.at} at {decision.num_records_seen} records: {decision.reason}"
+            text = f"{decision.decided_at} at {decision.num_records_seen} records: {decision.reason}"
             self._client.set_registered_model_tag(self._model(route), "last_refusal", text)
         elif found := self._find(route, decision.draft_version):
-            self._tag(route, str(found.version), {decision.kind: f"{decision.at} {decision.reason}"})
+            self._tag(route, str(found.version), {decision.kind: f"{decision.decided_at} {decision.reason}"})
 
     def _point(self, model: str, alias: str, found: Any | None) -> None:
         if found:

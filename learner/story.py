@@ -15,7 +15,8 @@ TURNS = ("promoted", "rolled_back", "pinned", "unpinned", "adopted")
 """Kinds of decisions after which another draft may serve. `adopted`: the feed no longer knows why."""
 
 _MAX_REASON = 1000
-_COLUMNS = ("at", "num_records_seen", "kind", "draft_version", "reason")
+_COLUMNS = ("decided_at", "kind", "reason", "draft_version", "num_records_seen")
+"""What a reader looks for first stands left. MLflow's own page shows nothing under a column called `at`."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Decision:
     draft_version: int
     reason: str
     num_records_seen: int
-    at: str
+    decided_at: str
 
     def tag(self, route: str) -> tuple[str, str]:
         """(key, value); keys of one route sort as they happened."""
         key = f"decision.{route}.{self.num_records_seen:09d}.{self.kind}.v{self.draft_version}"
-        return key, f"{self.at} {self.reason}"
+        return key, f"{self.decided_at} {self.reason}"
 
 
 def moment(at_s: float) -> str:
@@ -63,18 +64,18 @@ def version_tags(manifest: AdapterManifest, reason: str) -> dict[str, str]:
 
 
 def version_text(manifest: AdapterManifest, reason: str) -> str:
-    """Markdown on top of a draft's page."""
+    """On top of a draft's page. Plain words, for lists show its beginning as it is."""
     weights = f"LoRA of rank {manifest.rank}" if manifest.rank else "full weights"
     lines = [
-        f"**{named(manifest.draft_version).capitalize()} of route `{manifest.route}`**, promoted "
+        f"{named(manifest.draft_version).capitalize()} of route {manifest.route}, promoted "
         f"{moment(manifest.created_at_s)} after {manifest.num_records_seen} records, judged against "
         f"{named(manifest.parent_version)}.",
-        f"*Why:* {shortened(reason)}.",
+        f"Why: {shortened(reason)}.",
     ]
     if gain := brought(manifest.evidence):
-        lines.append(f"*What it brought:* {gain}.")
+        lines.append(f"What it brought: {gain}.")
     lines.append(
-        f"*What it is:* {weights} on draft `{manifest.draft_id}` ({manifest.draft_revision[:12]}), "
+        f"What it is: {weights} on draft {manifest.draft_id} ({manifest.draft_revision[:12]}), "
         f"for target {manifest.target_revision[:12]}; {manifest.num_bytes} bytes."
     )
     return "\n\n".join(lines)
@@ -100,13 +101,13 @@ def brought(evidence: Mapping[str, float]) -> str:
 def serving_text(
     route: str, draft_version: int, previous_version: int, since: str, reason: str, gain: str
 ) -> str:
-    """Markdown on top of a route's page: which draft serves, since when, why, what it brought."""
-    lines = [f"**{named(draft_version).capitalize()} serves route `{route}`** since {since}."]
-    lines.append(f"*Why:* {shortened(reason)}.")
+    """On top of a route's page: which draft serves, since when, why, what it brought."""
+    lines = [f"{named(draft_version).capitalize()} serves route {route} since {since}."]
+    lines.append(f"Why: {shortened(reason)}.")
     if gain:
-        lines.append(f"*What it brought:* {gain}.")
+        lines.append(f"What it brought: {gain}.")
     if draft_version != FLOOR_VERSION:
-        lines.append(f"*A rollback goes to* {named(previous_version)}.")
+        lines.append(f"A rollback goes to {named(previous_version)}.")
     return "\n\n".join(lines)
 
 
@@ -127,7 +128,7 @@ def decisions_from_csv(text: str) -> list[Decision]:
             draft_version=int(line["draft_version"]),
             reason=line["reason"],
             num_records_seen=int(line["num_records_seen"]),
-            at=line["at"],
+            decided_at=line["decided_at"],
         )
         for line in csv.DictReader(io.StringIO(text))
     ]
@@ -138,8 +139,8 @@ def decisions_text(decisions: Sequence[Decision], num_lines: int = 10) -> str:
     """A Markdown table of the latest."""
     head = "| at | records seen | decision | draft | reason |\n|---|---|---|---|---|\n"
     return head + "\n".join(
-        f"| {line.at} | {line.num_records_seen} | {line.kind.replace('_', ' ')} | {line.draft_version} "
-        f"| {line.reason.replace('|', '/')} |"
+        f"| {line.decided_at} | {line.num_records_seen} | {line.kind.replace('_', ' ')} "
+        f"| {line.draft_version} | {line.reason.replace('|', '/')} |"
         for line in _latest_first(decisions)[:num_lines]
     )
 

@@ -229,7 +229,7 @@ class _Session:
         lines.append(decision)
         del lines[:-_KEPT_LINES]
         texts = [text for _, text in sorted(self._serving.items())]
-        latest = f"Latest decisions of route `{route}`; all of them: Artifacts, `routes/`."
+        latest = f"Latest decisions of route {route}; all of them: Artifacts, `routes/`."
         self._set_tag(_NOTE, "\n\n".join([*texts, latest, decisions_text(lines)]))
         self._upload("routes", {f"decisions-{route}.csv": decisions_csv(lines).encode()})
         if decision.kind in TURNS:

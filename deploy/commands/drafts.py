@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterManifest
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
 from deploy.commands.console import (
     DEFAULT_STATE_DIR,
@@ -21,6 +21,7 @@ from deploy.commands.console import (
     redis_url_of,
 )
 from deploy.commands.words import ago, decimals, sized
+from learner.story import TURNS
 
 app = typer.Typer(help="Drafts by route: list, show, roll back, pin.", no_args_is_help=True)
 
@@ -43,16 +44,21 @@ def opened_feed(state_dir: StateDirOption, redis_url: str | None) -> Iterator[Ad
 
 @app.command("list")
 def list_drafts(
-    route: RouteOption = DEFAULT_ROUTE,
+    route: Annotated[str | None, typer.Option("--route", help="One route only; default: all.")] = None,
     events: Annotated[int, typer.Option(min=0, help="How many lines of history to show.")] = 8,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
 ) -> None:
-    """The drafts that are kept, the one that serves, and what happened last."""
+    """By route: the drafts that are kept, the one that serves, and what happened last and why."""
     with opened_feed(state_dir, redis_url) as feed:
-        output().print(_versions(feed, route))
-        if events:
-            output().print(_history(feed, route, events))
+        known = feed.routes()
+        if route is not None and route not in known:
+            output().print(f"route {route}: the floor; no draft was ever judged. Routes: {', '.join(known)}")
+            return
+        for name in [route] if route is not None else known or [DEFAULT_ROUTE]:
+            output().print(_versions(feed, name))
+            if events:
+                output().print(_history(feed.history(name, events)))
 
 
 @app.command()
@@ -62,10 +68,14 @@ def show(
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
 ) -> None:
-    """Everything known about one draft: what it fits, what it weighs, why it was let in."""
+    """Everything known about one draft: what it fits, why it was let in, what became of it."""
     with opened_feed(state_dir, redis_url) as feed:
         for name, text in _details(feed.manifest(route, version)):
             output().print(f"{name:<28}{escape(text)}")
+        latest = feed.latest(route)
+        serves = latest is not None and latest.draft_version == version
+        output().print(f"{'serves':<28}{'yes' if serves else 'no'}")
+        output().print(_history(list(_concerning(version, feed.history(route)))))
 
 
 @app.command()
@@ -143,10 +153,19 @@ def _mark(version: int, serving: int, pinned: int | None, name: str = "") -> str
     return ", ".join(marks)
 
 
-def _history(feed: AdapterFeed, route: str, num_events: int) -> Table:
+def _concerning(version: int, events: list[AdapterEvent]) -> Iterator[AdapterEvent]:
+    """What happened to a draft, what made another one serve in its place included."""
+    served = FLOOR_VERSION
+    for event in events:
+        if version in (event.draft_version, served if event.kind in TURNS else None):
+            yield event
+        served = event.draft_version if event.kind in TURNS else served
+
+
+def _history(events: list[AdapterEvent]) -> Table:
     now_s = time.time()
     table = Table(title="history", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
-    for event in feed.history(route, num_events):
+    for event in events:
         kind = event.kind.replace("_", " ")
         table.add_row(ago(event.at_s, now_s), kind, str(event.draft_version), escape(event.reason))
     return table

@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.records import AdapterManifest, ServingStatus, VersionCounts
+from buffer.records import AdapterEvent, AdapterManifest, ServingStatus, VersionCounts
 from buffer.redis_server import EmbeddedRedis
 from buffer.store import AdapterFeed
 from deploy.cli import app
@@ -79,6 +80,48 @@ def test_show_tells_what_a_draft_fits_and_why_it_was_let_in(server: EmbeddedRedi
     assert shown.exit_code == 0, shown.output
     assert "q_proj, v_proj" in shown.output and "t" * 64 in shown.output
     assert "acceptance_candidate" in shown.output
+
+
+def test_list_gives_every_routes_decisions_with_their_reasons(
+    server: EmbeddedRedis, route: str, feed: AdapterFeed
+) -> None:
+    reasons = {
+        "refused": "lower bound of the gain -0.01, not over 0.0",
+        "rejected_by_replica": "r0: bytes were corrupted",
+    }
+    for kind, reason in reasons.items():
+        feed.add_event(AdapterEvent(kind, route, 3, reason, time.time()))
+    feed.rollback(route, "worse on live traffic")
+    feed.publish(manifest(f"{route}-b", 1), b"weights")
+    shown = run(server, "drafts", "list").output
+    assert f"drafts of route {route}" in shown and f"drafts of route {route}-b" in shown
+    for reason in (*reasons.values(), "worse on live traffic", "judged against version 0"):
+        assert reason in shown
+    assert "rejected by replica" in shown
+
+
+def test_list_of_a_route_that_never_had_a_draft_names_those_that_had(
+    server: EmbeddedRedis, route: str
+) -> None:
+    shown = run(server, "drafts", "list", "--route", "nowhere").output
+    assert "no draft was ever judged" in shown and route in shown
+
+
+def test_show_tells_what_became_of_a_draft(server: EmbeddedRedis, route: str, feed: AdapterFeed) -> None:
+    feed.add_event(AdapterEvent("rejected_by_replica", route, 2, "r0: bytes were corrupted", time.time()))
+    shown = run(server, "drafts", "show", "2", "--route", route).output
+    assert "r0: bytes were corrupted" in shown and "judged against version 1" in shown
+    assert "judged against version 0" not in shown
+    assert "serves                      yes" in shown
+    feed.rollback(route, "worse on live traffic")
+    shown = run(server, "drafts", "show", "2", "--route", route).output
+    assert "worse on live traffic" in shown and "serves                      no" in shown
+
+
+def test_full_weights_are_called_so(server: EmbeddedRedis, route: str, feed: AdapterFeed) -> None:
+    feed.publish(replace(manifest(route, 3), rank=0, alpha=0.0, target_modules=()), b"weights")
+    shown = run(server, "drafts", "show", "3", "--route", route).output
+    assert "full weights, 123.5 kB" in shown and "target_modules              all" in shown
 
 
 def test_rollback_goes_to_the_parent_and_leaves_its_reason(

@@ -124,7 +124,7 @@ def test_a_reader_finds_which_draft_serves_a_route_since_when_why_and_what_it_br
     client = house.client
     model = client.get_registered_model("draft-sql")
     assert model.tags["serving"].startswith("draft 2 since 20")
-    for words in ("Draft 2 serves route `sql`", "since 20", "promoted: better again", "0.400 -> 0.600"):
+    for words in ("Draft 2 serves route sql", "since 20", "promoted: better again", "0.400 -> 0.600"):
         assert words in model.description
     assert "not better than the incumbent" in model.tags["last_refusal"]
     serving, previous = (client.get_model_version_by_alias("draft-sql", a) for a in ("serving", "previous"))
@@ -135,7 +135,7 @@ def test_a_reader_finds_which_draft_serves_a_route_since_when_why_and_what_it_br
     for words in ("0.400 -> 0.600", "at least +0.1200", "210 -> 260 tokens/s"):
         assert words in tags["evidence"]
     note = client.get_run(house.run_id).data.tags["mlflow.note.content"]
-    assert "Draft 2 serves route `sql`" in note and "not better than the incumbent" in note
+    assert "Draft 2 serves route sql" in note and "not better than the incumbent" in note
     assert previous.tags["replaced_because"] == "promoted: better again"
     folder = house.file("adapters/sql/v2")
     assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
@@ -149,7 +149,7 @@ def test_a_rollback_to_the_floor_says_so_and_marks_the_draft_that_left(house: Ho
     client = house.client
     model = client.get_registered_model("draft-default")
     assert model.aliases == {}
-    assert "The floor serves route `default`" in model.description
+    assert "The floor serves route default" in model.description
     assert "worse on live traffic" in model.description
     (version,) = client.search_model_versions("name = 'draft-default'")
     assert version.tags["replaced_because"] == "rolled back: worse on live traffic"
@@ -158,6 +158,17 @@ def test_a_rollback_to_the_floor_says_so_and_marks_the_draft_that_left(house: Ho
     assert run.data.tags["serving.default"] == model.description
     history = client.get_metric_history(house.run_id, "draft_version")
     assert [(point.step, point.value) for point in history] == [(30, 1), (60, 0)]
+
+
+def test_a_draft_that_serves_again_no_longer_says_that_it_left(house: House) -> None:
+    with house.tracker() as tracker:
+        promote(tracker, "default", 1, 30, "better")
+        promote(tracker, "default", 2, 60, "better still")
+        tracker.mark_serving("default", 1, 0, "rolled back: worse")
+    serving = house.client.get_model_version_by_alias("draft-default", "serving")
+    assert serving.tags["draft_version"] == "1"
+    assert serving.tags["serving_because"] == "rolled back: worse"
+    assert not {"served_until", "replaced_because"} & set(serving.tags)
 
 
 def test_every_decision_is_a_tag_and_a_line_of_the_routes_table(house: House) -> None:
@@ -279,7 +290,7 @@ def test_decisions_come_back_from_their_table_and_the_latest_stands_on_top() -> 
     lines = [Decision("refused", 1, 'too "few",\nsaid it', 30, at), Decision("promoted", 1, "a | b", 60, at)]
     assert decisions_from_csv(decisions_csv(lines)) == lines
     assert decisions_from_csv("") == []
-    assert decisions_csv(lines).splitlines()[1].startswith(f"{at},60,promoted")
+    assert decisions_csv(lines).splitlines()[1].startswith(f"{at},promoted")
     shown = decisions_text(lines, 1).splitlines()
     assert shown[2:] == [f"| {at} | 60 | promoted | 1 | a / b |"]
 
