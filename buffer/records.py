@@ -33,8 +33,8 @@ class RoundTrace:
 
     start: int
     draft_version: int
-    """Whose drafts these are; NGRAM_VERSION if they were copied from the text, BORROWED_VERSION if the record's
-    route has no draft of its own and another's served."""
+    """Whose drafts these are; NGRAM_VERSION if they were copied from the text, BORROWED_VERSION if the
+    record's route has no draft of its own and another's served."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
@@ -136,7 +136,8 @@ class AdapterEvent:
     """One line of a route's history."""
 
     kind: str
-    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned` or `rejected_by_replica`."""
+    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`; of a route, `opened`
+    and `closed`."""
     route: str
     draft_version: int
     """The version concerned: for a refusal the one it would have become, else what serves afterwards."""
@@ -177,7 +178,7 @@ class ServingStatus:
     serving_versions: Mapping[str, int]
     """route -> draft_version that serves now, of every route that has a draft of its own."""
     counts: Mapping[str, Mapping[int, VersionCounts]]
-    """route of the draft -> draft_version -> counters; under NGRAM_VERSION rounds that copied their drafts."""
+    """route of the draft -> draft_version -> counters; under NGRAM_VERSION rounds that copied theirs."""
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0

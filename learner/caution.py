@@ -25,10 +25,13 @@ class Caution:
 
 
 def caution(history: Iterable[AdapterEvent]) -> Caution:
-    """`history` oldest first. A promotion that another one followed has stood its trial."""
+    """`history` oldest first. A promotion that another one followed has stood its trial; a route that is
+    opened again starts anew, for what was taken back when it closed was no failure."""
     found, promoted_s = Caution(), None
     for event in history:
-        if event.kind == "promoted":
+        if event.kind == "opened":
+            found, promoted_s = Caution(), None
+        elif event.kind == "promoted":
             if promoted_s is not None:
                 found = Caution(found.trusted_since_s)
             promoted_s = event.at_s

@@ -54,16 +54,21 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     files = _files(folder)
     number = _number(files[-1]) + 1 if files else 1
     path = folder / f"{number:010d}-{digest[:32]}.safetensors"
+    replace_file(path, data)
+    for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """All of it or nothing, whenever the power fails."""
     aside = path.with_suffix(".part")
     with aside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(path)
-    _flush_folder(folder)
-    for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
-        old.unlink(missing_ok=True)
-    return path
+    aside.replace(path)
+    _flush_folder(path.parent)
 
 
 def read_latest(folder: Path) -> Checkpoint | None:

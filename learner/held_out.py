@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from buffer.records import GenerationRecord
 from learner.evaluation import RecordScore
 
+DraftKey = tuple[str, int]
+"""Route and draft_version: of one draft that exists and never changes."""
+
 Scorer = Callable[[Sequence[GenerationRecord]], list[RecordScore | None]]
 
 
@@ -17,7 +20,7 @@ class HeldOutWindow:
     def __init__(self, max_records: int) -> None:
         self._max_records = max_records
         self._records: dict[str, GenerationRecord] = {}
-        self._scores: dict[int, dict[str, RecordScore | None]] = {}
+        self._scores: dict[DraftKey, dict[str, RecordScore | None]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -46,21 +49,25 @@ class HeldOutWindow:
             if record.expires_at_s <= now_s:
                 self._forget(record.record_id)
 
-    def scores(self, draft_version: int, score: Scorer) -> list[RecordScore | None]:
-        """Of a draft that never changes under this number, one a record; only new records are scored."""
-        known = self._scores.setdefault(draft_version, {})
-        missing = [record for record_id, record in self._records.items() if record_id not in known]
+    def scores(
+        self, draft: DraftKey, score: Scorer, num_records: int | None = None
+    ) -> list[RecordScore | None]:
+        """Of a draft that never changes under this key, one a record (of the last so many); only new
+        records are scored."""
+        known = self._scores.setdefault(draft, {})
+        wanted = list(self._records)[-num_records if num_records else None :]
+        missing = [self._records[record_id] for record_id in wanted if record_id not in known]
         known.update(zip((record.record_id for record in missing), score(missing), strict=True))
-        return [known[record_id] for record_id in self._records]
+        return [known[record_id] for record_id in wanted]
 
     def fresh_scores(self, score: Scorer) -> list[RecordScore | None]:
         """Of a draft that changes, the candidate."""
         return score(list(self._records.values()))
 
-    def keep_versions(self, draft_versions: Iterable[int]) -> None:
+    def keep_drafts(self, drafts: Iterable[DraftKey]) -> None:
         """Forget the scores of every other draft."""
-        kept = set(draft_versions)
-        self._scores = {version: found for version, found in self._scores.items() if version in kept}
+        kept = set(drafts)
+        self._scores = {draft: found for draft, found in self._scores.items() if draft in kept}
 
     def _forget(self, record_id: str) -> None:
         del self._records[record_id]

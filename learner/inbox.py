@@ -1,10 +1,11 @@
-"""Records on their way to the learner: read from every route of one target, kept until acknowledged.
+"""Records on their way to the learner: read from every stream of one target, kept until acknowledged.
 
-Knows no models. Invariant: a record is acknowledged only after the checkpoint that used it was written,
-and one that such a checkpoint names is never learnt from twice.
+Knows no models, nor which draft learns from which streams: callers name them. Invariant: a record is
+acknowledged only after the checkpoint that used it was written, and one that such a checkpoint names is
+never learnt from twice.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from buffer.records import GenerationRecord
 from buffer.store import Delivery, RecordStore, StreamKey
@@ -39,41 +40,43 @@ class Inbox:
             arrived += self._accept(key, self._store.claim(key, self._consumer))
         return arrived
 
-    def read(self, max_records: int) -> list[GenerationRecord]:
-        """What arrived since the last call, while fewer than `max_records` wait; never blocks."""
+    def read(self, keys: Sequence[StreamKey], max_records: int) -> list[GenerationRecord]:
+        """What arrived since the last call, while fewer than `max_records` of these streams wait; never
+        blocks."""
         arrived: list[GenerationRecord] = []
-        for key in self.streams():
-            room = max_records - self.num_waiting
+        for key in keys:
+            room = max_records - self.num_waiting(keys)
             if room > 0:
                 arrived += self._accept(key, self._store.read_new(key, self._consumer, room))
         return arrived
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(deliveries) for deliveries in self._waiting.values())
+    def num_waiting(self, keys: Sequence[StreamKey]) -> int:
+        return sum(len(self._waiting.get(key, ())) for key in keys)
 
-    def records(self) -> list[GenerationRecord]:
-        """Everything that waits, by route and arrival."""
-        return [delivery.record for deliveries in self._waiting.values() for delivery in deliveries]
+    def records(self, keys: Sequence[StreamKey]) -> list[GenerationRecord]:
+        """Everything of these streams that waits, by route and arrival."""
+        return [delivery.record for key in keys for delivery in self._waiting.get(key, ())]
 
-    def oldest_age_s(self, now_s: float) -> float:
-        return max((now_s - record.created_at_s for record in self.records()), default=0.0)
+    def oldest_age_s(self, keys: Sequence[StreamKey], now_s: float) -> float:
+        return max((now_s - record.created_at_s for record in self.records(keys)), default=0.0)
 
-    def entry_ids(self) -> dict[str, list[str]]:
+    def entry_ids(self, keys: Sequence[StreamKey]) -> dict[str, list[str]]:
         """By route: what waits; a checkpoint names these before they are acknowledged."""
         return {
             key.route: [delivery.entry_id for delivery in deliveries]
-            for key, deliveries in self._waiting.items()
-            if deliveries
+            for key in keys
+            if (deliveries := self._waiting.get(key))
         }
 
-    def ack(self) -> None:
-        """Everything that waited was used by a checkpoint."""
-        for key, deliveries in self._waiting.items():
-            if deliveries:
-                self._store.ack(key, [delivery.entry_id for delivery in deliveries])
-        self._used = {route: set(ids) for route, ids in self.entry_ids().items()}
-        self._waiting = {}
+    def ack(self, keys: Sequence[StreamKey]) -> None:
+        """Everything of these streams that waited was used by a checkpoint."""
+        used = self.entry_ids(keys)
+        for key in keys:
+            if key.route in used:
+                self._store.ack(key, used[key.route])
+        for key in keys:
+            self._used[key.route] = set(used.get(key.route, ()))
+            self._waiting.pop(key, None)
 
     def _accept(self, key: StreamKey, deliveries: list[Delivery]) -> list[GenerationRecord]:
         used = self._used.get(key.route, set())

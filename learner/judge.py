@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from buffer.records import FLOOR_VERSION, GenerationRecord, ServingStatus
+from buffer.records import GenerationRecord, ServingStatus
+from learner.bandit import FLOOR, ExistingDraft, Worths, worths
 from learner.caution import Caution
 from learner.draft import AdapterState
 from learner.draw import is_held_out
@@ -40,7 +41,7 @@ class Judge:
         self._settings = settings
         self._score = score
         self._window = HeldOutWindow(settings.held_out_window_records)
-        self._reference: tuple[int, AdapterState | None] | None = None
+        self._reference: ExistingDraft | None = None
 
     @property
     def num_records(self) -> int:
@@ -56,11 +57,17 @@ class Judge:
         """Traffic shifted: most of what is held out gives way, so that what is new soon has a voice."""
         self._window.shrink(4 * self._settings.gate_min_records)
 
+    def compare(self, drafts: Sequence[ExistingDraft]) -> Worths:
+        """What each draft that exists is worth on the last held-out records. Forgets every other draft, the
+        reference of headway excepted."""
+        reference = [] if self._reference is None else [self._reference]
+        self._window.keep_drafts(draft.key for draft in [*drafts, *reference])
+        return worths(self._window, drafts, self._settings.route_evidence_records, self._score)
+
     def judge(
         self,
         candidate: AdapterState,
-        incumbent: AdapterState | None,
-        incumbent_version: int,
+        incumbent: ExistingDraft,
         *,
         fault: str,
         operation: Operation,
@@ -73,19 +80,19 @@ class Judge:
         `caution` is what earlier rollbacks taught; `new_reference`: from now on headway is counted from the
         incumbent."""
         if new_reference or self._reference is None:
-            self._reference = incumbent_version, incumbent
+            self._reference = incumbent
         self._window.expire(now_s)
         self._window.forget_before(caution.trusted_since_s)
         if fault:
             return Judgement(GateDecision(False, fault))
-        self._window.keep_versions([FLOOR_VERSION, incumbent_version, self._reference[0]])
-        floor = self._window.scores(FLOOR_VERSION, partial(self._score, None))
+        floor = self._window.scores(FLOOR.key, partial(self._score, None))
         before = floor
-        if incumbent is not None:
-            before = self._window.scores(incumbent_version, partial(self._score, incumbent))
+        if incumbent.state is not None:
+            before = self._window.scores(incumbent.key, partial(self._score, incumbent.state))
         after = self._window.fresh_scores(partial(self._score, candidate))
-        version, state = self._reference
-        start = floor if state is None else self._window.scores(version, partial(self._score, state))
+        start, state = floor, self._reference.state
+        if state is not None:
+            start = self._window.scores(self._reference.key, partial(self._score, state))
         found = [
             (new, old, base, first)
             for new, old, base, first in zip(after, before, floor, start, strict=True)

@@ -1,4 +1,4 @@
-"""What the learner has done and decided, for people: counters, the last figures, the tracker's lines.
+"""What the learner did for one route and decided, for people: counters, last figures, the tracker's lines.
 
 Knows no draft and no store. Invariant: `facts` is plain data and never waits for the tracker.
 """
@@ -40,8 +40,6 @@ class Progress:
         self.num_records_seen = num_records_seen
         self.num_refused_records = 0
         self.num_refusals_in_a_row = 0
-        self.state = "waiting"
-        self.last_error = ""
         self._last_decision: dict[str, Any] | None = None
         self._figures: dict[str, float | None] = {}
 
@@ -67,7 +65,7 @@ class Progress:
 
     def decided(self, kind: str, draft_version: int, reason: str) -> None:
         """`kind` as in AdapterEvent."""
-        logger.info("draft version %d %s: %s", draft_version, kind, reason)
+        logger.info("route %s, draft version %d %s: %s", self.route, draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
         if kind != "rejected_by_replica":  # which says nothing of the candidate
             self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
@@ -121,8 +119,6 @@ class Progress:
             "acceptance_incumbent": None,
             "acceptance_floor": None,
             **self._figures,
-            "state": self.state,
-            "last_error": self.last_error,
             "last_decision": self._last_decision,
             "num_records_seen": self.num_records_seen,
             "num_refused_records": self.num_refused_records,
@@ -130,6 +126,4 @@ class Progress:
             "num_rested_records": self._num_rested_records,
             "num_shifts": self.pace.num_shifts,
             "live_acceptance": self.pace.short_acceptance,
-            "num_dropped_metrics": self.tracker.num_dropped,
-            "mlflow_run_id": self.tracker.run_id,
         }

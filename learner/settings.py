@@ -87,6 +87,25 @@ class LearnerSettings(BaseModel):
     shift_drop: float = Field(0.1, gt=0)
     """Fall of live acceptance that is looked for, and wakes it."""
 
+    # routes
+    max_routes: int = Field(8, ge=0)
+    """Drafts beside that of `default`, each with weights of its own in the learner and in every replica.
+    0: one draft for everything."""
+    route_min_records: int = Field(200, ge=1)
+    """A route gets a draft of its own once it has had so many records; until then it teaches `default`'s."""
+    route_idle_s: float = Field(3600.0, gt=0)
+    """A route without a record for so long is closed."""
+    route_losses_before_close: int = Field(12, ge=1)
+    """Decisions in a row in which a route's draft is not the best there is for it: then it is closed
+    (`default`'s is), or starts again from another route's (if that one is)."""
+    route_evidence_records: int = Field(64, ge=2)
+    """Of the last held-out records of a route, so many compare every draft that exists."""
+    route_window_records: int = Field(2000, ge=1)
+    """Latest prompts by which untagged traffic is told apart; two bytes a hidden unit each. Of what is kept
+    of a route, at most so many records are its first lesson."""
+    route_review_records: int = Field(200, ge=1)
+    """Records between two looks at how prompts cluster."""
+
     # judging
     held_out_share: float = Field(0.2, gt=0, lt=1)
     held_out_window_records: int = Field(160, ge=1)
@@ -155,4 +174,5 @@ def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
         max_steps_per_cycle=1,
         max_rest_records=0,
         refusals_before_reset=NEVER,
+        max_routes=0,
     )

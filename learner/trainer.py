@@ -42,10 +42,12 @@ class TrainingReport:
 
 
 class Trainer:
-    """Owns everything that training changes."""
+    """Owns everything that training changes. Several may share one draft: it is theirs while they train,
+    and `candidate` is what each of them made of it."""
 
     def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
         self.draft = draft
+        self.candidate: AdapterState = draft.state()
         self.num_steps = 0
         self.busy_s = 0.0
         """Computing since the start, training and scoring together."""
@@ -70,6 +72,7 @@ class Trainer:
     ) -> TrainingReport:
         """One step a draw; `rest(step_s)` sleeps between steps and says whether to go on."""
         report = TrainingReport()
+        self.draft.load_unchecked(self.candidate)
         steps, _ = self.plan(len(fresh))
         shares = np.array_split(np.arange(len(replayed)), max(1, steps))
         draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
@@ -80,10 +83,11 @@ class Trainer:
             report.compute_s += step_s
             if not rest(step_s):
                 break
+        self.candidate = self.draft.state()
         return report
 
     def step(self, records: Sequence[GenerationRecord]) -> StepMetrics:
-        """One optimizer step on these records."""
+        """One optimizer step on these records, of the draft as it is."""
         began_s = time.perf_counter()
         metrics = distill_step(self.draft, self._optimizer, self.batches(records), self._objective)
         self.num_steps += 1
@@ -124,7 +128,9 @@ class Trainer:
 
     def reset(self, state: AdapterState | None) -> None:
         """Start again from these weights (None: the floor) with fresh moments."""
+        self.draft.load_unchecked(self.candidate)
         self.draft.load(state)
+        self.candidate = self.draft.state()
         self._optimizer.state.clear()
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -139,6 +145,7 @@ class Trainer:
     ) -> None:
         """Go on from a checkpoint. Raises ValueError for an adapter of another shape."""
         self.draft.load(adapter)
+        self.candidate = self.draft.state()
         load_optimizer_state(self._optimizer, self.draft.parameters, optimizer)
         self.rng.bit_generator.state = dict(generator_state)
         self.num_steps = num_steps

@@ -134,7 +134,7 @@ def bad_candidate(stand: Stand, seed: int, kind: str) -> Outcome:
     """Honest records, but the weights that are judged are not what training made."""
     rng = np.random.default_rng(seed)
     with stand.house(**AS_IT_IS) as house:
-        house.draft.load_unchecked(CANDIDATES[kind](stand.incumbent_state, rng))
+        house.offer(CANDIDATES[kind](stand.incumbent_state, rng))
         house.give(_mixed(stand, rng, HELD_OUT), held_out=True)
         house.give(_mixed(stand, rng, FRESH), held_out=False)
         house.turn()
@@ -152,7 +152,7 @@ def misleading_window(stand: Stand, seed: int) -> Outcome:
     shown, other = (kinds[index] for index in rng.permutation(len(kinds))[:2])
     candidate = _two_faced(stand, shown, other, rng)
     with stand.house(**AS_IT_IS) as house:
-        house.draft.load(candidate)
+        house.offer(candidate)
         house.give(_drawn(stand, shown, rng, HELD_OUT), held_out=True)
         house.give(_drawn(stand, shown, rng, FRESH), held_out=False)
         house.turn()
@@ -160,7 +160,7 @@ def misleading_window(stand: Stand, seed: int) -> Outcome:
         if house.pointed_version != ATTACK:
             return _judged(house, found)
         found = _watched(house, found, candidate, stand.incumbent_state, cycle([other]))
-        house.draft.load(candidate)
+        house.offer(candidate)
         house.give(_drawn(stand, shown, rng, FRESH), held_out=False)
         house.turn()
         return Outcome(**asdict(found) | {"promoted_again": house.pointed_version > ATTACK})

@@ -47,8 +47,9 @@ STAND_SETTINGS = {
     "warmup_steps": 0,
     "replay_share": 0.0,
     "passes_over_fresh": 2.0,
+    "max_routes": 0,
 }
-"""Quick, and a candidate learns from what it is given only."""
+"""Quick, one draft for all, and a candidate learns from what it is given only."""
 
 
 class Diary(NullTracker):
@@ -181,8 +182,13 @@ class House:
             now_s=lambda: self.now_s,
         )
         if self.judge_type is not Judge:
-            learner._judge = self.judge_type(self.settings, learner._trainer.score)
+            default = learner._routes.default
+            default.judge = self.judge_type(self.settings, default.trainer.score)
         return learner
+
+    def offer(self, candidate: AdapterState) -> None:
+        """Judged next, as if training had made it."""
+        self.learner._routes.default.trainer.candidate = dict(candidate)
 
     @property
     def key(self) -> StreamKey:

@@ -10,8 +10,8 @@ from tests.support.tiny_learner import tiny_pair
 
 
 def history(kinds: str) -> list[AdapterEvent]:
-    """p promoted, r rolled back, x refused; one a second."""
-    names = {"p": "promoted", "r": "rolled_back", "x": "refused"}
+    """p promoted, r rolled back, x refused, c closed, o opened; one a second."""
+    names = {"p": "promoted", "r": "rolled_back", "x": "refused", "c": "closed", "o": "opened"}
     return [AdapterEvent(names[kind], "default", 1, "", float(at)) for at, kind in enumerate(kinds)]
 
 
@@ -29,6 +29,11 @@ def test_failures_in_a_row_ask_for_more_and_more_until_a_promotion_stands() -> N
     stood = caution(history("prprpp"))
     assert (stood.num_failures, stood.trusted_since_s) == (0, 2.0)
     assert Caution(num_failures=1).min_records(16, 8) == 16
+
+
+def test_a_route_that_was_closed_and_opened_again_starts_anew() -> None:
+    assert caution(history("oprco")) == Caution()
+    assert caution(history("oprcopr")) == Caution(trusted_since_s=5.0, num_failures=1)
 
 
 def test_older_records_leave_the_window() -> None:

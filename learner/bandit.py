@@ -1,0 +1,85 @@
+"""A bandit that need not explore: every draft that exists is scored on what the target said anyway.
+
+A record holds the target's rows, so what any draft would have had accepted there is known without serving it.
+Knows no store and no route's life. Invariant: drafts are compared on the very same records.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, GenerationRecord
+from learner.draft import AdapterState
+from learner.gate import acceptance
+from learner.held_out import DraftKey, HeldOutWindow
+from learner.watch import ScoreState
+
+
+@dataclass(frozen=True, eq=False)
+class ExistingDraft:
+    """A draft that some route serves, or may fall back to. `state` None is the floor."""
+
+    route: str
+    draft_version: int
+    state: AdapterState | None
+    unreadable: str = ""
+    """Why it cannot be scored here, though it serves; then `state` says nothing."""
+
+    @property
+    def key(self) -> DraftKey:
+        return self.route, self.draft_version
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        is_floor = self.draft_version == FLOOR_VERSION
+        return "the floor" if is_floor else f"draft {self.draft_version} of {self.route}"
+
+
+FLOOR = ExistingDraft(DEFAULT_ROUTE, FLOOR_VERSION, None)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Mean expected acceptance of one draft on the records of one route."""
+
+    acceptance: float
+    num_records: int
+
+
+Worths = dict[DraftKey, Worth]
+"""A row of the table route x draft."""
+
+
+def worths(
+    window: HeldOutWindow, drafts: Sequence[ExistingDraft], num_records: int, score: ScoreState
+) -> Worths:
+    """Of every draft on the window's last records; what was scored before is not scored again."""
+    found: Worths = {}
+    for draft in drafts:
+        scores = window.scores(draft.key, partial(score, draft.state), num_records)
+        usable = [one for one in scores if one is not None]
+        found[draft.key] = Worth(acceptance(usable), len(usable))
+    return found
+
+
+def worth_table(
+    records: Mapping[str, Sequence[GenerationRecord]], drafts: Sequence[ExistingDraft], score: ScoreState
+) -> dict[str, Worths]:
+    """The whole table on given records, by route."""
+    table: dict[str, Worths] = {}
+    for route, own in records.items():
+        window = HeldOutWindow(max(1, len(own)))
+        window.add(own)
+        table[route] = worths(window, drafts, len(own), score)
+    return table
+
+
+def best_draft(found: Worths, drafts: Sequence[ExistingDraft]) -> ExistingDraft:
+    """Of greatest worth; of equals the first, and the first of all where nothing could be scored."""
+    return max(drafts, key=lambda draft: _or_least(found[draft.key].acceptance))
+
+
+def _or_least(value: float) -> float:
+    """A draft that scores NaN is the worst there is."""
+    return value if value == value else -1.0

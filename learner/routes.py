@@ -1,0 +1,268 @@
+"""The open routes: read `review` first. Opens one, closes one, and tells prompts without a tag apart.
+
+Knows no training. Invariants: `default` is always open and takes in the records of every route that is not; a
+closed route's requests are served by `default`'s draft, its records teach it, and its own draft is gone.
+"""
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, GenerationRecord
+from buffer.store import AdapterFeed, RecordStore, StreamKey
+from learner import checkpoint
+from learner.bandit import FLOOR, ExistingDraft, best_draft
+from learner.route_book import RouteBook, checkpoint_folder, forget_checkpoints, read_book, write_book
+from learner.route_clusters import fit_routes, restricted
+from learner.route_draft import Insist, RouteDraft
+from learner.routing import RoutePolicy, Standing, has_lost, reason_to_close, routes_to_open
+from learner.settings import LearnerSettings
+
+logger = logging.getLogger(__name__)
+
+BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteDraft]
+"""From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
+
+
+class Routes:
+    """`build` makes a route's draft from its checkpoint. The constructor touches neither store nor feed."""
+
+    def __init__(
+        self,
+        build: BuildDraft,
+        store: RecordStore,
+        feed: AdapterFeed,
+        settings: LearnerSettings,
+        *,
+        target_revision: str,
+        insist: Insist,
+        is_sound: Callable[[GenerationRecord], bool],
+        now_s: Callable[[], float],
+    ) -> None:
+        self._build, self._store, self._feed, self._settings = build, store, feed, settings
+        self._target_revision, self._insist, self._now_s = target_revision, insist, now_s
+        self._is_sound = is_sound
+        self._folder = Path(settings.checkpoint_folder)
+        self._policy = RoutePolicy(
+            settings.max_routes,
+            settings.route_min_records,
+            settings.route_idle_s,
+            settings.route_losses_before_close,
+        )
+        book = read_book(self._folder)
+        self._standings, self._known = dict(book.standings), book.table
+        self._used: dict[str, list[str]] = {}
+        self._prompts: deque[tuple[str, NDArray[Any]]] = deque(maxlen=settings.route_window_records)
+        self._num_unreviewed = 0
+        self.drafts: dict[str, RouteDraft] = {}
+        for route in (DEFAULT_ROUTE, *(name for name, found in book.standings.items() if found.is_open)):
+            found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
+            for stream, entry_ids in found.acked_entry_ids.items() if found else ():
+                self._used[stream] = [*self._used.get(stream, ()), *entry_ids]
+            self.drafts[route] = build(route, found, self._default_draft)
+
+    def __iter__(self) -> Iterator[RouteDraft]:
+        return iter(list(self.drafts.values()))
+
+    @property
+    def default(self) -> RouteDraft:
+        return self.drafts[DEFAULT_ROUTE]
+
+    def existing(self) -> list[ExistingDraft]:
+        """Every draft that serves somewhere and can be scored, `default`'s first, and the floor."""
+        default = self.default.serving
+        floor = [] if default.key == FLOOR.key else [FLOOR]
+        others = [draft.serving for draft in self if draft.has_own and draft.route != DEFAULT_ROUTE]
+        return [draft for draft in [default, *floor, *others] if not draft.unreadable]
+
+    def streams_of(self, draft: RouteDraft, streams: Sequence[StreamKey]) -> list[StreamKey]:
+        """Those that teach it."""
+        if draft.route == DEFAULT_ROUTE:
+            return [key for key in streams if key.route == DEFAULT_ROUTE or key.route not in self.drafts]
+        return [key for key in streams if key.route == draft.route]
+
+    def used_entry_ids(self) -> dict[str, list[str]]:
+        """By stream: what the checkpoints had used, perhaps not yet acknowledged."""
+        return self._used
+
+    def start(self) -> None:
+        """Once: what serves on the feed is open here too, as far as there is room, and the feed has this
+        book's table."""
+        for route in self._insist(self._feed.routes):
+            latest = self._insist(partial(self._feed.latest, route))
+            if route not in self.drafts and latest and latest.target_revision == self._target_revision:
+                found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
+                self.drafts[route] = self._build(route, found, self._default_draft)
+                self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
+        for route in list(self.drafts)[1 + self._policy.max_routes :]:
+            self._close(route, f"nobody learns for it: max_routes is {self._policy.max_routes}")
+        table = self._insist(self._feed.route_table)
+        if table is None:
+            self._put_table()
+        elif self._known is None and table.target_revision == self._target_revision:
+            self._known = table
+
+    def remember(self, records: Sequence[GenerationRecord]) -> None:
+        """Sound records' prompts, by which traffic without a tag is told apart."""
+        for record in records:
+            prompt_H = record.prompt_embedding_H
+            if prompt_H is not None and (not self._prompts or self._prompts[-1][1].shape == prompt_H.shape):
+                self._prompts.append((record.route, prompt_H))
+
+    def arrived(self, records: Sequence[GenerationRecord]) -> None:
+        """Sound records that are new: each counts for its route."""
+        self.remember(records)
+        self._num_unreviewed += len(records)
+        for route, num_records in Counter(self._kind(record) for record in records).items():
+            if route == DEFAULT_ROUTE:
+                continue
+            standing = self._standings.get(route)
+            if standing is None:
+                size = self._insist(partial(self._store.size, StreamKey(self._target_revision, route)))
+                standing = Standing(num_records=size.num_records - num_records)
+            self._standings[route] = standing.after_records(num_records, self._now_s())
+
+    def review(self) -> None:
+        """Close what starves, look again at how prompts fall apart, open what has grown."""
+        for route, standing in list(self._standings.items()):
+            if standing.is_open and (reason := reason_to_close(standing, self._now_s(), self._policy)):
+                self._close(route, reason)
+        if self._num_unreviewed >= self._settings.route_review_records and self._settings.max_routes:
+            self._num_unreviewed = 0
+            self._cluster()
+        for route in routes_to_open(self._standings, self._policy):
+            self._open(route)
+
+    def decided(self, draft: RouteDraft) -> None:
+        """After each decision on a route's candidate: is its own draft the best that there is for it?"""
+        existing = self.existing()
+        draft.compare(existing)
+        if draft.route == DEFAULT_ROUTE or draft.serving.unreadable:
+            return
+        best = best_draft(draft.worths, existing)
+        standing = self._standings[draft.route].after_decision(best.route == draft.route)
+        self._standings[draft.route] = standing
+        if has_lost(standing, self._policy):
+            self._give_up(draft, best)
+
+    def save(self, draft: RouteDraft, used_entry_ids: dict[str, list[str]]) -> None:
+        """The route's checkpoint, then the book."""
+        draft.save(checkpoint_folder(self._folder, draft.route), used_entry_ids)
+        self._write_book()
+
+    # opening and closing
+
+    def _default_draft(self) -> ExistingDraft:
+        return self.default.serving
+
+    def _open(self, route: str) -> None:
+        """Start from the best draft that exists, judged on this route's held-out records."""
+        draft = self._build(route, None, self._default_draft)
+        draft.first_lesson = draft.judge.split(self._kept(route))
+        existing = self.existing()
+        draft.compare(existing)
+        draft.start_from(best_draft(draft.worths, existing))
+        standing = self._standings[route]
+        reason = f"{standing.num_records} records; starts from {draft.start.name}"
+        self._tell("opened", draft, reason)
+        forget_checkpoints(self._folder, route)
+        self.drafts[route] = draft
+        self._standings[route] = standing.opened(self._now_s())
+        self.save(draft, {})
+        self._put_table()
+
+    def _close(self, route: str, reason: str) -> None:
+        """Back to `default`, unless an operator holds a version."""
+        draft = self.drafts[route]
+        if self._insist(partial(self._feed.pinned, route)) is not None:
+            return
+        if self._insist(partial(self._feed.latest, route)) is not None:
+            self._insist(partial(self._feed.rollback, route, f"closed: {reason}", FLOOR_VERSION))
+        self._tell("closed", draft, reason)
+        del self.drafts[route]
+        self._standings[route] = self._standings[route].closed()
+        self._write_book()
+        forget_checkpoints(self._folder, route)
+        self._put_table()
+
+    def _give_up(self, draft: RouteDraft, best: ExistingDraft) -> None:
+        """Its own draft was beaten for long: by another route's, it starts again from that one, once; by
+        what `default` would serve it, it is closed."""
+        self._standings[draft.route] = replace(self._standings[draft.route], num_losses=0)
+        if best.route != DEFAULT_ROUTE and best.key != draft.start.key:
+            draft.start_from(best)
+        elif best.route == DEFAULT_ROUTE or not draft.has_own:
+            self._close(draft.route, f"{best.name} has long been as good or better for it")
+
+    def _tell(self, kind: str, draft: RouteDraft, reason: str) -> None:
+        """A line in the route's history. Either way `default`'s draft serves it afterwards."""
+        evidence = draft.acceptance_by_draft()
+        event = AdapterEvent(kind, draft.route, FLOOR_VERSION, reason, self._now_s(), evidence)
+        self._insist(partial(self._feed.add_event, event))
+        draft.progress.turned(kind, None, b"", reason)
+
+    # prompts without a tag
+
+    def _kind(self, record: GenerationRecord) -> str:
+        """The record's route; for one of `default`, the closed route that it would belong to."""
+        if record.route != DEFAULT_ROUTE:
+            return record.route
+        route = self._near(record.prompt_embedding_H)
+        return DEFAULT_ROUTE if route in self.drafts else route
+
+    def _near(self, prompt_H: NDArray[Any] | None) -> str:
+        if self._known is None or prompt_H is None or prompt_H.shape != self._known.mean_H.shape:
+            return DEFAULT_ROUTE
+        return self._known.route_of(prompt_H)
+
+    def _kept(self, route: str) -> list[GenerationRecord]:
+        """Records of the route that are kept; before it had a name they came as `default`'s."""
+        wanted, seed = self._settings.route_window_records, self._settings.seed
+        found: list[GenerationRecord] = []
+        for stream in (route, DEFAULT_ROUTE):
+            key = StreamKey(self._target_revision, stream)
+            drawn = self._insist(partial(self._store.draw_replay, key, wanted, seed))
+            found += [record for record in drawn if self._is_sound(record) and self._belongs(record, route)]
+        return found
+
+    def _belongs(self, record: GenerationRecord, route: str) -> bool:
+        return record.route == route or self._near(record.prompt_embedding_H) == route
+
+    def _cluster(self) -> None:
+        """Names for the kinds of prompts that `default` still gets, and where every route's prompts lie."""
+        names = {DEFAULT_ROUTE, *self.drafts, *(self._known.routes if self._known else ())}
+        prompts = [(route, prompt_H) for route, prompt_H in self._prompts if route in names]
+        if not prompts:
+            return
+        labels, embeddings = zip(*prompts, strict=True)
+        self._known = fit_routes(
+            np.stack(embeddings),
+            labels,
+            previous=self._known,
+            max_routes=self._settings.max_routes,
+            target_revision=self._target_revision,
+            now_s=self._now_s(),
+            seed=self._settings.seed,
+        )
+        kinds = Counter(self._near(prompt_H) for route, prompt_H in prompts if route == DEFAULT_ROUTE)
+        self._known = restricted(self._known, [*self.drafts, *kinds])
+        for route in self._known.routes:
+            if route != DEFAULT_ROUTE and route not in self._standings:
+                self._standings[route] = Standing(num_records=kinds[route])
+        self._put_table()
+
+    def _put_table(self) -> None:
+        """Replicas are told of open routes only."""
+        if self._known is not None:
+            table = restricted(self._known, list(self.drafts))
+            self._insist(partial(self._feed.put_route_table, table))
+
+    def _write_book(self) -> None:
+        write_book(self._folder, RouteBook(self._standings, self._known))
