@@ -35,8 +35,8 @@ class LearnerSettings(BaseModel):
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     target_modules: tuple[str, ...] | None = None
-    """Last parts of module names, embedding and head allowed. None: every linear layer but the head under
-    LoRA, every weight under `full`."""
+    """Last parts of module names. None: under LoRA every linear layer, and embedding and head unless they are
+    one weight; under `full` every weight."""
     seed: int = 0
 
     # one distillation step

@@ -47,7 +47,7 @@ def lora_trainable(
     seed: int,
 ) -> Trainable:
     """PEFT wraps the base in place. Every B starts at zero, so the start is the floor."""
-    modules = target_modules or linear_module_names(base)
+    modules = target_modules or adapted_module_names(base)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int; PEFT only divides by the rank
@@ -79,13 +79,16 @@ def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -
     return Trainable(base, weights, floor, 0, 0.0, target_modules or (), full_config(target_modules))
 
 
-def linear_module_names(base: nn.Module) -> tuple[str, ...]:
-    """Last name parts of every linear layer but the head: attention and MLP."""
-    head = output_head(base)
+def adapted_module_names(base: Any) -> tuple[str, ...]:
+    """Last name parts of what LoRA adapts unless told: attention, MLP and, where they are not one weight,
+    embedding and head, which a draft needs for tokens that its own training hardly saw."""
+    head, embedding = output_head(base), base.get_input_embeddings()
+    ends = (head, embedding)
+    tied = head.weight is embedding.weight
     names = {
         name.split(".")[-1]
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if (isinstance(module, nn.Linear) and module is not head) or (not tied and module in ends)
     }
     return tuple(sorted(names))
 

@@ -42,8 +42,9 @@ class Workshop:
         return self.cache / "osd" / sha256(json.dumps(named).encode()).hexdigest()[:16]
 
     def stream(self, domain: str, temperature: float) -> list[Told]:
-        """What the target told to the domain's streamed requests."""
-        return self._told(domain, "stream", self.num_stream, temperature)
+        """What the target told to the domain's streamed requests; sampled ones are half as many."""
+        count = self.num_stream // 2 if temperature else self.num_stream
+        return self._told(domain, "stream", count, temperature)
 
     def held_out(self, domain: str, temperature: float) -> list[Told]:
         return self._told(domain, "heldout", self.num_held_out, temperature)

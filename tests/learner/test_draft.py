@@ -10,7 +10,7 @@ from peft import PeftModel
 from learner.batch import collate
 from learner.draft import TrainableDraft, export_weights, import_weights
 from learner.rows import trajectory_row
-from learner.trainable import linear_module_names
+from learner.trainable import adapted_module_names
 from serving.models.draft_weights import DraftWeights
 from tests.support.record_factory import GREEDY, RecordFactory
 from tests.support.tiny_learner import MODULES, tiny_draft, tiny_pair
@@ -101,9 +101,11 @@ def test_a_state_with_faults_is_named_and_not_loaded() -> None:
     assert all(torch.equal(before[name], value) for name, value in draft.state().items())
 
 
-def test_by_default_attention_and_mlp_learn_and_the_head_does_not() -> None:
-    names = linear_module_names(tiny_pair()[1])
-    assert set(names) == set(MODULES) - {"embed_tokens", "lm_head"}
+def test_by_default_everything_but_norms_learns_and_not_a_head_that_is_the_embedding() -> None:
+    draft = tiny_pair()[1]
+    assert set(adapted_module_names(draft)) == set(MODULES)
+    draft.lm_head.weight = draft.get_input_embeddings().weight
+    assert set(adapted_module_names(draft)) == set(MODULES) - {"embed_tokens", "lm_head"}
 
 
 def test_the_same_seed_gives_the_same_start_whatever_was_drawn_before() -> None:
