@@ -107,8 +107,7 @@ class AdapterWatcher:
         self.follow()
 
     def follow_routes(self) -> None:
-        """Open a draft for each route that has an adapter; close it when nothing serves there and the table
-        has dropped the route. Raises SeamError."""
+        """A draft for each route that an adapter serves, and for no other. Raises SeamError."""
         if self._router is not None:
             self._router.use(self._feed.route_table())
         if self._route_drafts is None:
@@ -132,13 +131,10 @@ class AdapterWatcher:
         self._feed.report(self._status())
 
     def _has_draft(self, route: str) -> bool:
-        """Whether a route is served by a draft of its own: its adapter, or, rolled back but still routed to,
-        its floor. A feed that lost its memory closes nothing."""
-        if self._feed.latest(route) is not None:
-            return True
-        if self._feed.last_version(route) == FLOOR_VERSION:
-            return route in self._followed
-        return self._router is not None and route in self._router.routes
+        """Whether the feed serves a route by an adapter: rolled back to the floor it is closed, and the
+        default route's draft serves it. A feed that lost its memory closes nothing."""
+        manifest = self._feed.latest(route)
+        return manifest is not None or (route in self._followed and self._is_forgotten(route, manifest))
 
     def _follow(self, route: str, followed: _Followed) -> None:
         self._notice_broken_draft(route, followed)

@@ -29,14 +29,17 @@ CompileChoice = Literal["auto", "on", "off"]
 
 
 class Compiling:
-    """The passes of a target and perhaps a draft."""
+    """The passes of a target, perhaps a draft, and perhaps what embeds prompts with the target."""
 
-    def __init__(self, target: Runner, draft: Runner | None, choice: CompileChoice) -> None:
+    def __init__(
+        self, target: Runner, draft: Runner | None, choice: CompileChoice, embedder: Runner | None = None
+    ) -> None:
         """Raises CompileError if "on" is impossible. Uses what is compiled already, before any round."""
         self.state = "eager"
         """For people: what runs the passes, and why."""
         self._target = target
         self._runners = [target] if draft is None else [target, draft]
+        self._compiled = self._runners if embedder is None else [*self._runners, embedder]
         self._compiler: PassCompiler | None = None
         self._joined: weakref.WeakSet[Runner] = weakref.WeakSet()
         if target.device.type == "cuda" and choice != "off":
@@ -48,7 +51,7 @@ class Compiling:
             return
         if reason:
             raise CompileError(f"compile='on' cannot be had: {reason}")
-        compiler = PassCompiler(self._runners)
+        compiler = PassCompiler(self._compiled)
         if choice == "on":
             self._bind(compiler.compile())
         elif compiler.is_cached and self._bind_cached(compiler):
@@ -64,7 +67,7 @@ class Compiling:
         def on_ready(passes: Sequence[Pass]) -> None:
             before, after = self._measure([]), self._measure(passes)
             if after.round_s(1, 0) < before.round_s(1, 0):
-                engine.use_passes(list(zip(self._runners, passes, strict=True)), after)
+                engine.use_passes(list(zip(self._compiled, passes, strict=True)), after)
                 self.state = "compiled"
                 for runner in list(self._joined):
                     self._use_package(runner)
@@ -143,7 +146,7 @@ class Compiling:
         return True
 
     def _bind(self, passes: Sequence[Pass]) -> None:
-        for runner, compiled in zip(self._runners, passes, strict=True):
+        for runner, compiled in zip(self._compiled, passes, strict=True):
             runner.compiled = compiled
         self.state = "compiled"
 

@@ -13,6 +13,7 @@ from serving.engine.cost_table import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.grouped_attention import use_grouped_attention, use_sdpa
+from serving.engine.hidden_states import embedder_of
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.runner import Runner
 from serving.free_memory import FreeMemory, free_memory
@@ -136,12 +137,13 @@ def build_engine(
     if pair.draft is not None and speculation in ("auto", "model"):
         drafter, weights = new_draft()
         draft_runner = drafter.runner
-    compiling = Compiling(target, draft_runner, compile)
+    router = PromptRouter(pair.target_revision) if max_route_drafts else None
+    embedder = embedder_of(target) if router is not None else None
+    compiling = Compiling(target, draft_runner, compile, embedder)
     costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
     for runner in (target, draft_runner):
         if runner is not None:
             runner.cache.clear_all()
-    router = PromptRouter(pair.target_revision) if max_route_drafts else None
     engine = LocalEngine(
         target,
         drafter,
@@ -152,6 +154,7 @@ def build_engine(
         ngram=NgramDrafter(num_slots) if speculation in ("auto", "ngram") else None,
         prefix_cache=new_prefix_cache(target, plan),
         router=router,
+        embedder=embedder,
     )
     engine.router, engine.route_drafts = router, None
     if max_route_drafts:

@@ -43,10 +43,6 @@ class PromptRouter:
             table = None
         self._table = table
 
-    @property
-    def routes(self) -> tuple[str, ...]:
-        return () if self._table is None else self._table.routes
-
     def __call__(self, embedding_H: NDArray[np.float16]) -> str:
         """Raises ValueError for an embedding of another size than the table's."""
         table = self._table

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from serving.engine.compiled_pass import compile_pass
 from serving.engine.grouped_attention import NAME, use_grouped_attention
+from serving.engine.hidden_states import hidden_states_of
 from serving.engine.runner import Runner
 from serving.engine.slot_pass import SlotPass
 
@@ -45,6 +46,8 @@ def _compile(path: Path, spec: dict[str, Any]) -> None:
     ).eval()
     if spec["attention"] == NAME:
         use_grouped_attention(model)
+    if spec.get("states"):
+        model = hidden_states_of(model)
     runner = Runner(model, num_slots=_NUM_SLOTS, max_seq_len=spec["max_seq_len"])
     compile_pass(SlotPass(model, runner.max_seq_len), runner.cache.rows(0, _NUM_SLOTS), path)
 

@@ -67,11 +67,12 @@ class Engine:
         prefill_chunk_tokens: int = 256,
         prefix_cache: PrefixCache | None = None,
         router: Router | None = None,
+        embedder: Runner | None = None,
     ) -> None:
         """`floor` stages the untrained draft: where the engine goes when an adapted one breaks. `ngram`
         copies where the model drafter is absent, broken or worth less. `prefix_cache` stands beside the
-        target's slots; None computes every prompt. `router` names the route of prompts that bring none; with
-        it, the embeddings of what is captured are kept too."""
+        target's slots; None computes every prompt. `router` names the route of prompts that bring none, by
+        what `embedder` says of them (see `hidden_states`); embeddings of what is captured are kept too."""
         self.costs = costs
         self.generator = torch.Generator(target.device)
         self.generator.seed()
@@ -89,6 +90,7 @@ class Engine:
             chunk_tokens=prefill_chunk_tokens,
             prefix_cache=prefix_cache,
             router=router,
+            embedder=embedder,
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batch: Batch | None = None

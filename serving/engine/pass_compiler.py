@@ -23,6 +23,7 @@ import transformers
 
 from serving.engine import compiled_pass, grouped_attention, slot_cache, slot_pass
 from serving.engine.compiled_pass import CompiledPass, agrees
+from serving.engine.hidden_states import HiddenStates
 from serving.engine.runner import Runner
 from serving.engine.slot_pass import SlotPass
 
@@ -48,7 +49,8 @@ def compile_spec(runner: Runner) -> dict[str, Any]:
     model: Any = runner.model
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
-    return {
+    states = {"states": True} if isinstance(model, HiddenStates) else {}
+    return states | {
         "config": config,
         "attention": model.config._attn_implementation,
         "dtype": str(runner.dtype).removeprefix("torch."),

@@ -40,12 +40,13 @@ class Prefill:
         chunk_tokens: int,
         prefix_cache: PrefixCache | None,
         router: Router | None,
+        embedder: Runner | None,
     ) -> None:
-        """`prefix_cache` None: every prompt is computed. `router` None: no prompt is embedded."""
+        """`prefix_cache` None: every prompt is computed; `router` or `embedder` None: none is embedded."""
         self._target, self._draft, self._scheduler, self._meter = target, draft, scheduler, meter
         self._chunk_tokens = chunk_tokens
         self._prefix_cache = prefix_cache
-        self._router = router
+        self._router, self._embedder = router, embedder
         self._states: PromptStates | None = None
         """Of the sequence in prefill, where anyone wants them."""
 
@@ -102,8 +103,8 @@ class Prefill:
         start = sequence.num_cached
         chunk = sequence.token_ids[start : min(start + budget, sequence.prompt_len - 1)]
         slot = len(self._scheduler.running)
-        if chunk and self._states is not None:
-            self._states.add(start, self._target.prefill_states(slot, chunk, start))
+        if chunk and self._states is not None and self._embedder is not None:
+            self._states.add(start, self._embedder.prefill(slot, chunk, start, logits_to_keep=0)[0])
         elif chunk:
             self._target.prefill(slot, chunk, start)
         sequence.num_cached += len(chunk)
@@ -112,7 +113,7 @@ class Prefill:
     def _new_states(self, sequence: Sequence) -> PromptStates | None:
         """Where the prompt is to be routed or recorded, and the target can say."""
         request = sequence.request
-        if self._router is None or self._target.decoder is None:
+        if self._router is None or self._embedder is None:
             return None
         if request.route is not None and not request.capture:
             return None

@@ -16,10 +16,16 @@ class Runner:
     """Runs passes over contiguous slots of a transformers causal language model."""
 
     def __init__(
-        self, model: nn.Module, *, num_slots: int, max_seq_len: int, vocab_size: int | None = None
+        self,
+        model: nn.Module,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        vocab_size: int | None = None,
+        cache: SlotCache | None = None,
     ) -> None:
         """`vocab_size`: of the pair, where the model's own differs by padding; its logits are cut to it,
-        or padded with -inf."""
+        or padded with -inf. `cache`: another runner's, to share."""
         shape = KvShape.of(model)
         parameter = next(model.parameters())
         self.model = model
@@ -27,7 +33,7 @@ class Runner:
         self.num_embedded = shape.vocab_size
         self.vocab_size = vocab_size or self.num_embedded
         self.num_slots, self.max_seq_len = num_slots, max_seq_len
-        self.cache = SlotCache(
+        self.cache = cache or SlotCache(
             num_layers=shape.num_layers,
             num_slots=num_slots,
             num_kv_heads=shape.num_kv_heads,
@@ -40,8 +46,6 @@ class Runner:
         """Runs the passes instead of the model's own code, once there is one. Set between two rounds."""
         self.static: StaticPass | None = None
         """Runs the passes that it holds, before all others; its logits are valid until the next one."""
-        self.decoder = decoder_of(model)
-        """The model without its head; None where it has none of its own."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
 
     def twin(self) -> "Runner":
@@ -107,38 +111,15 @@ class Runner:
             return nn.functional.pad(logits, (0, missing), value=-torch.inf)
         return logits[..., : self.vocab_size]
 
-    def prefill(self, slot: int, token_ids: Sequence[int], start: int) -> None:
-        """Cache one slot's tokens at positions start, start + 1, …; their logits are not needed."""
+    def prefill(self, slot: int, token_ids: Sequence[int], start: int, *, logits_to_keep: int = 1) -> Tensor:
+        """Cache one slot's tokens at positions start, start + 1, …. Logits [1, T, V] of the last ones, which
+        are seldom needed: 0 keeps all."""
         end = start + len(token_ids)
         sent = to_device([list(token_ids), range(start, end)], self.device)
-        self.forward(
+        return self.forward(
             sent[:1],
             sent[1:],
             kv_len=end,
             first_slot=slot,
-            logits_to_keep=1,
+            logits_to_keep=logits_to_keep,
         )
-
-    @torch.inference_mode()
-    def prefill_states(self, slot: int, token_ids: Sequence[int], start: int) -> Tensor:
-        """The same by the decoder's own code, without the head; its last hidden states [T, H]."""
-        assert self.decoder is not None
-        end = start + len(token_ids)
-        sent = to_device([list(token_ids), range(start, end)], self.device)
-        self.cache.window(slot, sent[1:], end)
-        output = self.decoder(
-            input_ids=sent[:1].clamp(max=self.num_embedded - 1),
-            position_ids=sent[1:],
-            attention_mask=(self._columns_T[:end] <= sent[1:, :, None])[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        hidden_TH: Tensor = output.last_hidden_state[0]
-        return hidden_TH
-
-
-def decoder_of(model: nn.Module) -> nn.Module | None:
-    """The part of a transformers causal language model that ends with the last hidden state."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder is not None else None
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model else None

@@ -115,24 +115,21 @@ def test_a_route_with_an_adapter_gets_a_draft_and_the_others_keep_theirs(
     assert (watcher.served_version, watcher.last_error) == (4, "")
 
 
-def test_a_rolled_back_route_serves_its_floor_while_the_table_names_it_and_closes_when_it_does_not(
+def test_a_route_that_is_rolled_back_to_the_floor_closes_and_opens_again_with_its_next_adapter(
     engine: LocalEngine, feed: MemoryAdapterFeed
 ) -> None:
+    """The learner takes it so: without a draft of its own a route is served by the default route's."""
     watcher = watch(engine, feed)
-    feed.put_route_table(
-        table(engine, sql=embedding(engine, SQL_PROMPT), code=embedding(engine, CODE_PROMPT))
-    )
+    publish(engine, feed, "default", 7)
     publish(engine, feed, "sql", 1)
     watcher.follow_all()
     feed.rollback("sql", "worse")
     watcher.follow_all()
-    assert engine.draft_versions == {"default": 0, "sql": 0}
-    feed.put_route_table(table(engine, code=embedding(engine, CODE_PROMPT)))
-    watcher.follow_all()
-    assert engine.draft_versions == {"default": 0}
+    assert engine.draft_versions == {"default": 7}
+    assert {span.draft_version for span in run(engine, "sql")[0].draft_versions} == {7}
     publish(engine, feed, "sql", 2)
     watcher.follow_all()
-    assert engine.draft_versions == {"default": 0, "sql": 2}
+    assert engine.draft_versions == {"default": 7, "sql": 2}
 
 
 def test_routes_are_bounded_the_open_stay_and_the_next_opens_when_one_closes(

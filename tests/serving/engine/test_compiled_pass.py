@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from serving.compiling import Compiling
-from serving.engine import SamplingParams
+from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.compiled_pass import CompiledPass, agrees
 from serving.engine.pass_compiler import CompileError, compile_spec, load_compiled, package_path
 from serving.engine.runner import Runner
@@ -62,6 +63,26 @@ def test_compiled_passes_give_the_same_greedy_text(model: str, package: Path) ->
     with load_engine(model, model, **SHAPE, compile="auto") as compiled, load_engine(model, **SHAPE) as eager:
         assert compiled.compiling.state == "compiled", "the package of an earlier start serves at once"
         assert texts(compiled) == texts(eager)
+
+
+def test_compiled_passes_embed_prompts_and_serve_drafts_of_further_routes(model: str, package: Path) -> None:
+    """One more package, for hidden states; a route's draft takes the first draft's."""
+    router = {"max_route_drafts": 1, "num_draft_tokens": 3}
+    request = GenerationRequest("r", tuple(range(5, 40)), GREEDY, route="sql", capture=True)
+    embeddings = []
+    for compile in ("off", "on"):
+        with load_engine(model, model, **SHAPE, **router, compile=compile) as engine:
+            assert engine.route_drafts is not None
+            engine.route_drafts.follow(["sql"])
+            runners = [drafter.runner for drafter in engine._draft._drafters if hasattr(drafter, "runner")]
+            assert [runner.compiled is not None for runner in runners] == [compile == "on"] * 2
+            generation = engine.submit(request).result(60)
+            assert engine.stats().route_counts.keys() == {"sql"}
+        assert generation.num_accepted == generation.num_attempted > 0
+        embeddings.append(generation.prompt_embedding_H)
+    eager_H, compiled_H = embeddings
+    assert eager_H is not None and compiled_H is not None
+    assert np.abs(eager_H - compiled_H).max() <= 2e-3 * np.abs(eager_H).max()
 
 
 def test_weights_changed_in_place_are_seen_by_compiled_passes(model: str, package: Path) -> None:

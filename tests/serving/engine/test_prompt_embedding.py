@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
+from serving.engine.hidden_states import HiddenStates, embedder_of
 from serving.engine.prefill import Router
 from serving.engine.prefix_cache import PrefixCache
 from serving.engine.runner import Runner
@@ -44,6 +45,7 @@ def open_engine(request: pytest.FixtureRequest) -> Iterator[OpenEngine]:
                 prefill_chunk_tokens=chunk_tokens,
                 prefix_cache=cache,
                 router=router,
+                embedder=embedder_of(runner),
             )
         )
         return opened[-1]
@@ -63,7 +65,7 @@ def to_sql(embedding_H: NDArray[np.float16]) -> str:
 
 def mean_state(engine: Engine, prompt: tuple[int, ...]) -> NDArray[Any]:
     """By the model alone. The prompt's last token is not in it: a round feeds it."""
-    decoder: Any = engine._target.decoder
+    decoder: Any = engine._target.model.model
     with torch.inference_mode():
         hidden_TH = decoder(input_ids=torch.tensor([prompt[:-1]])).last_hidden_state[0]
     mean_H: NDArray[Any] = hidden_TH.mean(0).numpy()
@@ -103,7 +105,7 @@ def test_of_a_copied_output_nothing_is_known_and_the_rest_is_the_mean(open_engin
     second = generate(engine, turn)
     reused = second.num_prompt_tokens_reused
     assert reused > len(PROMPT)
-    decoder: Any = engine._target.decoder
+    decoder: Any = engine._target.model.model
     with torch.inference_mode():
         hidden_TH = decoder(input_ids=torch.tensor([turn[:-1]])).last_hidden_state[0]
     num_whole = (len(PROMPT) - 1) // BLOCK * BLOCK
@@ -147,7 +149,7 @@ def test_what_is_tagged_has_an_embedding_only_where_it_is_captured(open_engine: 
 def test_without_a_router_no_prompt_is_embedded(
     open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Runner, "prefill_states", lambda *chunk: pytest.fail("a state was asked for"))
+    monkeypatch.setattr(HiddenStates, "forward", lambda *chunk: pytest.fail("a state was asked for"))
     plain = generate(open_engine(None), capture=True)
     assert (plain.prompt_embedding_H, plain.route, plain.finish_reason) == (None, "default", "length")
     routed = generate(open_engine(to_sql), route="code")
@@ -163,15 +165,16 @@ def test_the_text_is_the_same_whoever_fills_the_cache(open_engine: OpenEngine) -
 
 def test_a_target_without_a_decoder_of_its_own_is_not_embedded() -> None:
     runner = Runner(TableModel(7, seed=1), num_slots=1, max_seq_len=48)
-    controller = DraftLengthController(None, fixed=0)
-    with Engine(runner, None, controller=controller, router=to_sql) as engine:
+    controller, embedder = DraftLengthController(None, fixed=0), embedder_of(runner)
+    assert embedder is None
+    with Engine(runner, None, controller=controller, router=to_sql, embedder=embedder) as engine:
         generation = generate(engine, (1, 2, 3), capture=True)
     assert (generation.route, generation.prompt_embedding_H) == ("default", None)
 
 
 def test_states_that_are_not_finite_give_no_embedding(open_engine: OpenEngine) -> None:
     engine = open_engine(to_sql)
-    norm: Any = engine._target.decoder.norm  # type: ignore[union-attr]
+    norm: Any = engine._target.model.model.norm  # type: ignore[union-attr]
     norm.weight.fill_(1e9)
     generation = generate(engine)
     assert (generation.route, generation.prompt_embedding_H) == ("default", None)
