@@ -338,3 +338,38 @@ def test_a_learner_that_is_allowed_fewer_routes_closes_those_for_which_there_is_
     [closed] = [event for topic in TOPICS for event in house.events(topic, "closed")]
     assert "max_routes is 1" in closed.reason
     assert house.feed.latest(closed.route) is None
+
+
+def test_a_route_that_sleeps_keeps_no_other_from_learning(
+    tmp_path: Path, traffic: dict[str, Records]
+) -> None:
+    """No gain is enough, so each draft sleeps after two decisions."""
+    rest = {"stall_gain": 1.0, "stall_decisions": 2, "first_rest_records": 9999, "max_rest_records": 9999}
+    house = House(tmp_path, **rest)
+    house.live({"law": traffic["law"][:150]})
+    before = house.learner.snapshot()["routes"]
+    assert before["default"]["asleep"] and before["law"]["asleep"]
+    house.live({"law": traffic["law"][150:], "verse": traffic["verse"][:100]})
+    after = house.learner.snapshot()["routes"]
+    assert after["law"]["num_steps"] == before["law"]["num_steps"]
+    assert after["law"]["num_rested_records"] == before["law"]["num_rested_records"] + 100
+    assert after["verse"]["num_steps"] > 0
+    assert house.store.size(StreamKey("target-1", "law")).num_pending == 0
+    whole = house.learner.snapshot()
+    assert whole["num_rested_records"] == sum(facts["num_rested_records"] for facts in after.values())
+
+
+def test_what_no_replica_will_serve_of_a_route_goes_back_to_the_default_draft(
+    tmp_path: Path, traffic: dict[str, Records]
+) -> None:
+    house = House(tmp_path)
+    house.live({"law": traffic["law"][:150]})
+    version = house.draft("law").draft_version
+    assert version > 0
+    refusal = AdapterEvent("rejected_by_replica", "law", version, "replica: corrupted", house.clock.now_s)
+    house.feed.add_event(refusal)
+    house.learner.run_cycle()
+    assert house.draft("law").draft_version < version
+    [taken_back] = house.events("law", "rolled_back")
+    assert taken_back.reason.startswith("refused by replicas")
+    assert house.feed.latest("default") is not None
