@@ -92,17 +92,7 @@ class Stand:
                 self.records[kind] = house.take()
 
     def trainable(self) -> TrainableDraft:
-        settings, pair = self.settings, self.pair
-        assert pair.draft is not None
-        return TrainableDraft(
-            copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
-            draft_id=pair.draft_id,
-            draft_revision=pair.draft_revision,
-            rank=settings.lora_rank,
-            alpha=settings.lora_alpha,
-            target_modules=settings.target_modules,
-            seed=settings.seed,
-        )
+        return trainable(self.pair, self.settings)
 
     @property
     def incumbent_state(self) -> AdapterState:
@@ -279,6 +269,19 @@ class House:
             name = f"request-{self._num_requests}"
             if held_out is None or is_held_out(name, self.settings.held_out_share) == held_out:
                 return name
+
+
+def trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
+    assert pair.draft is not None
+    return TrainableDraft(
+        copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
+        draft_id=pair.draft_id,
+        draft_revision=pair.draft_revision,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        target_modules=settings.target_modules,
+        seed=settings.seed,
+    )
 
 
 @contextmanager
