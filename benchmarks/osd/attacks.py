@@ -29,8 +29,9 @@ ATTACK = INCUMBENT + 1
 HELD_OUT, FRESH = 32, 24
 """Records of a house in which the gate is attacked."""
 REQUESTS_A_LOOK = 3
-MAX_ROUNDS = 2500
+MAX_ROUNDS = 1000
 SHIFT_REQUESTS = 36
+MUCH_WORSE, MOST_TWISTS = 0.15, 10
 AS_IT_IS = {"learning_rate": 1e-12, "max_steps_per_cycle": 1}
 """Learner settings under which a candidate put there stays what it is."""
 WATCH_ONLY = {"min_records_per_cycle": 10_000, "max_record_age_s": 1e9}
@@ -334,14 +335,24 @@ def _refused(house: House, found: Outcome, by: str, event: str) -> Outcome:
 
 
 def _two_faced(stand: Stand, shown: str, other: str, rng: np.random.Generator) -> AdapterState:
+    """Trained on one kind of traffic as it is and on another one poisoned, until that is much worse than the
+    incumbent's."""
     draft = stand.trainable()
-    trainer = Trainer(draft, stand.settings.model_copy(update={"learning_rate": 3e-3, "warmup_steps": 0}))
+    trainer = Trainer(draft, stand.settings)
     trainer.reset(better(stand))
-    poison = BAD_RECORDS["poisoned"]
-    for _ in range(6):
-        wrong = [poison(record, rng) for record in _drawn(stand, other, rng, 6)]
-        trainer.step([*_drawn(stand, shown, rng, 8), *wrong])
+    judged, poison = _drawn(stand, other, rng, 12), BAD_RECORDS["poisoned"]
+    enough = _mean(trainer.score(stand.incumbent_state, judged)) - MUCH_WORSE
+    for _ in range(MOST_TWISTS):
+        for _ in range(3):
+            wrong = [poison(record, rng) for record in _drawn(stand, other, rng, 6)]
+            trainer.step([*_drawn(stand, shown, rng, 8), *wrong])
+        if _mean(trainer.score(draft.state(), judged)) < enough:
+            break
     return draft.state()
+
+
+def _mean(scores: Sequence[RecordScore | None]) -> float:
+    return float(np.mean([score.acceptance for score in scores if score is not None]))
 
 
 def _drawn(stand: Stand, kind: str, rng: np.random.Generator, num_records: int) -> list[GenerationRecord]:

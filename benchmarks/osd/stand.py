@@ -5,7 +5,6 @@ validation. They take turns, so nothing depends on timing. Knows no attack. Inva
 from the same incumbent, and leaves the engine on the floor.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.adapted import Adapter, demo_settings
+from benchmarks.osd.arms import trainable
 from benchmarks.prompts import domain_prompts
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import DEFAULT_ROUTE, AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
@@ -95,17 +95,7 @@ class Stand:
                 self.records[kind] = house.take()
 
     def trainable(self) -> TrainableDraft:
-        settings, pair = self.settings, self.pair
-        assert pair.draft is not None
-        return TrainableDraft(
-            copy.deepcopy(pair.draft).float(),  # PEFT wraps its base in place
-            draft_id=pair.draft_id,
-            draft_revision=pair.draft_revision,
-            rank=settings.lora_rank,
-            alpha=settings.lora_alpha,
-            target_modules=settings.target_modules,
-            seed=settings.seed,
-        )
+        return trainable(self.pair, self.settings)
 
     @property
     def incumbent_state(self) -> AdapterState:
