@@ -107,7 +107,7 @@ class Judge:
             rng=np.random.default_rng(list(seed)),
         )
         headway = self._headway(scores[0], reference, seed)
-        return Judgement(decision, *(acceptance(column) for column in scores), headway)
+        return Judgement(decision, *(acceptance(column) for column in scores), headway=headway)
 
     def _headway(self, candidate: Scores, reference: Scores, seed: Sequence[int]) -> Headway:
         settings = self._settings
