@@ -20,7 +20,7 @@ from benchmarks.osd.held_out import HeldOut
 from benchmarks.osd.replay import Replay, Replayed, chunks
 from benchmarks.osd.told import Told
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import BORROWED_VERSION, DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import StreamKey
 from learner.distill import build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft, build_draft, import_weights
@@ -102,6 +102,8 @@ def floor(material: Material, settings: LearnerSettings) -> Outcome:
 def ours(material: Material, settings: LearnerSettings) -> Outcome:
     """Serve a few, learn when it is due, follow the feed: the product's loop."""
     outcome, replay = Outcome(), _replay(material)
+    if material.routing == "none":
+        settings = settings.model_copy(update={"max_routes": 0})
     store, feed = MemoryRecordStore(), MemoryAdapterFeed()
     serving = _Serving(trainable(material.pair, settings), feed, material.routing)
     revision = material.pair.target_revision
@@ -158,7 +160,10 @@ class _Serving:
         return DEFAULT_ROUTE if table is None else table.route_of(told.prompt_embedding_H)
 
     def version(self, route: str) -> int:
-        return self._versions.get(self._answering(route), FLOOR_VERSION)
+        """As a record of the route names it."""
+        if self._answering(route) != route and self._versions.get(DEFAULT_ROUTE, FLOOR_VERSION):
+            return BORROWED_VERSION
+        return self._versions.get(route, FLOOR_VERSION)
 
     def draft_of(self, route: str) -> TrainableDraft:
         """The draft that answers for the route, loaded."""

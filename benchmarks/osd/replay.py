@@ -109,6 +109,7 @@ class Replay:
             rounds=rounds,
             created_at_s=now_s,
             expires_at_s=now_s + RECORD_TTL_S,
+            prompt_embedding_H=told.prompt_embedding_H,
         )
 
 
