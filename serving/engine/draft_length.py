@@ -102,6 +102,7 @@ class DraftLengthController:
 
     def choose(self, rows: Sequence[Row], *, can_draft: bool = True) -> Lengths:
         """The lengths for the next round of these rows; `can_draft`: a model is there to draft."""
+        can_draft = can_draft and any(row.draft is not None for row in rows)
         if self._fixed is not None or self._costs is None:
             return self._fixed_lengths(rows, can_draft)
         by_model, by_copy = self._expected(rows, can_draft)
@@ -150,7 +151,7 @@ class DraftLengthController:
         }
 
     def _fixed_lengths(self, rows: Sequence[Row], can_draft: bool) -> Lengths:
-        copies = [not can_draft and row.num_matched > 0 for row in rows]
+        copies = [row.num_matched > 0 and not (can_draft and row.draft is not None) for row in rows]
         lengths = _split(rows, self._current if can_draft else 0, copies, self._current)
         self.num_copied = max(lengths.copied_B)
         return lengths

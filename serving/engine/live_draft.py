@@ -148,13 +148,14 @@ class LiveDraft:
 
     def observe(self, sequence: Sequence, advance: Advance) -> None:
         """How a sequence's drafts fared in the last round."""
+        draft = self._draft_of(sequence.route)
         self.controller.observe(
             sequence.route,
             sequence.belief,
             advance.num_matched,
             advance.num_attempted,
             advance.num_accepted,
-            draft.route if (draft := self._draft_of(sequence.route)) is not None else DEFAULT_ROUTE,
+            DEFAULT_ROUTE if draft is None else draft.route,
         )
 
     def clear(self, slot: int) -> None:

@@ -162,6 +162,8 @@ def test_a_fixed_length_is_kept_and_copied_only_where_no_model_can_draft() -> No
     rows = [Row("default", SequenceBelief(), 9, 8, num_matched=2), Row("default", SequenceBelief(), 9, 1)]
     assert controller.choose(rows) == Lengths([3, 1], [0, 0])
     assert controller.choose(rows, can_draft=False) == Lengths([0, 0], [3, 0])
+    broken = [Row("a", SequenceBelief(), 9, 8, num_matched=2, draft=None), rows[1]]
+    assert controller.choose(broken) == Lengths([0, 1], [3, 0])
 
 
 def test_a_row_that_may_not_draft_is_never_asked_even_by_a_probe() -> None:
