@@ -21,7 +21,7 @@ class Caution:
 
     def min_records(self, usual: int, most: int) -> int:
         """Held-out records that the next promotion needs; at most a full window, or none could ever pass."""
-        return min(max(usual, most), usual * 2 ** max(0, self.num_failures - 1))
+        return min(max(usual, most), usual << max(0, self.num_failures - 1))
 
 
 def caution(history: Iterable[AdapterEvent]) -> Caution:
