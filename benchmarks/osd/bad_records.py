@@ -51,8 +51,14 @@ def _of_another_tokenizer(trace: RoundTrace, rng: np.random.Generator) -> RoundT
 
 
 def _tail(trace: RoundTrace, rng: np.random.Generator) -> RoundTrace:
-    """All mass in the tail: whoever learns it matches the tail's mass and nothing else."""
-    return replace(trace, topk_logprobs_EK=(trace.topk_logprobs_EK - 12).astype(np.float16))
+    """Without the likely tokens nearly all mass is in the tail: who learns this matches the tail's mass and
+    none of its tokens."""
+    half = trace.topk_token_ids_EK.shape[1] // 2
+    return replace(
+        trace,
+        topk_token_ids_EK=trace.topk_token_ids_EK[:, half:],
+        topk_logprobs_EK=trace.topk_logprobs_EK[:, half:],
+    )
 
 
 def _shifted(trace: RoundTrace, rng: np.random.Generator) -> RoundTrace:
