@@ -10,7 +10,7 @@ Legend: N told tokens, G drafted tokens of a round, V vocabulary.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def _trace(
 ) -> RoundTrace:
     """A round that emitted the told tokens from `start` on."""
     span = slice(start, start + num_emitted)
-    num_drafted = len(drafted_G)
+    num_drafted, num_kept = len(drafted_G), told.topk_token_ids_NK.shape[1]
     missing = max(0, num_drafted + 1 - num_emitted)
     empty_G = np.zeros(num_drafted, np.float32)
     return RoundTrace(
@@ -145,16 +145,16 @@ def _trace(
         drafted_target_logprobs_G=empty_G,
         drafted_draft_logprobs_G=empty_G,
         emitted_target_logprobs_C=told.emitted_logprob_N[span],
-        topk_token_ids_EK=_padded(told.topk_token_ids_NK[span], missing, 0),
-        topk_logprobs_EK=_padded(told.topk_logprobs_NK[span], missing, np.nan),
+        topk_token_ids_EK=_padded(told.topk_token_ids_NK[span], missing, np.arange(num_kept)),
+        topk_logprobs_EK=_padded(told.topk_logprobs_NK[span], missing, np.full(num_kept, np.nan)),
         retemper_E=np.zeros(num_emitted + missing, np.float32),
     )
 
 
-def _padded(array_NK: NDArray[Kept], missing: int, value: float) -> NDArray[Kept]:
+def _padded(array_NK: NDArray[Kept], missing: int, row_K: NDArray[Any]) -> NDArray[Kept]:
     if not missing:
         return array_NK
-    return np.concatenate([array_NK, np.full((missing, array_NK.shape[1]), value, array_NK.dtype)])
+    return np.concatenate([array_NK, np.tile(row_K.astype(array_NK.dtype), (missing, 1))])
 
 
 def chunks(told: Sequence[Told], size: int) -> Iterator[Sequence[Told]]:
