@@ -100,7 +100,8 @@ class Judge:
             rng=np.random.default_rng(list(seed)),
         )
         headway = self._headway(scores[0], reference, seed)
-        return Judgement(decision, *(acceptance(column) for column in scores), headway)
+        new, old, base = (acceptance(column) for column in scores)
+        return Judgement(decision, new, old, base, headway)
 
     def _headway(self, candidate: Scores, reference: Scores, seed: Sequence[int]) -> Headway:
         settings = self._settings
