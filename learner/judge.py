@@ -106,8 +106,9 @@ class Judge:
             rule=_rule(self._settings, caution),
             rng=np.random.default_rng(list(seed)),
         )
-        means = [acceptance(column) for column in scores]
-        return Judgement(decision, means[0], means[1], means[2], self._headway(scores[0], reference, seed))
+        headway = self._headway(scores[0], reference, seed)
+        new, old, base = (acceptance(column) for column in scores)
+        return Judgement(decision, new, old, base, headway)
 
     def _headway(self, candidate: Scores, reference: Scores, seed: Sequence[int]) -> Headway:
         settings = self._settings
