@@ -87,7 +87,7 @@ class LearnerSettings(BaseModel):
     """Fall of live acceptance that is looked for, and wakes it."""
 
     # routes
-    max_routes: int = Field(8, ge=0)
+    max_routes: int = Field(4, ge=0)
     """Drafts beside that of `default`, each with weights of its own in the learner and in every replica.
     0: one draft for everything."""
     route_min_records: int = Field(200, ge=1)
