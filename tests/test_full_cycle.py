@@ -25,6 +25,7 @@ from deploy.demo.traffic import Ask, Clients, Outcome
 from deploy.ports import free_port
 from deploy.settings import Settings
 from deploy.wiring import RunningSystem, open_feed, running_system
+from learner.settings import LearnerSettings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 WAIT_S = 120.0
@@ -157,7 +158,7 @@ def test_mlflow_knows_what_serves_and_the_one_before(system: RunningSystem) -> N
     serving = client.get_model_version_by_alias(name, "serving")
     assert "acceptance" in serving.tags["brought"]
     run = client.get_run(serving.run_id)
-    assert run.data.params["lora_rank"] == str(LEARNER["lora_rank"])
+    assert run.data.params["lora_rank"] == str(LearnerSettings().lora_rank)
     assert "loss" in run.data.metrics
 
 

@@ -20,15 +20,14 @@ SERVING = {
     "speculation": "model",
     "status_interval_s": 0.25,
     "prefix_cache_mib": 0,
+    "max_route_drafts": 0,
 }
 """The demo shows a draft learn: copying from the text would blur what it is worth. No prefix reuse either:
 the measurement sends each prompt to three arms, and only the first would compute it."""
 LEARNER = {
-    "lora_rank": 32,
-    "lora_alpha": 64.0,
     "target_modules": LORA_MODULES,
-    "learning_rate": 3e-3,
-    "replay_share": 0.5,
+    "passes_over_fresh": 2.0,
+    "max_routes": 0,
 }
 """Chosen on an early checkpoint of this pair, see LOG.md, where LoRA on the embeddings too learnt worse."""
 
