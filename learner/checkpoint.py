@@ -29,7 +29,7 @@ class Checkpoint:
     """Everything that a resumed learner needs and cannot read elsewhere."""
 
     adapter: Mapping[str, Tensor]
-    """The candidate's LoRA weights."""
+    """The weights that learn, as trained; the candidate is their mean, which `optimizer` holds."""
     optimizer: Mapping[str, Tensor]
     """By `<moment>.<key>`, see `optimizer_state`."""
     generator_state: Mapping[str, Any]

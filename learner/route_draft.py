@@ -198,7 +198,7 @@ class RouteDraft:
 
     def save(self, folder: Path, used_entry_ids: dict[str, list[str]]) -> None:
         state = checkpoint.Checkpoint(
-            adapter=self.trainer.candidate,
+            adapter=self.trainer.trained,
             optimizer=self.trainer.optimizer_state(),
             generator_state=self.trainer.rng.bit_generator.state,
             num_steps=self.trainer.num_steps,

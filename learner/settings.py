@@ -31,7 +31,7 @@ class LearnerSettings(BaseModel):
     # the trainable draft
     trainable: TrainableName = "lora"
     """`full`: the draft's own weights learn, or only those of `target_modules`. A version is then as large
-    as the draft, in float32, in Redis and in every checkpoint (there four times, with its moments)."""
+    as the draft, in float32, in Redis and in every checkpoint (there five times, with moments and mean)."""
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(64.0, gt=0)
     target_modules: tuple[str, ...] | None = None
@@ -49,6 +49,8 @@ class LearnerSettings(BaseModel):
     out."""
     warmup_steps: int = Field(10, ge=0)
     """The learning rate rises over the first steps, also after the candidate was started again."""
+    mean_over_steps: int = Field(60, ge=0)
+    """The candidate is a running mean of the trained weights over about so many steps. 0: as trained."""
     max_grad_norm: float = Field(1.0, gt=0)
     """`inf`: no clipping."""
     records_per_step: int = Field(16, ge=1)
@@ -162,6 +164,7 @@ def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
         greedy_temperature=1.0,
         learning_rate=learning_rate,
         warmup_steps=0,
+        mean_over_steps=0,
         max_grad_norm=math.inf,
         records_per_step=8,
         replay_share=0.0,

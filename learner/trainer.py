@@ -23,6 +23,9 @@ from learner.evaluation import RecordScore, score_records
 from learner.rows import Row, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
 
+MEAN = "mean"
+"""Beside AdamW's own moments, so that a checkpoint keeps it and a reset clears it."""
+
 
 @dataclass
 class TrainingReport:
@@ -42,12 +45,15 @@ class TrainingReport:
 
 
 class Trainer:
-    """Owns everything that training changes. Several may share one draft: it is theirs while they train,
-    and `candidate` is what each of them made of it."""
+    """Owns everything that training changes. Several may share one draft: it is theirs while they train.
+
+    `trained` is what the optimizer moves; `candidate`, what is judged and may serve, is a running mean of it:
+    at a constant rate the weights wander around what they found, and their mean lies nearer to it."""
 
     def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
         self.draft = draft
-        self.candidate: AdapterState = draft.state()
+        self.trained: AdapterState = draft.state()
+        self.candidate = self.trained
         self.num_steps = 0
         self.busy_s = 0.0
         """Computing since the start, training and scoring together."""
@@ -72,18 +78,19 @@ class Trainer:
     ) -> TrainingReport:
         """One step a draw; `rest(step_s)` sleeps between steps and says whether to go on."""
         report = TrainingReport()
-        self.draft.load_unchecked(self.candidate)
+        self.draft.load_unchecked(self.trained)
         steps, _ = self.plan(len(fresh))
         shares = np.array_split(np.arange(len(replayed)), max(1, steps))
         draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
         for drawn, share in zip(draws, shares, strict=False):
             began_s = time.perf_counter()
             report.steps.append(self.step([*drawn, *(replayed[index] for index in share)]))
+            self._follow()
             step_s = time.perf_counter() - began_s
             report.compute_s += step_s
             if not rest(step_s):
                 break
-        self.candidate = self.draft.state()
+        self.trained, self.candidate = self.draft.state(), self._mean()
         return report
 
     def step(self, records: Sequence[GenerationRecord]) -> StepMetrics:
@@ -128,12 +135,13 @@ class Trainer:
 
     def reset(self, state: AdapterState | None) -> None:
         """Start again from these weights (None: the floor) with fresh moments."""
-        self.draft.load_unchecked(self.candidate)
+        self.draft.load_unchecked(self.trained)
         self.draft.load(state)
-        self.candidate = self.draft.state()
+        self.trained = self.candidate = self.draft.state()
         self._optimizer.state.clear()
 
     def optimizer_state(self) -> dict[str, Tensor]:
+        """Its moments, the running mean among them."""
         return optimizer_state(self._optimizer, self.draft.parameters)
 
     def restore(
@@ -145,10 +153,28 @@ class Trainer:
     ) -> None:
         """Go on from a checkpoint. Raises ValueError for an adapter of another shape."""
         self.draft.load(adapter)
-        self.candidate = self.draft.state()
         load_optimizer_state(self._optimizer, self.draft.parameters, optimizer)
+        self.trained, self.candidate = self.draft.state(), self._mean()
         self.rng.bit_generator.state = dict(generator_state)
         self.num_steps = num_steps
+
+    def _follow(self) -> None:
+        """Move the running mean of each weight, kept as one more moment of the optimizer, towards it."""
+        if self._settings.mean_over_steps == 0:
+            return
+        for parameter in self.draft.parameters.values():
+            if moments := self._optimizer.state.get(parameter):
+                mean = moments.setdefault(MEAN, parameter.detach().clone())
+                share = max(1 / self._settings.mean_over_steps, 9 / (float(moments["step"]) + 9))
+                mean.lerp_(parameter.detach(), share)
+
+    def _mean(self) -> AdapterState:
+        """Of every weight; the weight itself where no step was taken yet."""
+        moments = {key: self._optimizer.state.get(each, {}) for key, each in self.draft.parameters.items()}
+        return {
+            key: moments[key].get(MEAN, parameter).detach().cpu().clone()
+            for key, parameter in self.draft.parameters.items()
+        }
 
     @property
     def _fresh_per_step(self) -> int:

@@ -32,20 +32,22 @@ LENGTHS = (1, 2, 4, 6)
 
 
 def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
-    """The price of learning in every domain; serving beside the learner, and the cost model, in the first."""
+    """The price of learning in every domain; sleep, serving beside, and the cost model in the first."""
     lives = {
         (domain, arm): Job(arm, (domain,), num_records=plan.num_records)
         for domain in plan.domains
         for arm in ("ours", "floor")
     }
-    results = plan.work(lives.values())
     domain = plan.domains[0]
+    sleepless = Job("ours", (domain,), num_records=plan.num_records, settings=(("max_rest_records", 0),))
+    results = plan.work([*lives.values(), sleepless])
     folder = results[lives[domain, "ours"]].adapter
     return {
         "learning": {
             name: _price(results[lives[name, "ours"]], results[lives[name, "floor"]], name)
             for name in plan.domains
         },
+        "sleep": _slept(results[lives[domain, "ours"]], results[sleepless], domain),
         "serving_beside_the_learner": _beside(plan, domain, folder, turns),
         "cost_model": _model(plan, domain, folder, turns),
     }
@@ -60,6 +62,16 @@ def _price(ours: Result, floor: Result, domain: str) -> dict[str, float]:
         "output_tokens_per_point": sum(ours.accepted) / points,
         "num_steps": ours.num_steps,
         "num_swaps": len(ours.swaps),
+    }
+
+
+def _slept(default: Result, sleepless: Result, domain: str) -> dict[str, float]:
+    """What stopping by itself saves on a stream that never changes, and what it costs."""
+    return {
+        "learner_s": default.learner_s,
+        "learner_s_without_sleep": sleepless.learner_s,
+        "seconds_saved": 1 - default.learner_s / sleepless.learner_s,
+        "acceptance_lost": sleepless.final[domain].acceptance - default.final[domain].acceptance,
     }
 
 

@@ -114,3 +114,25 @@ def test_only_the_last_files_are_kept_and_none_is_no_checkpoint(tmp_path: Path) 
     found = checkpoint.read_latest(tmp_path)
     assert found is not None
     assert found.last_version == 4
+
+
+def test_the_candidate_is_a_mean_of_what_was_trained_and_comes_back_with_it(
+    records: list[GenerationRecord], tmp_path: Path
+) -> None:
+    trainer = Trainer(tiny_draft(), quick_settings(mean_over_steps=60))
+    trainer.train(records, [], keep_going)
+    assert any(not torch.equal(mean, trainer.trained[key]) for key, mean in trainer.candidate.items())
+    checkpoint.write(tmp_path, saved(trainer, adapter=trainer.trained))
+    found = checkpoint.read_latest(tmp_path)
+    assert found is not None
+    resumed = Trainer(tiny_draft(seed=99), quick_settings())
+    resumed.restore(found.adapter, found.optimizer, found.generator_state, found.num_steps)
+    assert all(torch.equal(mean, resumed.candidate[key]) for key, mean in trainer.candidate.items())
+    trainer.reset(None)
+    assert all(torch.equal(trainer.trained[key], mean) for key, mean in trainer.candidate.items())
+
+
+def test_without_a_mean_the_candidate_is_what_was_trained(records: list[GenerationRecord]) -> None:
+    trainer = Trainer(tiny_draft(), quick_settings(mean_over_steps=0))
+    trainer.train(records, [], keep_going)
+    assert all(torch.equal(trainer.trained[key], mean) for key, mean in trainer.candidate.items())
