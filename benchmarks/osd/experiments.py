@@ -78,6 +78,7 @@ def per_domain(plan: Plan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
         for temperature in plan.temperatures
         for arm in ("floor", "ours", "paper", "offline", "offline_full")
         for domain in plan.domains
+        if arm != "offline_full" or not temperature
     }
     results = plan.work(job for jobs in lives.values() for job in jobs)
     metrics: Metrics = {"paper_rate": rates}

@@ -20,7 +20,7 @@ def domain_table(metrics: Mapping[str, Any]) -> Table:
         share = metrics["share_of_ceiling"][name]
         table.add_row(
             name,
-            *(f"{rates[arm]:.3f}" for arm in ("floor", "paper", "ours", "offline", "offline_full")),
+            *(_cell(rates.get(arm)) for arm in ("floor", "paper", "ours", "offline", "offline_full")),
             "" if share is None else f"{share:.2f}",
             f"{_count(reached['ours'])} / {_count(reached['paper'])}",
         )
