@@ -53,7 +53,7 @@ class Trainer:
     def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
         self.draft = draft
         self.trained: AdapterState = draft.state()
-        self.candidate = self.trained
+        self.candidate: AdapterState = self.trained
         self.num_steps = 0
         self.busy_s = 0.0
         """Computing since the start, training and scoring together."""

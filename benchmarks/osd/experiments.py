@@ -278,6 +278,7 @@ def _with_seeds(job: Job, count: int) -> list[Job]:
 # one thing at a time
 
 Changes = tuple[tuple[str, Any], ...]
+_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
     "divergence": {
         name: (("divergence", name),)
@@ -292,6 +293,12 @@ ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
         )
     },
     "learning_rate": {f"{rate:g}": (("learning_rate", rate),) for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
+    "mean_over_steps": {str(count): (("mean_over_steps", count),) for count in (0, 60, 200)},
+    "target_modules": {
+        "layers": (("target_modules", _LAYERS),),
+        "and head": (("target_modules", (*_LAYERS, "lm_head")),),
+        "and head, embedding": (),
+    },
     "replay_share": {f"{share:g}": (("replay_share", share),) for share in (0.0, 0.25, 0.5)},
     "passes_over_fresh": {f"{passes:g}": (("passes_over_fresh", passes),) for passes in (1.0, 2.0, 4.0)},
     "lora_rank": {

@@ -191,6 +191,9 @@ def osd(
     ] = None,
     records: Annotated[int, typer.Option(help="Requests streamed of each domain.", min=16)] = 2000,
     seeds: Annotated[int, typer.Option(help="Orders of arrival and starts of the draft.", min=1)] = 3,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="0 or 1; may be given again; default: both.")
+    ] = None,
     data: DataOption = None,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
     draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
@@ -213,13 +216,16 @@ def osd(
     folder = _data_folder(data)
     with plain_faults():
         check_domains(folder, domain or DOMAINS)
+        if set(temperature or ()) - {0.0, 1.0}:
+            raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
     if target is None or draft is None:
         home = _trained_pair(data)
         target, draft = str(home / "target"), str(home / "draft")
     workshop = Workshop(target, draft, folder, _cache_folder())
-    plan = Plan(workshop, tuple(domain or DOMAINS), records, seeds, jobs, errors().print)
+    temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
+    plan = Plan(workshop, tuple(domain or DOMAINS), records, seeds, jobs, errors().print, temperatures)
     report = report or RESULTS / f"osd_{experiment}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     tell_experiment(experiment, plan, report, output(), turns=turns)
