@@ -4,6 +4,7 @@ Knows no learner: a job is told what to do by names and settings alone. Invarian
 seeds, and every arm of a comparison saw the same requests in the same order.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,8 +158,8 @@ def _compare(metrics: Metrics, series: Series) -> None:
         for arm in ("paper", "ours"):
             curves = [value for key, value in series.items() if _is_curve(key, name, arm)]
             counts = [records_to_reach(curve, rates["paper"]) for curve in curves]
-            known = [count for count in counts if count is not None]
-            reached[arm] = statistics.median(known) if len(known) == len(counts) else None
+            middle = statistics.median(math.inf if count is None else count for count in counts)
+            reached[arm] = None if math.isinf(middle) else middle
 
 
 def _is_curve(key: str, name: str, arm: str) -> bool:

@@ -46,7 +46,7 @@ def plot_domains(metrics: Mapping[str, Any], series: Mapping[str, Sequence[Any]]
     columns = max(1, min(4, len({name.partition("@")[0] for name in names})))
     rows = -(-len(names) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained", sharey=True
+        rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, layout="constrained", sharey=True
     )
     ordered = sorted(names, key=lambda name: ("@" in name, names.index(name)))
     for panel in axes.flat[len(ordered) :]:
@@ -62,7 +62,7 @@ def plot_domains(metrics: Mapping[str, Any], series: Mapping[str, Sequence[Any]]
         panel.set_title(name.replace("@1", ", temperature 1"))
         panel.set(ylim=(0, 1), xlabel="records")
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("accepted / attempted, mean of 50 records")
+    axes[0][0].set_ylabel("acceptance, mean of 50")
     axes[0][0].legend(loc="upper left", fontsize=8, frameon=False)
     _save(figure, file)
 
