@@ -156,7 +156,7 @@ def test_mlflow_knows_what_serves_and_the_one_before(system: RunningSystem) -> N
 
     wait_until(lambda: {"serving", "previous"} <= set(aliases()))
     serving = client.get_model_version_by_alias(name, "serving")
-    assert "acceptance" in serving.tags["brought"]
+    assert "acceptance" in serving.tags["evidence"]
     run = client.get_run(serving.run_id)
     assert run.data.params["lora_rank"] == str(LearnerSettings().lora_rank)
     assert "loss" in run.data.metrics

@@ -178,7 +178,9 @@ class House:
 
     def offer(self, candidate: AdapterState) -> None:
         """Judged next, as if training had made it."""
-        self.learner._routes.default.trainer.candidate = dict(candidate)
+        trainer = self.learner._routes.default.trainer
+        trainer.reset(None)
+        trainer.trained = trainer.candidate = dict(candidate)
 
     @property
     def key(self) -> StreamKey:
