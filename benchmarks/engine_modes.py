@@ -65,16 +65,20 @@ def make_engines(
 
 
 class EngineMode:
-    """An engine, and a cap on the draft length of its requests."""
+    """An engine, and a cap on the draft length of its requests. With `ignore_eos` off answers end where the
+    target ends them, and `num_tokens` is the most."""
 
-    def __init__(self, engine: Engine, *, cap: int | None) -> None:
-        self._engine, self._cap = engine, cap
+    def __init__(self, engine: Engine, *, cap: int | None, ignore_eos: bool = True) -> None:
+        self._engine, self._cap, self._ignore_eos = engine, cap, ignore_eos
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
     ) -> Outcome:
         sampling = SamplingParams(
-            temperature=temperature, max_tokens=num_tokens, ignore_eos=True, num_draft_tokens=self._cap
+            temperature=temperature,
+            max_tokens=num_tokens,
+            ignore_eos=self._ignore_eos,
+            num_draft_tokens=self._cap,
         )
         copied_before = self._num_copied()
         began_s = time.perf_counter()

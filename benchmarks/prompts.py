@@ -70,18 +70,19 @@ def check_folder(folder: Path | None) -> list[Path]:
 
 def _prompts(tokenizer: Any, topics: list[Iterator[Exchange]], num_tokens: int) -> Iterator[list[int]]:
     for exchanges in cycle(topics):
-        messages = [_said("user", next(exchanges).question)]
-        while len(token_ids := _token_ids(tokenizer, messages)) < num_tokens > SHORT_TOKENS:
+        messages = [said("user", next(exchanges).question)]
+        while len(ids := token_ids(tokenizer, messages)) < num_tokens > SHORT_TOKENS:
             earlier = next(exchanges)
-            messages = [_said("user", earlier.question), _said("assistant", earlier.answer), *messages]
-        yield token_ids[-num_tokens:]
+            messages = [said("user", earlier.question), said("assistant", earlier.answer), *messages]
+        yield ids[-num_tokens:]
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def said(role: str, content: str) -> dict[str, str]:
+    """A message of a conversation."""
     return {"role": role, "content": content}
 
 
-def _token_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def token_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """By the chat template, or one paragraph a message where a tokenizer has none."""
     if tokenizer.chat_template:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

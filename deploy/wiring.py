@@ -181,6 +181,8 @@ def learner_settings(settings: Settings) -> LearnerSettings:
         update={
             "checkpoint_folder": str(settings.state_dir / learner.checkpoint_folder),
             "tracking_uri": settings.tracking_uri,
+            # a route that no replica has room for would be learnt for nobody
+            "max_routes": min(learner.max_routes, settings.serving.max_route_drafts),
         }
     )
 

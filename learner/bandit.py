@@ -4,11 +4,11 @@ A record holds the target's rows, so what any draft would have had accepted ther
 Knows no store and no route's life. Invariant: drafts are compared on the very same records.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, GenerationRecord
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
 from learner.draft import AdapterState
 from learner.gate import acceptance
 from learner.held_out import DraftKey, HeldOutWindow
@@ -61,18 +61,6 @@ def worths(
         usable = [one for one in scores if one is not None]
         found[draft.key] = Worth(acceptance(usable), len(usable))
     return found
-
-
-def worth_table(
-    records: Mapping[str, Sequence[GenerationRecord]], drafts: Sequence[ExistingDraft], score: ScoreState
-) -> dict[str, Worths]:
-    """The whole table on given records, by route."""
-    table: dict[str, Worths] = {}
-    for route, own in records.items():
-        window = HeldOutWindow(max(1, len(own)))
-        window.add(own)
-        table[route] = worths(window, drafts, len(own), score)
-    return table
 
 
 def best_draft(found: Worths, drafts: Sequence[ExistingDraft]) -> ExistingDraft:

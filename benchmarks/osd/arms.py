@@ -8,6 +8,7 @@ is gained, with the same trainable parameters, as the ceiling. Knows no engine: 
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
@@ -66,8 +67,6 @@ class Outcome:
     """Requests so far when another draft began to serve."""
     learner_s: float = 0.0
     num_steps: int = 0
-    num_positions: int = 0
-    """Target rows that losses looked at, repeats included."""
     facts: dict[str, object] = field(default_factory=dict)
     states: dict[str, AdapterState | None] = field(default_factory=lambda: {DEFAULT_ROUTE: None})
     """By route, what serves at the end; None: the floor."""
@@ -128,7 +127,11 @@ def ours(material: Material, settings: LearnerSettings) -> Outcome:
             outcome.swaps += [len(outcome.accepted)] * serving.follow()
             if _is_time(material, outcome):
                 serving.evaluate(outcome, material)
-        outcome.facts = learner.snapshot() | {"routes_of": serving.routes_of}
+        outcome.facts = learner.snapshot()
+        outcome.facts["held_out_routes"] = {
+            domain: Counter(map(serving.route_of, prompts.told))
+            for domain, prompts in material.held_out.items()
+        }
         outcome.num_steps = learner.snapshot()["num_steps"]
     outcome.states = serving.states
     return outcome
@@ -141,16 +144,11 @@ class _Serving:
         self._draft, self._feed, self._routing = draft, feed, routing
         self._versions: dict[str, int] = {}
         self.states: dict[str, AdapterState | None] = {DEFAULT_ROUTE: None}
-        self.routes_of: dict[str, dict[str, int]] = {}
-        """Domain -> route -> requests."""
 
     def by_route(self, part: Sequence[Told]) -> dict[str, list[Told]]:
         found: dict[str, list[Told]] = {}
         for one in part:
-            route = self.route_of(one)
-            found.setdefault(route, []).append(one)
-            counts = self.routes_of.setdefault(one.domain, {})
-            counts[route] = counts.get(route, 0) + 1
+            found.setdefault(self.route_of(one), []).append(one)
         return found
 
     def route_of(self, told: Told) -> str:
@@ -186,7 +184,8 @@ class _Serving:
     def evaluate(self, outcome: Outcome, material: Material) -> None:
         """Each domain with the draft that most of its requests would meet."""
         for domain, prompts in material.held_out.items():
-            value = prompts.acceptance(self.draft_of(self.route_of(prompts.typical)))
+            ((route, _),) = Counter(map(self.route_of, prompts.told)).most_common(1)
+            value = prompts.acceptance(self.draft_of(route))
             outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
 
     def _answering(self, route: str) -> str:
@@ -232,9 +231,8 @@ def paper(material: Material, settings: LearnerSettings) -> Outcome:
         replayed = replay.play(trainer.draft, number, part)
         outcome.served(replayed)
         began_s = time.thread_time()
-        step = trainer.step([one.record for one in replayed])
+        trainer.step([one.record for one in replayed])
         outcome.learner_s += time.thread_time() - began_s
-        outcome.num_positions += step.num_positions
         if _is_time(material, outcome):
             outcome.evaluate(material.held_out, trainer.draft)
     outcome.num_steps, outcome.states = trainer.num_steps, {DEFAULT_ROUTE: trainer.draft.state()}
@@ -257,11 +255,8 @@ def offline(material: Material, settings: LearnerSettings) -> Outcome:
         order = rng.permutation(len(learnt))
         for start in range(0, len(order), settings.records_per_step):
             drawn = [learnt[index] for index in order[start : start + settings.records_per_step]]
-            step = distill_step(trainer.draft, optimizer, trainer.batches(drawn), objective)
-            outcome.num_positions, outcome.num_steps = (
-                outcome.num_positions + step.num_positions,
-                outcome.num_steps + 1,
-            )
+            distill_step(trainer.draft, optimizer, trainer.batches(drawn), objective)
+            outcome.num_steps += 1
         scores = trainer.score(trainer.draft.state(), kept)
         value = float(np.mean([score.acceptance for score in scores if score is not None]))
         outcome.learner_s += time.thread_time() - began_s
@@ -279,7 +274,6 @@ def offline(material: Material, settings: LearnerSettings) -> Outcome:
 
 def _without_learning(material: Material, draft: TrainableDraft, outcome: Outcome) -> Outcome:
     replay = _replay(material)
-    outcome.evaluate(material.held_out, draft)
     for part in chunks(material.stream, 8 * REQUESTS_PER_TURN):
         outcome.served(replay.play(draft, FLOOR_VERSION, part))
     outcome.evaluate(material.held_out, draft)

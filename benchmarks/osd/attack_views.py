@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.osd.attacks import Outcome
+from benchmarks.osd.attack_house import Outcome
 from deploy.errors import DeployError
 
 OFFLINE = ("adapter", "candidate", "records")

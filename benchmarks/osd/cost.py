@@ -17,13 +17,13 @@ import torch
 from benchmarks.engine_modes import EngineMode
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
-from benchmarks.osd.experiments import Plan
 from benchmarks.osd.jobs import Job, Result
+from benchmarks.osd.plan import Plan
 from benchmarks.osd.speed import adapted
 from benchmarks.osd.workshop import Workshop
 from learner.settings import LearnerSettings
 from learner.trainer import Trainer
-from serving.engine.counters import acceptance_rate
+from serving.engine.counters import acceptance_rate, expected_block_efficiency
 from serving.local import build_engine
 
 NUM_TOKENS = 48
@@ -44,7 +44,7 @@ def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
     folder = results[lives[domain, "ours"]].adapter
     return {
         "learning": {
-            name: _price(results[lives[name, "ours"]], results[lives[name, "floor"]], name)
+            name: _price(plan, results[lives[name, "ours"]], results[lives[name, "floor"]], name)
             for name in plan.domains
         },
         "sleep": _slept(results[lives[domain, "ours"]], results[sleepless], domain),
@@ -53,13 +53,14 @@ def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
     }
 
 
-def _price(ours: Result, floor: Result, domain: str) -> dict[str, float]:
+def _price(plan: Plan, ours: Result, floor: Result, domain: str) -> dict[str, float]:
+    told = plan.workshop.stream(domain, 0.0)[: plan.num_records]
     points = 100 * (ours.final[domain].acceptance - floor.final[domain].acceptance)
     return {
         "points_of_acceptance": points,
         "learner_s": ours.learner_s,
         "learner_s_per_point": ours.learner_s / points,
-        "output_tokens_per_point": sum(ours.accepted) / points,
+        "told_tokens_per_point": sum(one.num_tokens for one in told) / points,
         "num_steps": ours.num_steps,
         "num_swaps": len(ours.swaps),
     }
@@ -86,7 +87,7 @@ def _beside(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
     try:
         for clients in (1, 8):
             engine = build_engine(
-                replace(pair, draft=adapted(pair, folder)), num_slots=8, max_seq_len=192, compile="on"
+                replace(pair, draft=adapted(pair, folder)), num_slots=8, max_seq_len=192, compile="auto"
             )
             mode, ratios = EngineMode(engine, cap=None), []
             for turn in range(turns + 1):
@@ -146,7 +147,7 @@ def _model(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
             compile="auto",
             prefix_cache_mib=0,
         )
-        return EngineMode(engine, cap=None if length else 0)
+        return EngineMode(engine, cap=None if length else 0, ignore_eos=False)
 
     modes = {length: mode(length) for length in (0, *LENGTHS)}
     outcomes: dict[int, list[Any]] = {length: [] for length in modes}
@@ -182,7 +183,5 @@ def _compared(
 
 def paper_speedup(acceptance: float, num_draft_tokens: int, price: float) -> float:
     """Leviathan's and the paper's: tokens a round under independent acceptance, over c gamma + 1."""
-    if acceptance >= 1.0:
-        return (num_draft_tokens + 1) / (price * num_draft_tokens + 1)
-    per_round = (1 - acceptance ** (num_draft_tokens + 1)) / (1 - acceptance)
+    per_round = expected_block_efficiency([acceptance] * num_draft_tokens)
     return per_round / (price * num_draft_tokens + 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS
 from benchmarks.osd.corpus import exchanges
+from benchmarks.osd.plan import moving_acceptance
 from benchmarks.osd.workshop import Tell, Workshop
 from buffer.records import DEFAULT_ROUTE
 from deploy.demo.corpus import Prompt
@@ -21,7 +22,6 @@ from serving.engine.counters import acceptance_rate
 
 NUM_CLIENTS = 8
 NUM_HELD_OUT = 64
-WINDOW = 50
 
 
 def measure_deployed(
@@ -48,6 +48,9 @@ def measure_deployed(
             _rest(system)
             after = clients.send(judged)
             events = _events(system)
+    moving = moving_acceptance(
+        [outcome.num_accepted for outcome in outcomes], [outcome.num_attempted for outcome in outcomes]
+    )
     return {
         "num_requests": len(outcomes),
         "num_failed": sum(bool(outcome.error) for outcome in [*before, *outcomes, *after]),
@@ -55,7 +58,7 @@ def measure_deployed(
         "learnt": _rate(after),
         "answers_unchanged": _texts(before) == _texts(after),
         "events": events,
-    }, {"acceptance": _moving(outcomes), "draft_version": [outcome.draft_version for outcome in outcomes]}
+    }, {"acceptance": moving, "draft_version": [outcome.draft_version for outcome in outcomes]}
 
 
 def _overrides(workshop: Workshop, port: int, folder: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -103,7 +106,3 @@ def _rate(outcomes: Sequence[Outcome]) -> float:
 
 def _texts(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, ...]]:
     return {outcome.question: outcome.token_ids for outcome in outcomes}
-
-
-def _moving(outcomes: Sequence[Outcome]) -> list[list[float]]:
-    return [[end, round(_rate(outcomes[end - WINDOW : end]), 4)] for end in range(WINDOW, len(outcomes), 10)]

@@ -32,13 +32,8 @@ class HeldOut:
     """Told requests of one domain and temperature."""
 
     def __init__(self, told: Sequence[Told], replay: Replay) -> None:
-        self._told, self._replay = told, replay
+        self.told, self._replay = told, replay
         self._records = [_standard(replay.bare_record(one)) for one in told]
-
-    @property
-    def typical(self) -> Told:
-        """One of the requests."""
-        return self._told[0]
 
     def acceptance(self, draft: TrainableDraft) -> float:
         """Of the draft as it stands."""
@@ -55,8 +50,8 @@ class HeldOut:
 
     def counts(self, draft: TrainableDraft) -> NDArray[np.float64]:
         """[P, 2]: by prompt, accepted (or what is expected of it) and attempted tokens."""
-        if self._told[0].seed is None:
-            played = self._replay.play(draft, 0, self._told)
+        if self.told[0].seed is None:
+            played = self._replay.play(draft, 0, self.told)
             return np.array([(one.num_accepted, one.num_attempted) for one in played], float)
         scores = score_records(
             draft,

@@ -49,8 +49,15 @@ class Job:
     """Entries of the target's rows that records keep."""
 
     @property
+    def learner(self) -> LearnerSettings:
+        """All settings, defaults too."""
+        return settings_of(self.arm, {"seed": self.seed, **dict(self.settings)})
+
+    @property
     def key(self) -> str:
-        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
+        """Of the job and of every setting: another default is another life."""
+        named = [asdict(self), self.learner.model_dump()]
+        return sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:20]
 
     def __str__(self) -> str:
         changes = ", ".join(f"{name}={value}" for name, value in self.settings)
@@ -68,7 +75,6 @@ class Result:
     swaps: list[int]
     learner_s: float
     num_steps: int
-    num_positions: int
     facts: dict[str, Any]
     final: dict[str, Measured] = field(default_factory=dict)
     """By domain, on held-out prompts, with the draft of `default`."""
@@ -87,7 +93,7 @@ def run(job: Job, workshop: Workshop) -> Result:
     folder = workshop.folder() / "runs" / job.key
     if (folder / "result.json").exists():
         return Result.read(folder)
-    pair, settings = workshop.pair(), settings_of(job.arm, {"seed": job.seed, **dict(job.settings)})
+    pair, settings = workshop.pair(), job.learner
     replay = workshop.replay(NUM_DRAFT_TOKENS)
     held_out = {
         domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
@@ -161,7 +167,6 @@ def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings
         swaps=outcome.swaps,
         learner_s=outcome.learner_s,
         num_steps=outcome.num_steps,
-        num_positions=outcome.num_positions,
         facts=json.loads(json.dumps(outcome.facts, default=str)),
         final={domain: prompts.measure(draft) for domain, prompts in material.held_out.items()},
         adapter=str(folder) if state is not None else "",

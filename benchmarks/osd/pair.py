@@ -12,14 +12,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.osd.corpus import DOMAINS, exchanges, general_english
 from deploy.demo.train_pair.batches import Document, Draw, batch_at
 from deploy.demo.train_pair.fit import Budget, fit, optimizers_for
 from deploy.demo.train_pair.losses import next_token_loss
-from deploy.demo.train_pair.models import save_pretrained
-from deploy.demo.train_pair.tokens import MAX_LENGTH, byte_level_bpe, chat_ids, load_tokenizer
+from deploy.demo.train_pair.models import save_pretrained, small_llama
+from deploy.demo.train_pair.tokens import byte_level_bpe, chat_ids, load_tokenizer
 
 NUM_ROWS, ROW_TOKENS = 16, 256
 RATE = 3e-3
@@ -27,28 +27,10 @@ RATE = 3e-3
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a model's size follows from; heads are 32 wide, every third one has keys of its own."""
+    """What a model's size follows from; see `small_llama`."""
 
     num_layers: int
     width: int
-
-    def config(self, tokenizer: PreTrainedTokenizerFast, *, tied: bool) -> LlamaConfig:
-        num_heads = self.width // 32
-        return LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.width,
-            intermediate_size=self.width * 8 // 3 // 8 * 8,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=2 if num_heads % 2 == 0 else 1,
-            head_dim=32,
-            max_position_embeddings=MAX_LENGTH,
-            tie_word_embeddings=tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +70,7 @@ def _train(
 ) -> None:
     is_target = name == "target"
     torch.manual_seed(plan.seed + is_target)
-    model = LlamaForCausalLM(shape.config(tokenizer, tied=is_target))
+    model = LlamaForCausalLM(small_llama(tokenizer, shape.num_layers, shape.width, tied=is_target))
     tell(f"{name}: {asdict(shape)}, {sum(weight.numel() for weight in model.parameters()):,} parameters")
 
     def losses_at(step: int) -> list[Callable[[], torch.Tensor]]:

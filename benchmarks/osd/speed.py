@@ -27,6 +27,7 @@ from serving.models.loading import ModelPair
 
 OFF = "off"
 NUM_TOKENS = 64
+"""The most of an answer; it ends where the target ends it."""
 
 
 def measure_speed(
@@ -91,7 +92,7 @@ def _maker(pair: ModelPair, folder: str, room: int, compile: CompileChoice, cap:
             compile=compile,
             prefix_cache_mib=0,
         )
-        return EngineMode(engine, cap=cap)
+        return EngineMode(engine, cap=cap, ignore_eos=False)
 
     return make
 

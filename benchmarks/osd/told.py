@@ -7,7 +7,7 @@ Legend: N told tokens of a request, K kept entries.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.osd.corpus import Exchange
-from deploy.demo.train_pair.tokens import chat_ids
+from benchmarks.prompts import said, token_ids
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.local import build_engine
 from serving.models.loading import ModelPair
@@ -94,13 +94,13 @@ def tell(
 def told_once(
     file: Path,
     pair: ModelPair,
-    exchanges: Sequence[Exchange],
+    exchanges: Callable[[], Sequence[Exchange]],
     temperature: float,
     asking: Asking,
 ) -> list[Told]:
-    """From `file`, or told now and kept there."""
+    """From `file`; without it the exchanges are read, told now and kept there."""
     if not file.exists():
-        save(file, tell(pair, exchanges, temperature, asking))
+        save(file, tell(pair, exchanges(), temperature, asking))
     return load(file)
 
 
@@ -133,7 +133,7 @@ def _request(
     pair: ModelPair, row: Exchange, number: int, temperature: float, asking: Asking
 ) -> GenerationRequest:
     assert pair.tokenizer is not None
-    asked = chat_ids(pair.tokenizer, {"role": "user", "content": row.question})[-asking.prompt_tokens :]
+    asked = token_ids(pair.tokenizer, [said("user", row.question)])[-asking.prompt_tokens :]
     seed = number if temperature else None
     sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=asking.max_tokens)
     name = f"{row.domain}-{number}" + (f"@{temperature:g}" if temperature else "")

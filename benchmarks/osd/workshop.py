@@ -42,9 +42,8 @@ class Workshop:
         return self.cache / "osd" / sha256(json.dumps(named).encode()).hexdigest()[:16]
 
     def stream(self, domain: str, temperature: float) -> list[Told]:
-        """What the target told to the domain's streamed requests; sampled ones are half as many."""
-        count = self.num_stream // 2 if temperature else self.num_stream
-        return self._told(domain, "stream", count, temperature)
+        """What the target told to the domain's streamed requests."""
+        return self._told(domain, "stream", self.num_stream, temperature)
 
     def held_out(self, domain: str, temperature: float) -> list[Told]:
         return self._told(domain, "heldout", self.num_held_out, temperature)
@@ -54,8 +53,13 @@ class Workshop:
 
     def _told(self, domain: str, split: str, count: int, temperature: float) -> list[Told]:
         file = self.folder() / "told" / f"{domain}-{split}-{temperature:g}.npz"
-        rows = exchanges(self.data, domain, split)[:count]
-        return told_once(file, self.pair(), rows, temperature, self.asking)
+        return told_once(
+            file,
+            self.pair(),
+            lambda: exchanges(self.data, domain, split)[:count],
+            temperature,
+            self.asking,
+        )
 
 
 @cache

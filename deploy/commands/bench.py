@@ -206,7 +206,7 @@ def osd(
     from transformers.utils import logging
 
     from benchmarks.osd.corpus import DOMAINS, check_domains
-    from benchmarks.osd.experiments import Plan
+    from benchmarks.osd.plan import Plan
     from benchmarks.osd.story import tell_experiment
     from benchmarks.osd.workshop import Workshop
 

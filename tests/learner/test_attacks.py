@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.adapted import Adapter
-from benchmarks.osd import attacks
+from benchmarks.osd import attacks, live_attacks
 from benchmarks.osd.arms import trainable
 from benchmarks.osd.attack_views import MOST_ROUNDS, metrics
 from benchmarks.osd.bad_adapters import BAD_ADAPTERS
@@ -88,11 +88,11 @@ def test_training_on_bad_records_serves_nothing(stand: Stand, kind: str) -> None
 
 def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_again(stand: Stand) -> None:
     outcomes = [
-        attacks.unjudged(stand, 0, "random weights"),
-        attacks.unjudged(stand, 1, "the floor"),
-        attacks.bad_swap(stand, 0, "nothing was copied"),
-        attacks.bad_swap(stand, 1, "merged twice"),
-        attacks.misleading_window(stand, 1),
+        live_attacks.unjudged(stand, 0, "random weights"),
+        live_attacks.unjudged(stand, 1, "the floor"),
+        live_attacks.bad_swap(stand, 0, "nothing was copied"),
+        live_attacks.bad_swap(stand, 1, "merged twice"),
+        live_attacks.misleading_window(stand, 1),
     ]
     assert all(outcome.served and outcome.rolled_back for outcome in outcomes), outcomes
     figures = metrics(outcomes)
@@ -103,7 +103,7 @@ def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_agai
 
 
 def test_a_good_draft_stays_when_traffic_shifts(stand: Stand) -> None:
-    outcome = attacks.shift(stand, 0)
+    outcome = live_attacks.shift(stand, 0)
     assert outcome.served
     assert not outcome.rolled_back, outcome
 

@@ -4,7 +4,7 @@ After each token a topic has its own next one, whatever was before: a draft that
 at best guess between the two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import AdapterEvent, GenerationRecord, RecordSampling
 from buffer.store import StreamKey
-from learner.bandit import FLOOR, ExistingDraft, best_draft, worth_table
+from learner import bandit
+from learner.bandit import FLOOR, ExistingDraft, best_draft
 from learner.draft import import_weights
+from learner.held_out import HeldOutWindow
 from learner.loop import Learner
 from learner.trainer import Trainer
+from learner.watch import ScoreState
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import VOCAB_SIZE, quick_settings, tiny_draft, tiny_pair
 
@@ -125,8 +128,14 @@ def untagged(traffic: Mapping[str, Records]) -> dict[str, Records]:
 def worths(traffic: Mapping[str, Records], *drafts: ExistingDraft) -> dict[str, list[float]]:
     """Of each draft, by topic, on the last records of it."""
     score = Trainer(tiny_draft(), quick_settings()).score
-    table = worth_table({topic: records[-80:] for topic, records in traffic.items()}, drafts, score)
-    return {topic: [row[draft.key].acceptance for draft in drafts] for topic, row in table.items()}
+    rows = {topic: row_of(records[-80:], drafts, score) for topic, records in traffic.items()}
+    return {topic: [row[draft.key].acceptance for draft in drafts] for topic, row in rows.items()}
+
+
+def row_of(records: Records, drafts: Sequence[ExistingDraft], score: ScoreState) -> bandit.Worths:
+    window = HeldOutWindow(len(records))
+    window.add(records)
+    return bandit.worths(window, drafts, len(records), score)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +321,7 @@ def test_the_best_draft_is_the_first_of_equals_and_never_one_that_scores_nothing
     draft = tiny_draft()
     poisoned = {key: torch.full_like(weight, torch.nan) for key, weight in draft.state().items()}
     drafts = [FLOOR, ExistingDraft("twin", 1, None), ExistingDraft("poisoned", 1, poisoned)]
-    records = {"law": factory("law").records(4, SAMPLING, max_tokens=3)}
+    records = factory("law").records(4, SAMPLING, max_tokens=3)
 
     def score(state: object, wanted: object) -> list[object]:
         found = Trainer(draft, quick_settings()).score(None, wanted)  # type: ignore[arg-type]
@@ -320,7 +329,7 @@ def test_the_best_draft_is_the_first_of_equals_and_never_one_that_scores_nothing
             return [replace(one, expected_N=one.expected_N * np.nan) for one in found if one]
         return list(found)
 
-    row = worth_table(records, drafts, score)["law"]  # type: ignore[arg-type]
+    row = row_of(records, drafts, score)  # type: ignore[arg-type]
     assert best_draft(row, drafts) is FLOOR
     assert best_draft(row, drafts[::-1]) is drafts[1]
     assert row[FLOOR.key].num_records == 4

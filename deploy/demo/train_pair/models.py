@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from deploy.demo.train_pair.tokens import MAX_LENGTH, VOCAB_SIZE
+from deploy.demo.train_pair.tokens import MAX_LENGTH
 
-NUM_TARGET_LAYERS = 16
+NUM_TARGET_LAYERS, WIDTH = 16, 192
 
 
 def new_target(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A deep and narrow target with tied embeddings: depth is what makes a pass cost."""
-    return LlamaForCausalLM(_config(tokenizer, num_layers=NUM_TARGET_LAYERS, tied=True))
+    return LlamaForCausalLM(small_llama(tokenizer, NUM_TARGET_LAYERS, WIDTH, tied=True))
 
 
 def new_draft(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A draft of one layer; its untied embeddings can be adapted apart."""
-    return LlamaForCausalLM(_config(tokenizer, num_layers=1, tied=False))
+    return LlamaForCausalLM(small_llama(tokenizer, 1, WIDTH, tied=False))
 
 
 def save_pretrained(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -52,14 +52,18 @@ def load_pretrained(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-def _config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, tied: bool) -> LlamaConfig:
+def small_llama(
+    tokenizer: PreTrainedTokenizerFast, num_layers: int, width: int, *, tied: bool
+) -> LlamaConfig:
+    """Heads are 32 wide and share two pairs of keys and values, one where their number is odd."""
+    num_heads = width // 32
     return LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 8 * 8,
         num_hidden_layers=num_layers,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        num_attention_heads=num_heads,
+        num_key_value_heads=1 if num_heads % 2 else 2,
         head_dim=32,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=tied,

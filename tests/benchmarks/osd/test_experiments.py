@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.osd import views
-from benchmarks.osd.experiments import Plan, moving_acceptance, per_domain, records_to_reach, shift
+from benchmarks.osd.changing_traffic import purity, shift
 from benchmarks.osd.jobs import Job, Result, run
+from benchmarks.osd.per_domain import per_domain, records_to_reach
+from benchmarks.osd.plan import Plan, moving_acceptance
 from benchmarks.osd.told import Asking
 from benchmarks.osd.workshop import Workshop
 from deploy.commands.demo import PAIR
@@ -30,9 +32,14 @@ def test_records_to_reach_is_read_between_two_looks() -> None:
     assert records_to_reach(curve, 0.6) is None
 
 
+def test_purity_is_one_where_every_route_is_of_one_domain_alone() -> None:
+    assert purity({"sql": {"a": 3, "b": 2}, "chat": {"c": 5}}) == 1.0
+    assert purity({"sql": {"a": 4, "b": 1}, "chat": {"a": 1, "b": 4}}) == 0.8
+    assert purity({"sql": {"default": 5}, "chat": {"default": 5}}) == 0.5
+
+
 def test_the_moving_average_is_of_tokens_not_of_requests() -> None:
-    result = Result([5] * 50, [5] * 25 + [15] * 25, {}, [], 0.0, 0, 0, {})
-    assert moving_acceptance(result) == [[50, 0.5]]
+    assert moving_acceptance([5] * 50, [5] * 25 + [15] * 25) == [[50, 0.5]]
 
 
 def test_a_job_is_worked_out_once(workshop: Workshop) -> None:

@@ -1,0 +1,108 @@
+"""Ours with one setting changed at a time, and what a record loses of the target's rows.
+
+Invariant: every value of a setting met the same requests in the same order.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.adapted import Adapter
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
+from benchmarks.osd.jobs import Job
+from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
+from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label
+from learner.draft import import_weights
+
+ABLATION_RECORDS, SHORT_RECORDS = 1000, 600
+WHOLE_ROWS = 1 << 20
+_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
+    "divergence": {
+        name: (("divergence", name),)
+        for name in (
+            "forward_kl",
+            "reverse_kl",
+            "jensen_shannon",
+            "total_variation",
+            "negative_log_acceptance",
+            "tv_weighted_kl",
+            "osd",
+        )
+    },
+    "learning_rate": {f"{rate:g}": (("learning_rate", rate),) for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
+    "mean_over_steps": {str(count): (("mean_over_steps", count),) for count in (0, 60, 200)},
+    "target_modules": {
+        "layers": (("target_modules", _LAYERS),),
+        "and head": (("target_modules", (*_LAYERS, "lm_head")),),
+        "and head, embedding": (),
+    },
+    "replay_share": {f"{share:g}": (("replay_share", share),) for share in (0.0, 0.25, 0.5)},
+    "passes_over_fresh": {f"{passes:g}": (("passes_over_fresh", passes),) for passes in (1.0, 2.0, 4.0)},
+    "lora_rank": {
+        **{str(rank): (("lora_rank", rank), ("lora_alpha", 2.0 * rank)) for rank in (4, 8, 16, 32, 64)},
+        "full": (("trainable", "full"),),
+    },
+    "min_records_per_cycle": {
+        str(count): (("min_records_per_cycle", count),) for count in (4, 8, 16, 32, 64)
+    },
+}
+
+
+def ablations(plan: Plan) -> tuple[Metrics, Series]:
+    """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
+    domain, count = plan.domains[0], min(plan.num_records, ABLATION_RECORDS)
+    jobs = _ablation_jobs(domain, count)
+    results = plan.work(jobs.values())
+    metrics: Metrics = {"domain": domain, "num_records": count}
+    for (what, value), job in jobs.items():
+        result = results[job]
+        row = {
+            "acceptance_rate": result.final[domain].acceptance,
+            "interval": [result.final[domain].low, result.final[domain].high],
+            "mean_while_learning": sum(result.accepted) / max(1, sum(result.attempted)),
+            "learner_s": result.learner_s,
+            "num_swaps": len(result.swaps),
+        }
+        if what.startswith("num_kept"):
+            row["bytes_per_token"] = bytes_per_token(job.num_kept)
+        metrics.setdefault(what, {})[value] = row
+    metrics["estimator"] = _estimator(plan, domain, results[jobs["divergence", "forward_kl"]].adapter)
+    return metrics, {}
+
+
+def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
+    short = min(count, SHORT_RECORDS)
+    jobs = {
+        (what, value): Job("ours", (domain,), num_records=count, settings=changes)
+        for what, values in ABLATIONS.items()
+        for value, changes in values.items()
+    }
+    for temperature in (0.0, 1.0):
+        for kept in (8, 32, 128, WHOLE_ROWS):
+            name = "whole rows" if kept == WHOLE_ROWS else str(kept)
+            jobs[label("num_kept", temperature), name] = Job(
+                "ours", (domain,), temperature, num_records=short, num_kept=kept
+            )
+    for weight in (0.0, 0.5, 1.0):
+        changes = (("rejected_suffix_weight", weight),)
+        jobs["rejected_suffix_weight", f"{weight:g}"] = Job(
+            "through_engine", (domain,), num_records=short, settings=changes
+        )
+    jobs["through", "engine"] = jobs["rejected_suffix_weight", "0"]
+    jobs["through", "replay"] = Job("ours", (domain,), num_records=short)
+    return jobs
+
+
+def _estimator(plan: Plan, domain: str, folder: str) -> Metrics:
+    """Of the floor and of what ours learnt, on held-out prompts, at both temperatures."""
+    workshop, found = plan.workshop, {}
+    draft = trainable(workshop.pair(), settings_of("ours", {}))
+    states = {"floor": None, "ours": import_weights(Adapter.load(Path(folder)).weights) if folder else None}
+    for temperature in plan.temperatures:
+        told = workshop.held_out(domain, temperature)
+        for name, state in states.items():
+            draft.load(state)
+            found[label(name, temperature)] = acceptance_from(
+                workshop.pair(), draft, told, workshop.replay(NUM_DRAFT_TOKENS)
+            )
+    return found

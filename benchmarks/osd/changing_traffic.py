@@ -1,0 +1,101 @@
+"""Traffic that changes, and traffic that is mixed: one draft against a draft for every route.
+
+Invariant: figures are medians over seeds, and every arm saw the same requests in the same order.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from benchmarks.osd.jobs import Job, Result
+from benchmarks.osd.plan import Metrics, Plan, Series, moving_acceptance, with_seeds
+
+
+def shift(plan: Plan) -> tuple[Metrics, Series]:
+    """The domains one after another: how fast it recovers, and what it forgets of the first."""
+    count = plan.num_records // 2
+    replay = Job("ours", plan.domains, num_records=count)
+    arms = {
+        "replay": replay,
+        "no_replay": replace(replay, settings=(("replay_share", 0.0),)),
+        "routes": replace(replay, routing="tags"),
+    }
+    seeds = {"replay": plan.num_seeds, "routes": plan.num_seeds, "no_replay": 1}
+    lives = {arm: with_seeds(job, seeds[arm]) for arm, job in arms.items()}
+    single = {
+        domain: with_seeds(Job("ours", (domain,), num_records=plan.num_records), plan.num_seeds)
+        for domain in plan.domains
+    }
+    results = plan.work(job for jobs in [*lives.values(), *single.values()] for job in jobs)
+    metrics: Metrics = {"records_per_domain": count}
+    series: Series = {}
+    for arm, jobs in lives.items():
+        for seed, job in enumerate(jobs):
+            result = results[job]
+            series[f"{arm}/{seed}"] = moving_acceptance(result.accepted, result.attempted)
+            for domain, curve in result.held_out.items():
+                series[f"{arm}/{seed}/{domain}"] = [list(point) for point in curve]
+        _add_shift(metrics, plan, arm, [results[job] for job in jobs], count)
+    for domain, jobs in single.items():
+        curves = [results[job].held_out[domain] for job in jobs]
+        metrics.setdefault("single", {})[domain] = {
+            "as_many_records": statistics.median(_at(curve, count) for curve in curves),
+            "final": statistics.median(curve[-1][1] for curve in curves),
+        }
+    for arm in lives:
+        behind = metrics[arm]["behind_single"] = {}
+        for domain in plan.domains:
+            known = metrics["single"][domain]
+            behind[domain] = {
+                "as_many_records": known["as_many_records"] - metrics[arm]["at_end_of_phase"][domain],
+                "final_after_600": known["final"] - metrics[arm]["after_600"][domain],
+            }
+    return metrics, series
+
+
+def _add_shift(metrics: Metrics, plan: Plan, arm: str, found: Sequence[Result], count: int) -> None:
+    at_end, after_600 = {}, {}
+    for index, domain in enumerate(plan.domains):
+        curves = [result.held_out[domain] for result in found]
+        at_end[domain] = statistics.median(_at(curve, (index + 1) * count) for curve in curves)
+        after_600[domain] = statistics.median(_at(curve, index * count + min(600, count)) for curve in curves)
+    first = plan.domains[0]
+    forgotten = statistics.median(
+        _at(result.held_out[first], count) - result.held_out[first][-1][1] for result in found
+    )
+    metrics[arm] = {"at_end_of_phase": at_end, "after_600": after_600, "forgotten_of_first": forgotten}
+
+
+def _at(curve: Sequence[Sequence[float]], count: int) -> float:
+    """The last look at or before so many records."""
+    return [value for at, value in curve if at <= count][-1]
+
+
+def mixture(plan: Plan) -> tuple[Metrics, Series]:
+    """The domains in turn: one draft, a draft for every tag, and the router's own routes without tags."""
+    count = plan.num_records // 2
+    one = Job("ours", plan.domains, num_records=count, order="in turn", evaluate_every=400)
+    arms = {"one": one, "tags": replace(one, routing="tags"), "router": replace(one, routing="router")}
+    lives = {arm: with_seeds(job, plan.num_seeds) for arm, job in arms.items()}
+    results = plan.work(job for jobs in lives.values() for job in jobs)
+    metrics: Metrics = {"records_per_domain": count}
+    series: Series = {}
+    for arm, jobs in lives.items():
+        found = [results[job] for job in jobs]
+        by_domain = {
+            domain: statistics.median(result.held_out[domain][-1][1] for result in found)
+            for domain in plan.domains
+        }
+        metrics[arm] = {"acceptance_rate": by_domain, "mean": statistics.fmean(by_domain.values())}
+        metrics[arm]["purity"] = [purity(result.facts["held_out_routes"]) for result in found]
+        metrics[arm]["routes_of"] = [result.facts["held_out_routes"] for result in found]
+        for seed, result in enumerate(found):
+            series[f"{arm}/{seed}"] = moving_acceptance(result.accepted, result.attempted)
+    return metrics, series
+
+
+def purity(routes_of: Mapping[str, Mapping[str, int]]) -> float:
+    """Of domain -> route -> requests: the share of requests whose route is mostly of their own domain."""
+    routes = {route for counts in routes_of.values() for route in counts}
+    in_common = [max(counts.get(route, 0) for counts in routes_of.values()) for route in routes]
+    return sum(in_common) / sum(sum(counts.values()) for counts in routes_of.values())

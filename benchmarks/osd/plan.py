@@ -1,0 +1,68 @@
+"""How much of an experiment, its jobs worked out, and what every experiment does with their results.
+
+Knows no learner: a job is told what to do by names and settings alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.osd.jobs import Job, Result, run_all, tell_all
+from benchmarks.osd.workshop import Tell, Workshop
+from serving.engine.counters import acceptance_rate
+
+WINDOW = 50
+"""Records of the moving average, as in the paper."""
+THINNING = 10
+"""Every so many records a point of a series."""
+
+Series = dict[str, list[Any]]
+Metrics = dict[str, Any]
+Changes = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    workshop: Workshop
+    domains: tuple[str, ...]
+    num_records: int
+    num_seeds: int
+    num_processes: int
+    tell: Tell
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+
+    def told(self) -> None:
+        """Ask the target for everything at once, so that every process finds it."""
+        wanted = [(domain, temperature) for temperature in self.temperatures for domain in self.domains]
+        tell_all(wanted, self.workshop, self.num_processes, self.tell)
+
+    def work(self, jobs: Iterable[Job]) -> dict[Job, Result]:
+        wanted = list(dict.fromkeys(jobs))
+        number = 0
+
+        def on_done(job: Job, result: Result) -> None:
+            nonlocal number
+            number += 1
+            final = ", ".join(f"{name} {measured.acceptance:.3f}" for name, measured in result.final.items())
+            self.tell(f"{number} of {len(wanted)}: {job}: {final}")
+
+        return run_all(wanted, self.workshop, self.num_processes, on_done)
+
+
+def label(domain: str, temperature: float) -> str:
+    return f"{domain}@{temperature:g}" if temperature else domain
+
+
+def moving_acceptance(accepted: Sequence[int], attempted: Sequence[int]) -> list[list[float]]:
+    """[records so far, accepted over attempted of the last WINDOW], thinned."""
+    points = []
+    for end in range(WINDOW, len(accepted) + 1, THINNING):
+        window = slice(end - WINDOW, end)
+        points.append([end, round(acceptance_rate(sum(accepted[window]), sum(attempted[window])), 4)])
+    return points
+
+
+def with_seeds(job: Job, count: int) -> list[Job]:
+    return [replace(job, seed=seed) for seed in range(count)]
