@@ -21,6 +21,7 @@ class HeldOutWindow:
         self._max_records = max_records
         self._records: dict[str, GenerationRecord] = {}
         self._scores: dict[DraftKey, dict[str, RecordScore | None]] = {}
+        self._fresh: dict[str, RecordScore | None] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -62,7 +63,12 @@ class HeldOutWindow:
 
     def fresh_scores(self, score: Scorer) -> list[RecordScore | None]:
         """Of a draft that changes, the candidate."""
-        return score(list(self._records.values()))
+        self._fresh = dict(zip(self._records, score(list(self._records.values())), strict=True))
+        return list(self._fresh.values())
+
+    def keep_fresh_as(self, draft: DraftKey) -> None:
+        """The candidate that was scored last is this draft now: it need not be scored again."""
+        self._scores[draft], self._fresh = self._fresh, {}
 
     def keep_drafts(self, drafts: Iterable[DraftKey]) -> None:
         """Forget the scores of every other draft."""

@@ -15,7 +15,7 @@ from learner.caution import Caution
 from learner.draft import AdapterState
 from learner.draw import is_held_out
 from learner.gate import GateDecision, GateRule, Scores, acceptance, decide, gain_lower_bound
-from learner.held_out import HeldOutWindow
+from learner.held_out import DraftKey, HeldOutWindow
 from learner.schedule import Headway
 from learner.settings import LearnerSettings
 from learner.speed import Operation
@@ -56,6 +56,10 @@ class Judge:
     def hurry(self) -> None:
         """Traffic shifted: most of what is held out gives way, so that what is new soon has a voice."""
         self._window.shrink(4 * self._settings.gate_min_records)
+
+    def promoted(self, draft: DraftKey) -> None:
+        """The candidate that was judged last is this draft now."""
+        self._window.keep_fresh_as(draft)
 
     def compare(self, drafts: Sequence[ExistingDraft]) -> Worths:
         """What each draft that exists is worth on the last held-out records. Forgets every other draft, the

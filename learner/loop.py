@@ -205,9 +205,10 @@ class Learner:
         return sound
 
     def _train(self, draft: RouteDraft, fresh: list[GenerationRecord]) -> TrainingReport:
-        _, num_replayed = draft.trainer.plan(len(fresh))
+        stretch = draft.slowdown
+        _, num_replayed = draft.trainer.plan(len(fresh), stretch)
         replayed = self._insist(lambda: self._replay(draft, num_replayed))
-        return draft.trainer.train(fresh, replayed, self._rest)
+        return draft.trainer.train(fresh, replayed, self._rest, stretch)
 
     def _replay(self, draft: RouteDraft, num_records: int) -> list[GenerationRecord]:
         """From what is kept: a route's own, and for `default`, which may have to serve them again, all."""

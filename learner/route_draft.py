@@ -132,10 +132,14 @@ class RouteDraft:
         """Training brings nothing now: let what arrived pass."""
         return self.progress.pace.resting and not self.first_lesson
 
+    @property
+    def slowdown(self) -> int:
+        """Times the usual records, and steps, of a cycle."""
+        return self.progress.pace.slowdown(self.progress.rule)
+
     def is_due(self, num_waiting: int, oldest_age_s: float) -> bool:
-        settings, slowdown = self._settings, self.progress.pace.slowdown(self.progress.rule)
-        least, oldest_s = settings.min_records_per_cycle, settings.max_record_age_s
-        return bool(self.first_lesson) or is_due(num_waiting, oldest_age_s, slowdown, least, oldest_s)
+        least, oldest_s = self._settings.min_records_per_cycle, self._settings.max_record_age_s
+        return bool(self.first_lesson) or is_due(num_waiting, oldest_age_s, self.slowdown, least, oldest_s)
 
     def take_first_lesson(self) -> list[GenerationRecord]:
         lesson, self.first_lesson = self.first_lesson, []
@@ -171,6 +175,7 @@ class RouteDraft:
                 state, evidence, progress.num_records_seen, progress.tracker.run_id
             )
         )
+        self.judge.promoted((self.route, manifest.draft_version))
         self.watch.begin(manifest, state, parent.state)
         rest(self._settings.quiet_after_publish_s)
         progress.turned("promoted", manifest, self.incumbent.weights, judgement.decision.reason)

@@ -1,10 +1,12 @@
 """When to learn: often while it helps, hardly while it does not, at once when traffic shifts.
 
-Asleep means that training brings nothing worth its seconds: over the last decisions together the candidate
+Training stalls where it brings nothing worth its seconds: over the last decisions together the candidate
 gained less than that on the draft that served before them, both scored on the same held-out records; or
-thrice as many decisions cannot show the gain (lower bound of a paired bootstrap). Then records are still
-read, held out and watched, but not trained on, except for a probe now and then, each rest twice as long as
-the one before. A probe that is promoted wakes it, and so does a fall of live acceptance.
+thrice as many decisions cannot show the gain (lower bound of a paired bootstrap). First it slows: cycles wait
+for several times the records, so candidates are judged less often and the next verdict rests on more. If that
+stalls too it sleeps: records are still read, held out and watched, but not trained on, except for a probe
+now and then, each rest twice as long as the one before unless the probe was promoted. A probe that gains
+as much as counts ends the sleep; a fall of live acceptance also ends the slowness.
 
 Pure: state in, state out. Knows no store and no clock. Invariant: the oldest record's age alone always
 starts a cycle or ends in a rest, so a slow trickle is never left unread.
@@ -34,7 +36,7 @@ class PaceRule:
 
     stall_gain: float = 0.01
     stall_decisions: int = 6
-    probe_stretch: int = 2
+    slow_stretch: int = 4
     first_rest_records: int = 192
     max_rest_records: int = 3072
     shift_drop: float = 0.1
@@ -52,6 +54,7 @@ class Headway:
 class Pace:
     """What the learner knows about its own progress."""
 
+    slow: bool = False
     asleep: bool = False
     num_decisions: int = 0
     """Since the reference: the draft that served when counting began. 0: what serves now becomes it."""
@@ -80,8 +83,8 @@ class Pace:
         return self.asleep and self.rest_left > 0
 
     def slowdown(self, rule: PaceRule) -> int:
-        """Times the usual number of records that a cycle waits for: a probe must be worth looking at."""
-        return rule.probe_stretch if self.asleep and not self.resting else 1
+        """Times the usual number of records that a cycle waits for."""
+        return rule.slow_stretch if self.slow and not self.resting else 1
 
     def after_rest(self, num_records: int) -> "Pace":
         """So many records passed."""
@@ -92,14 +95,16 @@ class Pace:
         if math.isnan(headway.gain) or rule.max_rest_records == 0:
             return self
         if self.asleep:
-            if promoted:
-                return self.woken()
-            longer = min(2 * self.rest_records, rule.max_rest_records)
-            return replace(self, rest_records=longer, rest_left=longer)
+            if promoted and headway.gain >= rule.stall_gain:
+                return replace(self.woken(), slow=True)
+            rest = self.rest_records if promoted else min(2 * self.rest_records, rule.max_rest_records)
+            return replace(self, rest_records=rest, rest_left=rest)
         num_decisions = self.num_decisions + 1
         if num_decisions < rule.stall_decisions:
             return replace(self, num_decisions=num_decisions)
         if headway.gain < rule.stall_gain or num_decisions >= PATIENCE * rule.stall_decisions:
+            if not self.slow:
+                return replace(self, slow=True, num_decisions=0)
             rest = min(rule.first_rest_records, rule.max_rest_records)
             return replace(self, asleep=True, num_decisions=0, rest_records=rest, rest_left=rest)
         return replace(self, num_decisions=0 if headway.lower > 0 else num_decisions)
@@ -113,7 +118,7 @@ class Pace:
 
     def woken(self) -> "Pace":
         """Full speed; what serves now is the new reference."""
-        return replace(self, asleep=False, num_decisions=0, rest_records=0, rest_left=0)
+        return replace(self, slow=False, asleep=False, num_decisions=0, rest_records=0, rest_left=0)
 
     def _after_rate(self, rate: float, rule: PaceRule) -> "Pace":
         if self.long_acceptance is None:

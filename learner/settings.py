@@ -78,13 +78,14 @@ class LearnerSettings(BaseModel):
     """Share of the time between two steps that may be spent computing; the rest is slept."""
     stall_gain: float = Field(0.01, ge=0)
     stall_decisions: int = Field(6, ge=1)
-    """Training sleeps if over so many scored decisions together it gained less held-out acceptance."""
+    """Training slows, and then sleeps, if over so many scored decisions together it gained less held-out
+    acceptance."""
+    slow_stretch: int = Field(4, ge=1)
+    """A slow cycle, and a probe, takes so many times the records and steps, for one judgement."""
     first_rest_records: int = Field(192, ge=0)
     max_rest_records: int = Field(3072, ge=0)
-    """Records that pass untrained before a probe; the rest doubles after each probe that brings nothing.
-    0: training never sleeps."""
-    probe_stretch: int = Field(2, ge=1)
-    """A probe trains on so many times the usual records, so that a small gain can be shown."""
+    """Records that pass untrained before a probe; the rest doubles after each probe that is not promoted.
+    0: training neither slows nor sleeps."""
     shift_drop: float = Field(0.1, gt=0)
     """Fall of live acceptance that is looked for, and wakes it."""
 

@@ -62,12 +62,12 @@ class Trainer:
         self._optimizer = build_optimizer(draft)
         self._objective = objective_of(settings)
 
-    def plan(self, num_fresh: int) -> tuple[int, int]:
-        """(steps, replayed records wanted) for a cycle over so many fresh records."""
+    def plan(self, num_fresh: int, stretch: int = 1) -> tuple[int, int]:
+        """(steps, replayed records wanted) for a cycle over so many fresh records, `stretch` times a usual
+        one at most."""
         settings = self._settings
-        steps = num_steps(
-            num_fresh, self._fresh_per_step, settings.passes_over_fresh, settings.max_steps_per_cycle
-        )
+        most = stretch * settings.max_steps_per_cycle
+        steps = num_steps(num_fresh, self._fresh_per_step, settings.passes_over_fresh, most)
         return steps, steps * (settings.records_per_step - self._fresh_per_step)
 
     def train(
@@ -75,11 +75,12 @@ class Trainer:
         fresh: Sequence[GenerationRecord],
         replayed: Sequence[GenerationRecord],
         rest: Callable[[float], bool],
+        stretch: int = 1,
     ) -> TrainingReport:
-        """One step a draw; `rest(step_s)` sleeps between steps and says whether to go on."""
+        """A step for each draw; `rest(step_s)` sleeps between steps and says whether to go on."""
         report = TrainingReport()
         self.draft.load_unchecked(self.trained)
-        steps, _ = self.plan(len(fresh))
+        steps, _ = self.plan(len(fresh), stretch)
         shares = np.array_split(np.arange(len(replayed)), max(1, steps))
         draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
         for drawn, share in zip(draws, shares, strict=False):

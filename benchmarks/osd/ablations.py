@@ -4,16 +4,22 @@ Invariant: every value of a setting met the same requests in the same order.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
 from benchmarks.osd.jobs import Job
 from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
 from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label
+from benchmarks.osd.speed import adapted
 from learner.draft import import_weights
+from serving.engine.counters import acceptance_rate
+from serving.engine.request import GenerationRequest, SamplingParams
+from serving.local import build_engine
 
-ABLATION_RECORDS, SHORT_RECORDS = 1000, 600
+NUM_RECORDS = 600
 WHOLE_ROWS = 1 << 20
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
@@ -50,7 +56,7 @@ ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
 
 def ablations(plan: Plan) -> tuple[Metrics, Series]:
     """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
-    domain, count = plan.domains[0], min(plan.num_records, ABLATION_RECORDS)
+    domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
     jobs = _ablation_jobs(domain, count)
     results = plan.work(jobs.values())
     metrics: Metrics = {"domain": domain, "num_records": count}
@@ -64,14 +70,15 @@ def ablations(plan: Plan) -> tuple[Metrics, Series]:
             "num_swaps": len(result.swaps),
         }
         if what.startswith("num_kept"):
-            row["bytes_per_token"] = bytes_per_token(job.num_kept)
+            row["bytes_per_token"] = bytes_per_token(min(job.num_kept, plan.workshop.pair().vocab_size))
         metrics.setdefault(what, {})[value] = row
-    metrics["estimator"] = _estimator(plan, domain, results[jobs["divergence", "forward_kl"]].adapter)
+    folder = results[jobs["divergence", "forward_kl"]].adapter
+    metrics["estimator"] = _estimator(plan, domain, folder)
+    metrics["sampling"] = _sampling(plan, domain, folder)
     return metrics, {}
 
 
 def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
-    short = min(count, SHORT_RECORDS)
     jobs = {
         (what, value): Job("ours", (domain,), num_records=count, settings=changes)
         for what, values in ABLATIONS.items()
@@ -81,15 +88,15 @@ def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
         for kept in (8, 32, 128, WHOLE_ROWS):
             name = "whole rows" if kept == WHOLE_ROWS else str(kept)
             jobs[label("num_kept", temperature), name] = Job(
-                "ours", (domain,), temperature, num_records=short, num_kept=kept
+                "ours", (domain,), temperature, num_records=count, num_kept=kept
             )
     for weight in (0.0, 0.5, 1.0):
         changes = (("rejected_suffix_weight", weight),)
         jobs["rejected_suffix_weight", f"{weight:g}"] = Job(
-            "through_engine", (domain,), num_records=short, settings=changes
+            "through_engine", (domain,), num_records=count, settings=changes
         )
     jobs["through", "engine"] = jobs["rejected_suffix_weight", "0"]
-    jobs["through", "replay"] = Job("ours", (domain,), num_records=short)
+    jobs["through", "replay"] = Job("ours", (domain,), num_records=count)
     return jobs
 
 
@@ -105,4 +112,41 @@ def _estimator(plan: Plan, domain: str, folder: str) -> Metrics:
             found[label(name, temperature)] = acceptance_from(
                 workshop.pair(), draft, told, workshop.replay(NUM_DRAFT_TOKENS)
             )
+    return found
+
+
+def _sampling(plan: Plan, domain: str, folder: str) -> Metrics:
+    """Coupled draws (a seed for each request) against standard ones, of what ours learnt, at temperature 1
+    through the engine; twice each, so that the spread is seen."""
+    told, pair = plan.workshop.held_out(domain, 1.0), plan.workshop.pair()
+    room, found = plan.workshop.asking.prompt_tokens + plan.workshop.asking.max_tokens, dict[str, Any]()
+    with build_engine(
+        replace(pair, draft=adapted(pair, folder)),
+        num_slots=8,
+        max_seq_len=room,
+        num_draft_tokens=NUM_DRAFT_TOKENS,
+        speculation="model",
+    ) as engine:
+        for turn in range(2):
+            for mode in ("standard", "coupled"):
+                handles = [
+                    engine.submit(
+                        GenerationRequest(
+                            f"{mode}-{turn}-{number}",
+                            tuple(one.prompt_token_ids.tolist()),
+                            SamplingParams(
+                                temperature=1.0,
+                                seed=len(told) * turn + number if mode == "coupled" else None,
+                                max_tokens=plan.workshop.asking.max_tokens,
+                            ),
+                        )
+                    )
+                    for number, one in enumerate(told)
+                ]
+                generations = [handle.result() for handle in handles]
+                rate = acceptance_rate(
+                    sum(generation.num_accepted for generation in generations),
+                    sum(generation.num_attempted for generation in generations),
+                )
+                found.setdefault(mode, []).append(rate)
     return found

@@ -10,10 +10,12 @@ from dataclasses import replace
 from benchmarks.osd.jobs import Job, Result
 from benchmarks.osd.plan import Metrics, Plan, Series, moving_acceptance, with_seeds
 
+PHASE_RECORDS = 600
+
 
 def shift(plan: Plan) -> tuple[Metrics, Series]:
     """The domains one after another: how fast it recovers, and what it forgets of the first."""
-    count = plan.num_records // 2
+    count = min(plan.num_records, PHASE_RECORDS)
     replay = Job("ours", plan.domains, num_records=count)
     arms = {
         "replay": replay,
@@ -48,22 +50,21 @@ def shift(plan: Plan) -> tuple[Metrics, Series]:
             known = metrics["single"][domain]
             behind[domain] = {
                 "as_many_records": known["as_many_records"] - metrics[arm]["at_end_of_phase"][domain],
-                "final_after_600": known["final"] - metrics[arm]["after_600"][domain],
+                "final": known["final"] - metrics[arm]["at_end_of_phase"][domain],
             }
     return metrics, series
 
 
 def _add_shift(metrics: Metrics, plan: Plan, arm: str, found: Sequence[Result], count: int) -> None:
-    at_end, after_600 = {}, {}
+    at_end = {}
     for index, domain in enumerate(plan.domains):
         curves = [result.held_out[domain] for result in found]
         at_end[domain] = statistics.median(_at(curve, (index + 1) * count) for curve in curves)
-        after_600[domain] = statistics.median(_at(curve, index * count + min(600, count)) for curve in curves)
     first = plan.domains[0]
     forgotten = statistics.median(
         _at(result.held_out[first], count) - result.held_out[first][-1][1] for result in found
     )
-    metrics[arm] = {"at_end_of_phase": at_end, "after_600": after_600, "forgotten_of_first": forgotten}
+    metrics[arm] = {"at_end_of_phase": at_end, "forgotten_of_first": forgotten}
 
 
 def _at(curve: Sequence[Sequence[float]], count: int) -> float:
@@ -73,7 +74,7 @@ def _at(curve: Sequence[Sequence[float]], count: int) -> float:
 
 def mixture(plan: Plan) -> tuple[Metrics, Series]:
     """The domains in turn: one draft, a draft for every tag, and the router's own routes without tags."""
-    count = plan.num_records // 2
+    count = plan.num_records // len(plan.domains)
     one = Job("ours", plan.domains, num_records=count, order="in turn", evaluate_every=400)
     arms = {"one": one, "tags": replace(one, routing="tags"), "router": replace(one, routing="router")}
     lives = {arm: with_seeds(job, plan.num_seeds) for arm, job in arms.items()}

@@ -18,7 +18,7 @@ from benchmarks.engine_modes import EngineMode
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import Plan
+from benchmarks.osd.plan import Changes, Plan
 from benchmarks.osd.speed import adapted
 from benchmarks.osd.workshop import Workshop
 from learner.settings import LearnerSettings
@@ -29,25 +29,38 @@ from serving.local import build_engine
 NUM_TOKENS = 48
 NUM_PROMPTS = 16
 LENGTHS = (1, 2, 4, 6)
+STATIONARY_ROUNDS = 3
+"""The stream again and again, each time in another order: long enough to converge."""
+NEVER_STOPS: Changes = (("max_rest_records", 0),)
 
 
 def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
-    """The price of learning in every domain; sleep, serving beside, and the cost model in the first."""
+    """The price of learning, and what stopping saves, in every domain; serving beside the learner and the
+    cost model in the first."""
     lives = {
         (domain, arm): Job(arm, (domain,), num_records=plan.num_records)
         for domain in plan.domains
         for arm in ("ours", "floor")
     }
+    long = {
+        (domain, arm): Job(
+            "ours", (domain,), num_records=STATIONARY_ROUNDS * plan.num_records, settings=settings
+        )
+        for domain in plan.domains
+        for arm, settings in (("stops", ()), ("never_stops", NEVER_STOPS))
+    }
     domain = plan.domains[0]
-    sleepless = Job("ours", (domain,), num_records=plan.num_records, settings=(("max_rest_records", 0),))
-    results = plan.work([*lives.values(), sleepless])
+    results = plan.work([*lives.values(), *long.values()])
     folder = results[lives[domain, "ours"]].adapter
     return {
         "learning": {
             name: _price(plan, results[lives[name, "ours"]], results[lives[name, "floor"]], name)
             for name in plan.domains
         },
-        "sleep": _slept(results[lives[domain, "ours"]], results[sleepless], domain),
+        "stopping": {
+            name: _stopped(results[long[name, "stops"]], results[long[name, "never_stops"]], name)
+            for name in plan.domains
+        },
         "serving_beside_the_learner": _beside(plan, domain, folder, turns),
         "cost_model": _model(plan, domain, folder, turns),
     }
@@ -66,13 +79,17 @@ def _price(plan: Plan, ours: Result, floor: Result, domain: str) -> dict[str, fl
     }
 
 
-def _slept(default: Result, sleepless: Result, domain: str) -> dict[str, float]:
+def _stopped(stops: Result, never: Result, domain: str) -> dict[str, Any]:
     """What stopping by itself saves on a stream that never changes, and what it costs."""
     return {
-        "learner_s": default.learner_s,
-        "learner_s_without_sleep": sleepless.learner_s,
-        "seconds_saved": 1 - default.learner_s / sleepless.learner_s,
-        "acceptance_lost": sleepless.final[domain].acceptance - default.final[domain].acceptance,
+        "num_records": len(stops.accepted),
+        "learner_s": stops.learner_s,
+        "learner_s_never_stopping": never.learner_s,
+        "seconds_saved": 1 - stops.learner_s / never.learner_s,
+        "acceptance_rate": stops.final[domain].acceptance,
+        "acceptance_lost": never.final[domain].acceptance - stops.final[domain].acceptance,
+        "curve": stops.held_out[domain],
+        "curve_never_stopping": never.held_out[domain],
     }
 
 

@@ -55,8 +55,8 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Of the job and of every setting: another default is another life."""
-        named = [asdict(self), self.learner.model_dump()]
+        """Of the job and of every setting, changed or not: another default is another life."""
+        named = asdict(self) | {"settings": self.learner.model_dump()}
         return sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:20]
 
     def __str__(self) -> str:
@@ -113,16 +113,17 @@ def run_all(
     num_processes: int,
     on_done: Callable[[Job, Result], None] = lambda job, result: None,
 ) -> dict[Job, Result]:
-    """Every job once, several at a time."""
-    wanted = list(dict.fromkeys(jobs))
+    """Every job once, several at a time; those that come to the same settings are one."""
+    wanted = list(jobs)
+    once = {job.key: job for job in wanted}
     with ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(run, job, workshop): job for job in wanted}
+        running = {pool.submit(run, job, workshop): job for job in once.values()}
         results = {}
         for future in as_completed(running):
             job = running[future]
-            results[job] = future.result()
-            on_done(job, results[job])
-    return {job: results[job] for job in wanted}
+            results[job.key] = future.result()
+            on_done(job, results[job.key])
+    return {job: results[job.key] for job in wanted}
 
 
 def tell_all(wanted: Sequence[tuple[str, float]], workshop: Workshop, num_processes: int, tell: Tell) -> None:
@@ -145,7 +146,7 @@ def _one_thread() -> None:
 
 def _stream(job: Job, workshop: Workshop) -> Sequence[Told]:
     streams = [
-        shuffled(workshop.stream(domain, job.temperature), job.seed)[: job.num_records]
+        shuffled(workshop.stream(domain, job.temperature), job.seed, job.num_records)
         for domain in job.domains
     ]
     if job.order == "in turn":

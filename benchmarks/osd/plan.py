@@ -39,14 +39,15 @@ class Plan:
         tell_all(wanted, self.workshop, self.num_processes, self.tell)
 
     def work(self, jobs: Iterable[Job]) -> dict[Job, Result]:
-        wanted = list(dict.fromkeys(jobs))
+        wanted = list(jobs)
+        num_lives = len({job.key for job in wanted})
         number = 0
 
         def on_done(job: Job, result: Result) -> None:
             nonlocal number
             number += 1
             final = ", ".join(f"{name} {measured.acceptance:.3f}" for name, measured in result.final.items())
-            self.tell(f"{number} of {len(wanted)}: {job}: {final}")
+            self.tell(f"{number} of {num_lives}: {job}: {final}")
 
         return run_all(wanted, self.workshop, self.num_processes, on_done)
 

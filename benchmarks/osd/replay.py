@@ -99,7 +99,7 @@ class Replay:
         now_s = time.time()
         mode = "greedy" if told.temperature == 0 else "coupled"
         return GenerationRecord(
-            record_id=f"{told.request_id}-0-0",
+            record_id=f"{told.request_id}-0-{told.arrival}",
             request_id=told.request_id,
             route=route,
             target_revision=self.target_revision,

@@ -53,6 +53,8 @@ class Told:
     emitted_logprob_N: NDArray[np.float32]
     prompt_embedding_H: NDArray[np.float16]
     """The target's mean hidden state over the prompt."""
+    arrival: int = 0
+    """How often the same request came before."""
 
     @property
     def num_tokens(self) -> int:
@@ -167,10 +169,13 @@ def _embedding(pair: ModelPair, request: GenerationRequest) -> NDArray[np.float1
     return embedding_H
 
 
-def shuffled(told: Sequence[Told], seed: int) -> list[Told]:
-    """A seed's own order of arrival."""
-    order = np.random.default_rng(seed).permutation(len(told))
-    return [told[index] for index in order]
+def shuffled(told: Sequence[Told], seed: int, num_records: int) -> list[Told]:
+    """A seed's own order of arrival; where there are too few they arrive again, in another order."""
+    rng = np.random.default_rng(seed)
+    arrived: list[Told] = []
+    for arrival in range(-(-num_records // max(1, len(told)))):
+        arrived += [replace(told[index], arrival=arrival) for index in rng.permutation(len(told))]
+    return arrived[:num_records]
 
 
 def interleaved(streams: Sequence[Sequence[Told]]) -> Iterator[Told]:

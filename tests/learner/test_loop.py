@@ -275,8 +275,8 @@ def test_a_new_learner_tells_of_the_draft_that_it_finds_serving(
 def test_asleep_it_reads_holds_out_and_acks_but_does_not_train_and_says_what_it_saved(
     house: House, traffic: Traffic
 ) -> None:
-    sleepy = {"stall_gain": 1.0, "stall_decisions": 2, "first_rest_records": 60, "max_rest_records": 60}
-    house.learner = house.build(**sleepy)
+    rest = {"first_rest_records": 60, "max_rest_records": 60}
+    house.learner = house.build(stall_gain=1.0, stall_decisions=1, slow_stretch=1, **rest)
     for records in traffic[:2]:
         house.serve(records)
         assert house.learner.run_cycle()
@@ -292,7 +292,7 @@ def test_asleep_it_reads_holds_out_and_acks_but_does_not_train_and_says_what_it_
     assert after["learner_saved_s"] == pytest.approx(after["learner_s"])
     assert house.store.size(KEY).num_pending == 0
     for records in traffic[4:6]:
-        house.serve(records)  # a probe, over twice the usual records
+        house.serve(records)  # a probe
     assert house.learner.run_cycle()
     assert house.learner.snapshot()["num_steps"] > after["num_steps"]
 

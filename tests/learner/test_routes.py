@@ -353,8 +353,8 @@ def test_a_route_that_sleeps_keeps_no_other_from_learning(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
     """No gain is enough, so each draft sleeps after two decisions."""
-    rest = {"stall_gain": 1.0, "stall_decisions": 2, "first_rest_records": 9999, "max_rest_records": 9999}
-    house = House(tmp_path, **rest)
+    stall = {"stall_gain": 1.0, "stall_decisions": 1, "slow_stretch": 1}
+    house = House(tmp_path, **stall, first_rest_records=9999, max_rest_records=9999)
     house.live({"law": traffic["law"][:150]})
     before = house.learner.snapshot()["routes"]
     assert before["default"]["asleep"] and before["law"]["asleep"]

@@ -1,6 +1,7 @@
-"""When a cycle starts, when training sleeps, and what wakes it."""
+"""When a cycle starts, when training slows and sleeps, and what wakes it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,9 +56,9 @@ def test_on_a_stationary_stream_training_stops_and_little_is_lost() -> None:
     def level_after(records: int) -> float:
         return float(0.6 * (1 - np.exp(-records / 100)))
 
-    runs = [learning(level_after, 2000, seed) for seed in range(10)]
-    assert np.mean([trained for trained, _ in runs]) <= 1000, "half of the training is saved"
-    assert min(level_after(trained) for trained, _ in runs) >= level_after(2000) - 0.01
+    runs = [learning(level_after, 4000, seed) for seed in range(10)]
+    assert np.mean([trained for trained, _ in runs]) <= 2000, "half of the training is saved"
+    assert min(level_after(trained) for trained, _ in runs) >= level_after(4000) - 0.005
     assert all(all(story[:15]) for _, story in runs), "it does not stop while it learns"
 
 
@@ -77,36 +78,50 @@ def test_a_gain_that_is_there_keeps_it_awake_and_one_that_cannot_be_shown_does_n
         pace = decided(pace, 0.02)
         assert not pace.asleep
     pace = Pace()
-    for _ in range(PATIENCE * RULE.stall_decisions):
-        assert not pace.asleep
-        pace = decided(pace, 0.02, noise=0.1)
+    for slow in (False, True):
+        for _ in range(PATIENCE * RULE.stall_decisions):
+            assert (pace.slow, pace.asleep) == (slow, False)
+            pace = decided(pace, 0.02, noise=0.1)
     assert pace.asleep
 
 
 def asleep() -> Pace:
     pace = Pace()
-    for _ in range(RULE.stall_decisions):
-        assert not pace.asleep
-        pace = decided(pace, 0.0)
+    for stretch in (1, RULE.slow_stretch):
+        for _ in range(RULE.stall_decisions):
+            assert not pace.asleep and pace.slowdown(RULE) == stretch
+            pace = decided(pace, 0.0)
     assert pace.resting
     return pace
 
 
-def test_probes_grow_rare_and_one_that_is_promoted_wakes_it() -> None:
+def test_slow_it_stays_slow_while_it_gains_and_a_shift_ends_that() -> None:
+    pace = replace(Pace(), slow=True)
+    for _ in range(50):
+        pace = decided(pace, 0.02, promoted=True)
+        assert pace.slow and not pace.asleep
+    rng = np.random.default_rng(0)
+    shifted = pace.after_records([*rates(rng, 300, 0.6), *rates(rng, 100, 0.3)], RULE)
+    assert shifted.num_shifts == 1 and shifted.slowdown(RULE) == 1
+
+
+def test_probes_grow_rare_and_one_that_gains_enough_ends_the_sleep() -> None:
     pace, rests = asleep(), []
     for _ in range(6):
         rests.append(pace.rest_left)
         pace = pace.after_rest(pace.rest_left)
-        assert pace.asleep and not pace.resting and pace.slowdown(RULE) == RULE.probe_stretch
+        assert pace.asleep and not pace.resting and pace.slowdown(RULE) == RULE.slow_stretch
         pace = decided(pace, 0.0)
     assert rests == [192, 384, 768, 1536, 3072, 3072]
-    assert decided(pace.after_rest(3072), 0.02, promoted=True) == pace.woken()
+    probe = pace.after_rest(3072)
+    assert decided(probe, 0.009, promoted=True).rest_left == 3072, "too little to wake for"
+    assert decided(probe, 0.02, promoted=True) == replace(pace.woken(), slow=True)
 
 
 def test_a_decision_that_scored_nothing_says_nothing_and_sleep_can_be_forbidden() -> None:
     assert Pace().after_decision(Headway(), False, RULE) == Pace()
     never = PaceRule(max_rest_records=0)
-    assert Pace(num_decisions=99).after_decision(Headway(0.0, -0.1), False, never).num_decisions == 99
+    assert Pace(num_decisions=99).after_decision(Headway(0.0, -0.1), False, never) == Pace(num_decisions=99)
 
 
 def rates(rng: np.random.Generator, number: int, mean: float, deviation: float = 0.25) -> list[float]:
