@@ -1,12 +1,12 @@
 """When to learn: often while it helps, hardly while it does not, at once when traffic shifts.
 
 Training stalls where it brings nothing worth its seconds: over the last decisions together the candidate
-gained less than that on the draft that served before them, both scored on the same held-out records; or
-thrice as many decisions cannot show the gain (lower bound of a paired bootstrap). First it slows: cycles wait
-for several times the records, so candidates are judged less often and the next verdict rests on more. If that
-stalls too it sleeps: records are still read, held out and watched, but not trained on, except for a probe
-now and then, each rest twice as long as the one before unless the probe was promoted. A probe that gains
-as much as counts ends the sleep; a fall of live acceptance also ends the slowness.
+gained less than that on the draft that served before them, both scored on the same held-out records; or the
+gain cannot be shown (lower bound of a paired bootstrap), at full speed by thrice as many decisions. First it
+slows: cycles wait for several times the records, so candidates are judged less often and the next verdict
+rests on more. If that stalls too it sleeps: records are still read, held out and watched, but not trained on,
+except for a probe now and then, each rest twice as long as the one before unless the probe was promoted. A
+probe that gains as much as counts ends the sleep; a fall of live acceptance also ends the slowness.
 
 Pure: state in, state out. Knows no store and no clock. Invariant: the oldest record's age alone always
 starts a cycle or ends in a rest, so a slow trickle is never left unread.
@@ -27,7 +27,7 @@ FALL_EVIDENCE = 6.0
 """Log likelihood ratio at which a fall is believed: on unchanged traffic about once in 10,000 records or
 less; a fall of .2 where single records scatter by .25 is seen within some 40."""
 PATIENCE = 3
-"""Times the usual number of decisions, after which gains that cannot be shown are taken for none."""
+"""Times the usual number of decisions, after which gains that cannot be shown slow it."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,14 @@ class Pace:
         num_decisions = self.num_decisions + 1
         if num_decisions < rule.stall_decisions:
             return replace(self, num_decisions=num_decisions)
-        if headway.gain < rule.stall_gain or num_decisions >= PATIENCE * rule.stall_decisions:
+        shown = headway.lower > 0
+        most = rule.stall_decisions if self.slow else PATIENCE * rule.stall_decisions
+        if headway.gain < rule.stall_gain or (not shown and num_decisions >= most):
             if not self.slow:
                 return replace(self, slow=True, num_decisions=0)
             rest = min(rule.first_rest_records, rule.max_rest_records)
             return replace(self, asleep=True, num_decisions=0, rest_records=rest, rest_left=rest)
-        return replace(self, num_decisions=0 if headway.lower > 0 else num_decisions)
+        return replace(self, num_decisions=0 if shown else num_decisions)
 
     def after_records(self, rates: Iterable[float], rule: PaceRule) -> "Pace":
         """Follows live acceptance, one rate a record; a fall wakes it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.osd.corpus import DOMAINS, exchanges, general_english
@@ -45,6 +46,7 @@ class PairPlan:
     target_minutes: float = 55.0
     draft_minutes: float = 6.0
     num_threads: int = 2
+    device: str = "cpu"
     seed: int = 0
 
     def folder(self, name: str) -> Path:
@@ -71,11 +73,13 @@ def _train(
     is_target = name == "target"
     torch.manual_seed(plan.seed + is_target)
     model = LlamaForCausalLM(small_llama(tokenizer, shape.num_layers, shape.width, tied=is_target))
+    nn.Module.to(model, plan.device)
     tell(f"{name}: {asdict(shape)}, {sum(weight.numel() for weight in model.parameters()):,} parameters")
 
     def losses_at(step: int) -> list[Callable[[], torch.Tensor]]:
         batch = batch_at(step, draw, seed=plan.seed, num_rows=NUM_ROWS, length=ROW_TOKENS)
-        return [partial(next_token_loss, model, shard) for shard in batch.shards(plan.num_threads)]
+        shards = batch.to(plan.device).shards(plan.num_threads)
+        return [partial(next_token_loss, model, shard) for shard in shards]
 
     budget = Budget(10**6, plan.target_minutes if is_target else plan.draft_minutes)
     optimizers = optimizers_for(model, matrix_rate=RATE, other_rate=RATE)

@@ -175,9 +175,19 @@ def pair(
     layers: Annotated[int, typer.Option(help="Of the target.", min=1)] = 22,
     width: Annotated[int, typer.Option(help="Of the target; a multiple of 32.", min=32)] = 192,
     threads: Annotated[int, typer.Option(help="Each with its shard of a batch.", min=1)] = 2,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; on a GPU take more layers and one thread.")
+    ] = "cpu",
 ) -> None:
     """Train the pair of `bench osd`, outside the tree; a run that was killed goes on."""
-    _trained_pair(data, minutes=minutes, draft_minutes=draft_minutes, shape=(layers, width), threads=threads)
+    _trained_pair(
+        data,
+        minutes=minutes,
+        draft_minutes=draft_minutes,
+        shape=(layers, width),
+        threads=threads,
+        device=device,
+    )
 
 
 @app.command()
@@ -280,6 +290,7 @@ def _trained_pair(
     draft_minutes: float = 6.0,
     shape: tuple[int, int] = (22, 192),
     threads: int = 2,
+    device: str = "cpu",
 ) -> Path:
     """The folder of the benchmark's pair, trained first where it is not there yet."""
     import torch
@@ -295,6 +306,7 @@ def _trained_pair(
         target_minutes=minutes,
         draft_minutes=draft_minutes,
         num_threads=threads,
+        device=device,
     )
     with plain_faults():
         train_pair(plan, errors().print)

@@ -78,8 +78,8 @@ def test_a_gain_that_is_there_keeps_it_awake_and_one_that_cannot_be_shown_does_n
         pace = decided(pace, 0.02)
         assert not pace.asleep
     pace = Pace()
-    for slow in (False, True):
-        for _ in range(PATIENCE * RULE.stall_decisions):
+    for slow, patience in ((False, PATIENCE), (True, 1)):
+        for _ in range(patience * RULE.stall_decisions):
             assert (pace.slow, pace.asleep) == (slow, False)
             pace = decided(pace, 0.02, noise=0.1)
     assert pace.asleep

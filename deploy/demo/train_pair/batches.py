@@ -54,6 +54,9 @@ class Batch:
         parts = zip(self.ids_BT.chunk(num_shards), self.learned_BT.chunk(num_shards), strict=True)
         return [Batch(*part) for part in parts]
 
+    def to(self, device: str) -> "Batch":
+        return Batch(self.ids_BT.to(device), self.learned_BT.to(device))
+
 
 Draw = Callable[[Random], Document]
 

@@ -142,7 +142,7 @@ def _save(
 def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], checkpoint: Path) -> Report:
     if not checkpoint.exists():
         return Report()
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

@@ -12,7 +12,7 @@ from deploy.demo.train_pair.batches import Batch
 
 def logits_at(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     """Logits [N, V] in float32 at the positions that predict a learned token; layers run in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(batch.ids_BT.device.type, torch.bfloat16):
         hidden_BTH = model.model(batch.ids_BT, use_cache=False).last_hidden_state
         logits_NV: torch.Tensor = model.lm_head(hidden_BTH[:, :-1][batch.learned_BT[:, 1:]])
     return logits_NV.to(torch.float32)
