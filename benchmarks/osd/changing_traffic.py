@@ -22,8 +22,7 @@ def shift(plan: Plan) -> tuple[Metrics, Series]:
         "no_replay": replace(replay, settings=(("replay_share", 0.0),)),
         "routes": replace(replay, routing="tags"),
     }
-    seeds = {"replay": plan.num_seeds, "routes": plan.num_seeds, "no_replay": 1}
-    lives = {arm: with_seeds(job, seeds[arm]) for arm, job in arms.items()}
+    lives = {arm: with_seeds(job, plan.num_seeds if arm == "replay" else 1) for arm, job in arms.items()}
     single = {
         domain: with_seeds(Job("ours", (domain,), num_records=plan.num_records), plan.num_seeds)
         for domain in plan.domains
@@ -77,7 +76,7 @@ def mixture(plan: Plan) -> tuple[Metrics, Series]:
     count = plan.num_records // len(plan.domains)
     one = Job("ours", plan.domains, num_records=count, order="in turn", evaluate_every=400)
     arms = {"one": one, "tags": replace(one, routing="tags"), "router": replace(one, routing="router")}
-    lives = {arm: with_seeds(job, plan.num_seeds) for arm, job in arms.items()}
+    lives = {arm: with_seeds(job, 1 if arm == "tags" else plan.num_seeds) for arm, job in arms.items()}
     results = plan.work(job for jobs in lives.values() for job in jobs)
     metrics: Metrics = {"records_per_domain": count}
     series: Series = {}
