@@ -40,7 +40,7 @@ class RouteTable:
     centroids_RH: NDArray[np.float32]
     """Mean embedding of each route's prompts, `mean_H` not yet taken off."""
     routes: tuple[str, ...]
-    """Names of the centroids' rows."""
+    """Names of the centroids' rows, distinct but for `default`: several kinds may be its own."""
     min_similarity: float
     """Cosine under which a prompt belongs to no route."""
 
@@ -57,7 +57,8 @@ class RouteTable:
             raise ValueError("mean_H or centroids_RH is not finite; every prompt would be misled")
         if not -1.0 <= self.min_similarity <= 1.0:
             raise ValueError(f"min_similarity={self.min_similarity!r} is no cosine; nothing was routed")
-        if len(self.routes) > _MAX_ROUTES or len(set(self.routes)) < len(self.routes):
+        named = [route for route in self.routes if route != DEFAULT_ROUTE]
+        if len(self.routes) > _MAX_ROUTES or len(set(named)) < len(named):
             raise ValueError(f"routes={self.routes!r} must be distinct, {_MAX_ROUTES} at most")
         for route in self.routes:
             check_route_name(route)

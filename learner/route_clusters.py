@@ -53,9 +53,11 @@ def fit_routes(
 
     `labels` are the routes that prompts are known to be of. Those of `default` (all, without labels) are
     named as `previous` names them; what it does not name is clustered, and a cluster that is apart gets a
-    new name (`auto-1`, ...). What remains of `default` has a centroid of its own. A label that cannot be told
-    from another kind gets none: its requests must bear their tag. What `previous` knew and too few prompts
-    are of now keeps the centroid it had.
+    new name (`auto-1`, ...). Where all that bear no tag fall into more kinds than had a name, they are named
+    anew, a kind that most of an older one went into as that one: early kinds are coarse. What remains of
+    `default` has a centroid of its own. A label that cannot be told from another kind gets none: its requests
+    must bear their tag. What `previous` knew and too few prompts are of now, or what it found
+    itself and could not be told apart this time, keeps the centroid it had.
     """
     points_NH, rng = np.asarray(embeddings_NH, np.float64), np.random.default_rng(seed)
     names = np.array(labels if labels is not None else [DEFAULT_ROUTE] * len(points_NH), dtype=object)
@@ -65,21 +67,31 @@ def fit_routes(
             names[row] = previous.route_of(points_NH[row])
     members = {str(name): np.flatnonzero(names == name) for name in sorted({*names, DEFAULT_ROUTE})}
     members = {name: rows for name, rows in members.items() if len(rows) >= LEAST_PROMPTS}
-    rest_N = members.get(DEFAULT_ROUTE, np.zeros(0, np.int64))
-    looks = [find_clusters(points_NH[rest_N], max_routes, rng) for _ in range(NUM_LOOKS)]
-    cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
-    clusters = [rest_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
-    known = {name: rows for name, rows in members.items() if name != DEFAULT_ROUTE}
-    kinds = _told_apart(points_NH, known, clusters, {*known, *old}, rng)
-    rare = {name: centroid_H for name, centroid_H in old.items() if name not in {*members, *kinds}}
-    return _table(points_NH, kinds, rare, target_revision, now_s)
+    untagged = {name: rows for name, rows in members.items() if _is_untagged(name)}
+    clusters, successors = _finest(points_NH, untagged, max_routes, rng)
+    if len(clusters) > len(untagged):
+        known = {name: rows for name, rows in members.items() if name not in untagged}
+    else:
+        rest_N = members.get(DEFAULT_ROUTE, np.zeros(0, np.int64))
+        clusters, successors = _clusters(points_NH, rest_N, max_routes, rng), {}
+        known = {name: rows for name, rows in members.items() if name != DEFAULT_ROUTE}
+    kinds = _told_apart(points_NH, known, clusters, successors, {*known, *old}, rng)
+    gone = {*kinds, *(name for name in members if not name.startswith(AUTO_PREFIX))}
+    kept = {name: centroid_H for name, centroid_H in old.items() if name not in gone}
+    return _table(points_NH, kinds, kept, target_revision, now_s)
 
 
 def restricted(table: RouteTable, routes: Sequence[str]) -> RouteTable:
-    """The table with these routes only, and with what is `default`'s."""
+    """The table without what is neither of these routes nor `default`'s."""
     rows = [row for row, name in enumerate(table.routes) if name in routes or name == DEFAULT_ROUTE]
     names = tuple(table.routes[row] for row in rows)
     return replace(table, centroids_RH=table.centroids_RH[rows], routes=names)
+
+
+def told_of(table: RouteTable, routes: Sequence[str]) -> RouteTable:
+    """The table for one who knows these routes alone: every other kind is `default`'s."""
+    names = tuple(name if name in routes else DEFAULT_ROUTE for name in table.routes)
+    return replace(table, routes=names)
 
 
 def find_clusters(points_NH: Floats, max_clusters: int, rng: np.random.Generator) -> Members:
@@ -122,15 +134,43 @@ def has_valley(a_NP: Floats, b_NP: Floats, direction_P: Floats) -> bool:
     return between <= MAX_VALLEY * lesser and _least_half(between, between + lesser) <= FALSE_ALARM
 
 
+def _is_untagged(route: str) -> bool:
+    return route == DEFAULT_ROUTE or route.startswith(AUTO_PREFIX)
+
+
+def _clusters(
+    points_NH: Floats, rows_N: Members, max_clusters: int, rng: np.random.Generator
+) -> list[Members]:
+    """Of these rows, as many as the best of several looks finds."""
+    looks = [find_clusters(points_NH[rows_N], max_clusters, rng) for _ in range(NUM_LOOKS)]
+    cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
+    return [rows_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
+
+
+def _finest(
+    points_NH: Floats, untagged: Mapping[str, Members], max_clusters: int, rng: np.random.Generator
+) -> tuple[list[Members], dict[int, str]]:
+    """Clusters of all that bear no tag, and which of them succeeds which named kind: that with most of it."""
+    rows_N = np.concatenate([*untagged.values(), np.zeros(0, np.int64)])
+    clusters, successors = _clusters(points_NH, rows_N, max_clusters, rng), dict[int, str]()
+    for name in sorted(untagged, key=lambda name: -len(untagged[name])):
+        free = [number for number in range(len(clusters)) if number not in successors]
+        if name != DEFAULT_ROUTE and free:
+            shared = {number: len(np.intersect1d(clusters[number], untagged[name])) for number in free}
+            successors[max(free, key=lambda number: shared[number])] = name
+    return clusters, successors
+
+
 def _told_apart(
     points_NH: Floats,
     known: Mapping[str, Members],
     clusters: Sequence[Members],
+    successors: Mapping[int, str],
     taken: set[str],
     rng: np.random.Generator,
 ) -> dict[str, Members]:
     """Members of each kind that gets a centroid. A single cluster is what remains of `default`; of several,
-    one that is like a known kind joins it."""
+    one that is like a known kind joins it, and the others are named after whom they succeed, or anew."""
     kinds = {DEFAULT_ROUTE: clusters[0]} if len(clusters) == 1 else {}
     for name in sorted(known, key=lambda name: -len(known[name])):
         if all(_are_apart(points_NH, known[name], other, rng) for other in kinds.values()):
@@ -138,9 +178,10 @@ def _told_apart(
     if len(clusters) == 1:
         return kinds
     fresh = (name for number in range(1, 1000) if (name := f"{AUTO_PREFIX}{number}") not in taken)
-    for rows in sorted(clusters, key=len, reverse=True):
+    for number in sorted(range(len(clusters)), key=lambda number: -len(clusters[number])):
+        rows = clusters[number]
         like = [name for name in known if not _are_apart(points_NH, rows, known[name], rng)]
-        name = like[0] if like else next(fresh)
+        name = like[0] if like else successors.get(number) or next(fresh)
         kinds[name] = np.concatenate([kinds[name], rows]) if name in kinds else rows
     return kinds
 
@@ -157,13 +198,13 @@ def _are_apart(points_NH: Floats, a_N: Members, b_N: Members, rng: np.random.Gen
 def _table(
     points_NH: Floats,
     kinds: Mapping[str, Members],
-    rare: Mapping[str, Floats],
+    kept: Mapping[str, Floats],
     target_revision: str,
     now_s: float,
 ) -> RouteTable:
     """One kind alone is no table. The mean is that of the kinds, not of their traffic: a rare kind counts as
     much as a frequent one."""
-    centroids = {**rare, **{name: points_NH[rows].mean(0) for name, rows in kinds.items()}}
+    centroids = {**kept, **{name: points_NH[rows].mean(0) for name, rows in kinds.items()}}
     if len(centroids) < 2:
         nowhere_H = points_NH.mean(0)
         return RouteTable(target_revision, now_s, nowhere_H, nowhere_H[None, :][:0], (), 0.0)

@@ -20,13 +20,15 @@ from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
 from learner.bandit import FLOOR, ExistingDraft, best_draft
 from learner.route_book import RouteBook, checkpoint_folder, forget_checkpoints, read_book, write_book
-from learner.route_clusters import fit_routes, restricted
+from learner.route_clusters import fit_routes, restricted, told_of
 from learner.route_draft import Insist, RouteDraft
 from learner.routing import RoutePolicy, Standing, has_lost, reason_to_close, routes_to_open
 from learner.settings import LearnerSettings
 
 logger = logging.getLogger(__name__)
 
+KINDS_PER_ROUTE = 2
+"""More kinds are told apart than may have a draft, so that those that do are of one kind."""
 BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteDraft]
 """From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
 
@@ -246,7 +248,7 @@ class Routes:
             np.stack(embeddings),
             labels,
             previous=self._known,
-            max_routes=self._settings.max_routes,
+            max_routes=KINDS_PER_ROUTE * self._settings.max_routes,
             target_revision=self._target_revision,
             now_s=self._now_s(),
             seed=self._settings.seed,
@@ -261,7 +263,7 @@ class Routes:
     def _put_table(self) -> None:
         """Replicas are told of open routes only."""
         if self._known is not None:
-            table = restricted(self._known, list(self.drafts))
+            table = told_of(self._known, list(self.drafts))
             self._insist(partial(self._feed.put_route_table, table))
 
     def _write_book(self) -> None:

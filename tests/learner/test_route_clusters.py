@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from buffer.route_table import RouteTable
-from learner.route_clusters import fit_routes, restricted
+from learner.route_clusters import fit_routes, restricted, told_of
 
 SIZE = 24
 
@@ -62,6 +62,22 @@ def test_names_stay_when_the_kinds_are_looked_for_again() -> None:
     assert set(second.routes) == {"auto-1", "auto-2", "auto-3", "auto-4"}
 
 
+def test_a_coarse_kind_falls_apart_once_its_parts_show_and_the_larger_part_keeps_its_name() -> None:
+    def part(num_prompts: int, seed: int) -> NDArray[np.float64]:
+        """Like kind 0, and yet apart."""
+        return prompts(0, num_prompts, seed) + 8.0 * np.eye(SIZE)[1]
+
+    early = [prompts(2, 120, seed=0), prompts(0, 120, seed=0), part(30, seed=9)]  # 30 are too few for a kind
+    first = fit_routes(np.concatenate(early))
+    name = first.route_of(prompts(0, 1, seed=2)[0])
+    later = [prompts(2, 120, seed=1), prompts(0, 200, seed=1), part(100, seed=8)]
+    assert len(first.routes) == 2
+    assert [first.route_of(prompt_H) for prompt_H in later[2]].count(name) > 50, "taken for the large kind"
+    second = fit_routes(np.concatenate(later), previous=first)
+    assert len(second.routes) == 3 and second.route_of(prompts(0, 1, seed=2)[0]) == name
+    assert purity(second, [prompts(2, 100, seed=2), prompts(0, 100, seed=2), part(100, seed=7)]) > 0.97
+
+
 def test_prompts_like_a_tagged_routes_find_it_without_a_tag() -> None:
     seen = np.concatenate([prompts(0, 100, seed=0), prompts(0, 100, seed=1), prompts(1, 100, seed=0)])
     table = fit_routes(seen, ["sql"] * 100 + ["default"] * 200)
@@ -82,6 +98,16 @@ def test_a_table_is_told_without_its_closed_routes() -> None:
     assert kept.routes == ("auto-2",)
     kind = next(kind for kind in range(3) if table.route_of(prompts(kind, 1, seed=1)[0]) == "auto-2")
     assert kept.route_of(prompts(kind, 1, seed=1)[0]) == "auto-2"
+
+
+def test_who_knows_fewer_routes_leaves_the_prompts_of_others_to_the_default() -> None:
+    table = fit_routes(np.concatenate([prompts(kind, 100, seed=0) for kind in range(3)]))
+    told = told_of(table, ["auto-2"])
+    assert sorted(told.routes) == ["auto-2", "default", "default"]
+    for kind in range(3):
+        prompt_H = prompts(kind, 1, seed=1)[0]
+        route = table.route_of(prompt_H)
+        assert told.route_of(prompt_H) == (route if route == "auto-2" else "default")
 
 
 def test_a_known_kind_with_few_prompts_keeps_its_place_and_takes_no_others() -> None:
