@@ -72,13 +72,22 @@ def _at(curve: Sequence[Sequence[float]], count: int) -> float:
 
 
 def mixture(plan: Plan) -> tuple[Metrics, Series]:
-    """The domains in turn: one draft, a draft for every tag, and the router's own routes without tags."""
+    """The domains in turn: one draft, a draft for every tag, and the router's own routes without tags; and on
+    whole streams, where capacity counts for more than steps, one draft for all against one for each."""
     count = plan.num_records // len(plan.domains)
     one = Job("ours", plan.domains, num_records=count, order="in turn", evaluate_every=400)
     arms = {"one": one, "tags": replace(one, routing="tags"), "router": replace(one, routing="router")}
     lives = {arm: with_seeds(job, 1 if arm == "tags" else plan.num_seeds) for arm, job in arms.items()}
-    results = plan.work(job for jobs in lives.values() for job in jobs)
-    metrics: Metrics = {"records_per_domain": count}
+    whole = replace(one, num_records=plan.num_records, evaluate_every=1600)
+    alone = {domain: Job("ours", (domain,), num_records=plan.num_records) for domain in plan.domains}
+    results = plan.work([*(job for jobs in lives.values() for job in jobs), whole, *alone.values()])
+    metrics: Metrics = {
+        "records_per_domain": count,
+        "whole_streams": {"records_per_domain": plan.num_records},
+    }
+    for domain, job in alone.items():
+        for_all, own = results[whole].final[domain].acceptance, results[job].final[domain].acceptance
+        metrics["whole_streams"][domain] = {"one": for_all, "own": own, "gain": own - for_all}
     series: Series = {}
     for arm, jobs in lives.items():
         found = [results[job] for job in jobs]
