@@ -6,7 +6,7 @@ Invariant: every value of a setting met the same requests in the same order.
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
@@ -15,6 +15,7 @@ from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
 from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label
 from benchmarks.osd.speed import adapted
 from learner.draft import import_weights
+from learner.settings import DivergenceName
 from serving.engine.counters import acceptance_rate
 from serving.engine.request import GenerationRequest, SamplingParams
 from serving.local import build_engine
@@ -25,18 +26,7 @@ MOST_SAMPLED = 1024
 """Whole rows of sampled records do not fit into 24 GB beside their replay; so many hold nearly all."""
 _LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
-    "divergence": {
-        name: (("divergence", name),)
-        for name in (
-            "forward_kl",
-            "reverse_kl",
-            "jensen_shannon",
-            "total_variation",
-            "negative_log_acceptance",
-            "tv_weighted_kl",
-            "osd",
-        )
-    },
+    "divergence": {name: (("divergence", name),) for name in get_args(DivergenceName)},
     "learning_rate": {f"{rate:g}": (("learning_rate", rate),) for rate in (3e-4, 1e-3, 3e-3, 1e-2)},
     "mean_over_steps": {str(count): (("mean_over_steps", count),) for count in (0, 60, 200)},
     "target_modules": {
