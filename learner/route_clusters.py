@@ -44,7 +44,7 @@ def fit_routes(
     labels: Sequence[str] | None = None,
     *,
     previous: RouteTable | None = None,
-    max_routes: int = 8,
+    max_kinds: int = 8,
     target_revision: str = "",
     now_s: float = 0.0,
     seed: int = 0,
@@ -68,13 +68,11 @@ def fit_routes(
     members = {str(name): np.flatnonzero(names == name) for name in sorted({*names, DEFAULT_ROUTE})}
     members = {name: rows for name, rows in members.items() if len(rows) >= LEAST_PROMPTS}
     untagged = {name: rows for name, rows in members.items() if _is_untagged(name)}
-    clusters, successors = _finest(points_NH, untagged, max_routes, rng)
-    if len(clusters) > len(untagged):
-        known = {name: rows for name, rows in members.items() if name not in untagged}
-    else:
-        rest_N = members.get(DEFAULT_ROUTE, np.zeros(0, np.int64))
-        clusters, successors = _clusters(points_NH, rest_N, max_routes, rng), {}
-        known = {name: rows for name, rows in members.items() if name != DEFAULT_ROUTE}
+    clusters, successors = _finest(points_NH, untagged, max_kinds, rng)
+    if len(clusters) <= len(untagged) and {*untagged} - {DEFAULT_ROUTE}:
+        untagged = {name: rows for name, rows in untagged.items() if name == DEFAULT_ROUTE}
+        clusters, successors = _finest(points_NH, untagged, max_kinds, rng)
+    known = {name: rows for name, rows in members.items() if name not in untagged}
     kinds = _told_apart(points_NH, known, clusters, successors, {*known, *old}, rng)
     gone = {*kinds, *(name for name in members if not name.startswith(AUTO_PREFIX))}
     kept = {name: centroid_H for name, centroid_H in old.items() if name not in gone}
@@ -138,21 +136,16 @@ def _is_untagged(route: str) -> bool:
     return route == DEFAULT_ROUTE or route.startswith(AUTO_PREFIX)
 
 
-def _clusters(
-    points_NH: Floats, rows_N: Members, max_clusters: int, rng: np.random.Generator
-) -> list[Members]:
-    """Of these rows, as many as the best of several looks finds."""
-    looks = [find_clusters(points_NH[rows_N], max_clusters, rng) for _ in range(NUM_LOOKS)]
-    cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
-    return [rows_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
-
-
 def _finest(
     points_NH: Floats, untagged: Mapping[str, Members], max_clusters: int, rng: np.random.Generator
 ) -> tuple[list[Members], dict[int, str]]:
-    """Clusters of all that bear no tag, and which of them succeeds which named kind: that with most of it."""
+    """Clusters of all that bear no tag, by the best of several looks, and which of them succeeds which named
+    kind: that with most of it."""
     rows_N = np.concatenate([*untagged.values(), np.zeros(0, np.int64)])
-    clusters, successors = _clusters(points_NH, rows_N, max_clusters, rng), dict[int, str]()
+    looks = [find_clusters(points_NH[rows_N], max_clusters, rng) for _ in range(NUM_LOOKS)]
+    cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
+    clusters = [rows_N[cluster_N == cluster] for cluster in sorted(set(cluster_N.tolist()))]
+    successors = dict[int, str]()
     for name in sorted(untagged, key=lambda name: -len(untagged[name])):
         free = [number for number in range(len(clusters)) if number not in successors]
         if name != DEFAULT_ROUTE and free:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 KINDS_PER_ROUTE = 2
 """More kinds are told apart than may have a draft, so that those that do are of one kind."""
+
 BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteDraft]
 """From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
 
@@ -248,7 +249,7 @@ class Routes:
             np.stack(embeddings),
             labels,
             previous=self._known,
-            max_routes=KINDS_PER_ROUTE * self._settings.max_routes,
+            max_kinds=KINDS_PER_ROUTE * self._settings.max_routes,
             target_revision=self._target_revision,
             now_s=self._now_s(),
             seed=self._settings.seed,

@@ -5,6 +5,7 @@ Invariant: every value of a setting met the same requests in the same order.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from benchmarks.osd.jobs import Job
 from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
 from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label
 from benchmarks.osd.speed import adapted
+from benchmarks.osd.told import Asking, Told
 from learner.draft import import_weights
 from learner.settings import DivergenceName
 from serving.engine.counters import acceptance_rate
@@ -59,7 +61,6 @@ def ablations(plan: Plan) -> tuple[Metrics, Series]:
             "interval": [result.final[domain].low, result.final[domain].high],
             "mean_while_learning": sum(result.accepted) / max(1, sum(result.attempted)),
             "learner_s": result.learner_s,
-            "num_swaps": len(result.swaps),
         }
         if what.startswith("num_kept"):
             row["bytes_per_token"] = bytes_per_token(min(job.num_kept, plan.workshop.pair().vocab_size))
@@ -121,24 +122,20 @@ def _sampling(plan: Plan, domain: str, folder: str) -> Metrics:
     ) as engine:
         for turn in range(2):
             for mode in ("standard", "coupled"):
+                seeds = range(turn * len(told), (turn + 1) * len(told)) if mode == "coupled" else repeat(None)
                 handles = [
-                    engine.submit(
-                        GenerationRequest(
-                            f"{mode}-{turn}-{number}",
-                            tuple(one.prompt_token_ids.tolist()),
-                            SamplingParams(
-                                temperature=1.0,
-                                seed=len(told) * turn + number if mode == "coupled" else None,
-                                max_tokens=plan.workshop.asking.max_tokens,
-                            ),
-                        )
-                    )
-                    for number, one in enumerate(told)
+                    engine.submit(_sampled(f"{mode}-{turn}-{number}", one, seed, plan.workshop.asking))
+                    for number, (one, seed) in enumerate(zip(told, seeds, strict=False))
                 ]
-                generations = [handle.result() for handle in handles]
-                rate = acceptance_rate(
-                    sum(generation.num_accepted for generation in generations),
-                    sum(generation.num_attempted for generation in generations),
+                answers = [handle.result() for handle in handles]
+                accepted, attempted = (
+                    sum(answer.num_accepted for answer in answers),
+                    sum(answer.num_attempted for answer in answers),
                 )
-                found.setdefault(mode, []).append(rate)
+                found.setdefault(mode, []).append(acceptance_rate(accepted, attempted))
     return found
+
+
+def _sampled(name: str, told: Told, seed: int | None, asking: Asking) -> GenerationRequest:
+    sampling = SamplingParams(temperature=1.0, seed=seed, max_tokens=asking.max_tokens)
+    return GenerationRequest(name, tuple(told.prompt_token_ids.tolist()), sampling)

@@ -127,12 +127,10 @@ def ours(material: Material, settings: LearnerSettings) -> Outcome:
             outcome.swaps += [len(outcome.accepted)] * serving.follow()
             if _is_time(material, outcome):
                 serving.evaluate(outcome, material)
-        outcome.facts = learner.snapshot()
+        outcome.facts, outcome.num_steps = learner.snapshot(), learner.snapshot()["num_steps"]
         outcome.facts["held_out_routes"] = {
-            domain: Counter(map(serving.route_of, prompts.told))
-            for domain, prompts in material.held_out.items()
+            domain: serving.routes_of(prompts.told) for domain, prompts in material.held_out.items()
         }
-        outcome.num_steps = learner.snapshot()["num_steps"]
     outcome.states = serving.states
     return outcome
 
@@ -156,6 +154,10 @@ class _Serving:
             return told.domain
         table = self._feed.route_table() if self._routing == "router" else None
         return DEFAULT_ROUTE if table is None else table.route_of(told.prompt_embedding_H)
+
+    def routes_of(self, told: Sequence[Told]) -> Counter[str]:
+        """How many of the requests each route would get."""
+        return Counter(map(self.route_of, told))
 
     def version(self, route: str) -> int:
         """As a record of the route names it."""
@@ -184,7 +186,7 @@ class _Serving:
     def evaluate(self, outcome: Outcome, material: Material) -> None:
         """Each domain with the draft that most of its requests would meet."""
         for domain, prompts in material.held_out.items():
-            ((route, _),) = Counter(map(self.route_of, prompts.told)).most_common(1)
+            ((route, _),) = self.routes_of(prompts.told).most_common(1)
             value = prompts.acceptance(self.draft_of(route))
             outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
 

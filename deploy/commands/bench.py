@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -182,10 +182,10 @@ def pair(
     """Train the pair of `bench osd`, outside the tree; a run that was killed goes on."""
     _trained_pair(
         data,
-        minutes=minutes,
+        (layers, width),
+        target_minutes=minutes,
         draft_minutes=draft_minutes,
-        shape=(layers, width),
-        threads=threads,
+        num_threads=threads,
         device=device,
     )
 
@@ -283,34 +283,18 @@ def attacks(
     write_report(report, "attacks", figures, {"outcomes": [asdict(outcome) for outcome in outcomes]})
 
 
-def _trained_pair(
-    data: Path | None,
-    *,
-    minutes: float = 55.0,
-    draft_minutes: float = 6.0,
-    shape: tuple[int, int] = (22, 192),
-    threads: int = 2,
-    device: str = "cpu",
-) -> Path:
-    """The folder of the benchmark's pair, trained first where it is not there yet."""
+def _trained_pair(data: Path | None, shape: tuple[int, int] = (22, 192), **others: Any) -> Path:
+    """The folder of the benchmark's pair, trained first where it is not there yet; `others` of PairPlan."""
     import torch
 
     from benchmarks.osd.pair import PairPlan, Shape, train_pair
 
     torch.set_num_threads(1)
     layers, width = shape
-    plan = PairPlan(
-        _data_folder(data),
-        _cache_folder() / f"osd-pair-{layers}x{width}",
-        target=Shape(layers, width),
-        target_minutes=minutes,
-        draft_minutes=draft_minutes,
-        num_threads=threads,
-        device=device,
-    )
+    out = _cache_folder() / f"osd-pair-{layers}x{width}"
     with plain_faults():
-        train_pair(plan, errors().print)
-    return plan.out
+        train_pair(PairPlan(_data_folder(data), out, target=Shape(layers, width), **others), errors().print)
+    return out
 
 
 def _data_folder(data: Path | None) -> Path:

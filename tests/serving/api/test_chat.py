@@ -90,9 +90,11 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert refused.value.param is not None and refused.value.param.startswith(param)
 
 
-def test_neutral_values_of_unsupported_fields_are_fine(client: openai.OpenAI) -> None:
-    chat(
+def test_neutral_values_of_unsupported_fields_change_nothing(client: openai.OpenAI) -> None:
+    plain = chat(client, seed=1)
+    answer = chat(
         client,
+        seed=1,
         response_format={"type": "text"},
         tool_choice="none",
         service_tier="auto",
@@ -100,6 +102,7 @@ def test_neutral_values_of_unsupported_fields_are_fine(client: openai.OpenAI) ->
         user="me",
         metadata={"a": "b"},
     )
+    assert answer.choices[0].message.content == plain.choices[0].message.content
 
 
 def test_penalties_and_bias_change_the_text_the_same_with_and_without_speculation(
