@@ -57,5 +57,6 @@ def quick_settings(**changes: object) -> LearnerSettings:
         "gate_min_records": 4,
         "gate_num_resamples": 200,
         "retry_s": 0.01,
+        "quiet_after_publish_s": 0.0,
     }
     return LearnerSettings.model_validate(quick | changes)

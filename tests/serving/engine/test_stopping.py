@@ -20,7 +20,8 @@ PROMPT, NUM_TOKENS, SAMPLES = [2, 0, 3, 1, 1, 2, 0], 3, 3000
 def test_every_rule_keeps_the_targets_law(rule: StoppingRule, seeded: bool) -> None:
     """The negative control, a drafter that un-draws, is in test_output_law."""
     target, draft = TableModel(4, seed=1, sharpness=1.3), TableModel(4, seed=2, sharpness=1.3)
-    with table_engine(target, draft, num_draft_tokens=3, num_slots=32, stopping=rule) as engine:
+    crowd = {"num_slots": 32, "prefill_chunk_tokens": 64}
+    with table_engine(target, draft, num_draft_tokens=3, stopping=rule, **crowd) as engine:
         engine.seed(9)
         params = [
             SamplingParams(max_tokens=NUM_TOKENS, seed=index if seeded else None) for index in range(SAMPLES)
