@@ -74,6 +74,11 @@ class RecordExporter:
         return self._num_exported
 
     @property
+    def num_rerouted_records(self) -> int:
+        """See RecordStore."""
+        return self._store.num_rerouted_records
+
+    @property
     def num_dropped_records(self) -> int:
         return sum(self.dropped_by_reason.values())
 

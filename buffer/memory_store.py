@@ -1,8 +1,7 @@
 """Both seams in process memory: for tests, benchmarks and single-process use. Nothing survives it.
 
 Records are held encoded, so a bound counts the same bytes as on Redis and nobody can change what was
-appended. It knows no other process. Invariant: one lock guards each store; no call sleeps under it
-except `read_new`, which releases it while it waits.
+appended. It knows no other process. Invariant: one lock guards each store; no call sleeps under it.
 """
 
 import random
@@ -16,7 +15,15 @@ from buffer.memory_stream import Entry, Stream
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_state import RouteState, promotion, turn
 from buffer.route_table import RouteTable
-from buffer.store import Bounds, Delivery, StreamKey, StreamSize
+from buffer.store import (
+    Bounds,
+    Delivery,
+    StreamKey,
+    StreamSize,
+    as_default,
+    default_stream,
+    is_bound_to_its_route,
+)
 
 
 class MemoryRecordStore:
@@ -26,33 +33,29 @@ class MemoryRecordStore:
         self._bounds = bounds or Bounds()
         self._clock = clock
         self._streams: defaultdict[StreamKey, Stream] = defaultdict(Stream)
-        self._changed = threading.Condition()
+        self._num_rerouted = 0
+        self._changed = threading.Lock()
+
+    @property
+    def num_rerouted_records(self) -> int:
+        return self._num_rerouted
 
     def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
         payloads = [encode(record) for record in records]
         with self._changed:
-            stream, now_s = self._streams[key], self._clock()
-            num_new = sum(
-                stream.append(Entry(record.record_id, payload, record.expires_at_s, now_s))
-                for record, payload in zip(records, payloads, strict=True)
-            )
-            stream.trim(self._bounds, now_s)
-            self._changed.notify_all()
+            self._forget_idle()
+            if self._has_room(key) or any(map(is_bound_to_its_route, records)):
+                return self._append(key, records, payloads)
+            records = [as_default(record) for record in records]
+            num_new = self._append(default_stream(key), records, [encode(record) for record in records])
+            self._num_rerouted += num_new
             return num_new
 
-    def read_new(
-        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
-    ) -> list[Delivery]:
-        deadline_s = time.monotonic() + timeout_s
+    def read_new(self, key: StreamKey, consumer: str, max_records: int) -> list[Delivery]:
         with self._changed:
-            while True:
-                deliveries = self._stream(key).deliver(consumer, max_records, self._clock())
-                remaining_s = deadline_s - time.monotonic()
-                if deliveries or remaining_s <= 0.0:
-                    return deliveries
-                self._changed.wait(remaining_s)
+            return self._stream(key).deliver(consumer, max_records, self._clock())
 
-    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float) -> list[Delivery]:
         with self._changed:
             stream, now_s = self._stream(key), self._clock()
             deliveries: list[Delivery] = []
@@ -85,12 +88,9 @@ class MemoryRecordStore:
                 num_pending=len(stream.pending()),
             )
 
-    def trim(self, key: StreamKey) -> int:
-        with self._changed:
-            return self._stream(key).trim(self._bounds, self._clock())
-
     def keys(self) -> list[StreamKey]:
         with self._changed:
+            self._forget_idle()
             return list(self._streams)
 
     def close(self) -> None:
@@ -100,9 +100,32 @@ class MemoryRecordStore:
         """The stream, or an empty one that is not kept."""
         return self._streams[key] if key in self._streams else Stream()
 
+    def _append(self, key: StreamKey, records: Sequence[GenerationRecord], payloads: Sequence[bytes]) -> int:
+        stream, now_s = self._streams[key], self._clock()
+        num_new = sum(
+            stream.append(Entry(record.record_id, payload, record.expires_at_s, now_s))
+            for record, payload in zip(records, payloads, strict=True)
+        )
+        stream.last_append_s = now_s
+        stream.trim(self._bounds, now_s)
+        return num_new
+
+    def _has_room(self, key: StreamKey) -> bool:
+        if self._bounds.max_routes is None or key in self._streams or key == default_stream(key):
+            return True
+        others = [known for known in self._streams if default_stream(known) == default_stream(key) != known]
+        return len(others) < self._bounds.max_routes
+
+    def _forget_idle(self) -> None:
+        if self._bounds.max_age_s is None:
+            return
+        oldest_s = self._clock() - self._bounds.max_age_s
+        for key in [key for key, stream in self._streams.items() if stream.last_append_s < oldest_s]:
+            del self._streams[key]
+
 
 class MemoryAdapterFeed:
-    """An AdapterFeed that lives and dies with the process."""
+    """An AdapterFeed that lives and dies with the process. Make one for each target."""
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class Stream:
     num_appended: int = 0
     num_bytes: int = 0
     num_dropped: int = 0
+    last_append_s: float = 0.0
 
     def append(self, entry: Entry) -> bool:
         if entry.record_id in self.entry_ids:
@@ -51,13 +52,11 @@ class Stream:
         self.num_bytes -= len(entry.payload)
         self.num_dropped += not entry.acknowledged
 
-    def trim(self, bounds: Bounds, now_s: float) -> int:
-        num_before = len(self.entries)
+    def trim(self, bounds: Bounds, now_s: float) -> None:
         for entry_id in [i for i, entry in self.entries.items() if entry.expires_at_s <= now_s]:
             self.remove(entry_id)
         while self.entries and self._exceeds(bounds, now_s):
             self.remove(next(iter(self.entries)))
-        return num_before - len(self.entries)
 
     def deliver(self, consumer: str, max_records: int, now_s: float) -> list[Delivery]:
         deliveries: list[Delivery] = []

@@ -184,6 +184,8 @@ class ServingStatus:
     num_draft_tokens: int = 0
     """Draft length in use now, at the mean batch size."""
     num_dropped_records: int = 0
+    num_rerouted_records: int = 0
+    """Kept as `default`'s, since the route of their request was one too many for a stream of its own."""
     num_swaps: int = 0
     num_swaps_under_load: int = 0
     swap_pause_s_max: float = 0.0

@@ -1,18 +1,22 @@
-"""Adapters, the pointer to the one that serves, their history and replicas' status, on Redis.
+"""Adapters, the pointer to the one that serves, their history and replicas' status, on Redis, by target.
 
 The rules are in `route_state`: a change reads a route's state, applies one of them and writes the
 outcome, all under WATCH, so that two writers never interleave. It knows no redis library: it works
-with the client of a `RedisLink`. Invariant: whoever reads a state finds every adapter it names.
+with the client of a `RedisLink`. Invariants: whoever reads a state finds every adapter it names; no key is
+shared by two targets, but for the set of targets.
 """
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
 from buffer.codec import decode, encode
 from buffer.errors import StoreUnavailableError
 from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
+from buffer.redis_old_keys import OldKeys
 from buffer.redis_store import RedisLink
 from buffer.route_state import RouteState, promotion, turn
 from buffer.route_table import RouteTable
@@ -21,8 +25,24 @@ _NUM_READS = 5
 """Tries to read a state and what it names, while others publish and trim."""
 
 
+def known_targets(url: str, *, prefix: str = "everdraft", timeout_s: float = 5.0) -> list[str]:
+    """The target revisions that have a feed on this Redis. Raises StoreUnavailableError, or ValueError for a
+    URL that is none."""
+    link = RedisLink(url, timeout_s)
+    try:
+        with link.translated():
+            known = {name.decode() for name in link.client.smembers(f"{prefix}:targets")}
+            return sorted(known | OldKeys(link.client, prefix).targets())
+    finally:
+        link.close()
+
+
+def _tag(*names: str) -> str:
+    return sha256(json.dumps(names).encode()).hexdigest()[:24]
+
+
 class RedisAdapterFeed:
-    """An AdapterFeed shared by the learner, any number of replicas and operators.
+    """An AdapterFeed of one target, shared by the learner, any number of replicas and operators.
 
     Keeps `max_versions` adapters and `max_events` lines of history a route; a status lives
     `status_ttl_s` by the server's clock."""
@@ -30,6 +50,7 @@ class RedisAdapterFeed:
     def __init__(
         self,
         url: str,
+        target_revision: str,
         *,
         clock: Callable[[], float] = time.time,
         max_versions: int = 8,
@@ -44,6 +65,8 @@ class RedisAdapterFeed:
         self._max_events = max_events
         self._status_ttl_s = status_ttl_s
         self._prefix = prefix
+        self._target_revision = target_revision
+        self._has_moved_old_keys = False
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
@@ -56,7 +79,7 @@ class RedisAdapterFeed:
         )
 
     def latest(self, route: str) -> AdapterManifest | None:
-        with self._link.translated():
+        with self._reached():
             for _ in range(_NUM_READS):
                 serving = self._state(route).serving
                 if serving == FLOOR_VERSION:
@@ -66,7 +89,7 @@ class RedisAdapterFeed:
         raise self._lost(route, f"manifest:{serving}")
 
     def last_version(self, route: str) -> int:
-        with self._link.translated():
+        with self._reached():
             return self._state(route).last_version
 
     def manifest(self, route: str, draft_version: int) -> AdapterManifest:
@@ -76,7 +99,7 @@ class RedisAdapterFeed:
         return self._part(route, "weights", draft_version)
 
     def versions(self, route: str) -> list[AdapterManifest]:
-        with self._link.translated():
+        with self._reached():
             kept = sorted(self._state(route).parents)
             found = self._link.client.mget([self._key(route, f"manifest:{v}") for v in kept]) if kept else []
         return [decode(AdapterManifest, data) for data in found if data is not None]
@@ -91,11 +114,11 @@ class RedisAdapterFeed:
         return self._turn("unpinned", route, lambda state: state.without_pin(), reason)
 
     def pinned(self, route: str) -> int | None:
-        with self._link.translated():
+        with self._reached():
             return self._state(route).pinned
 
     def add_event(self, event: AdapterEvent) -> None:
-        with self._link.translated():
+        with self._reached():
             self._register(event.route)
             pipe = self._link.client.pipeline(transaction=True)
             self._push(pipe, event)
@@ -104,53 +127,70 @@ class RedisAdapterFeed:
     def history(self, route: str, max_events: int = 200) -> list[AdapterEvent]:
         if max_events <= 0:
             return []
-        with self._link.translated():
+        with self._reached():
             lines = self._link.client.lrange(self._key(route, "history"), -max_events, -1)
         return [decode(AdapterEvent, line) for line in lines]
 
     def routes(self) -> list[str]:
-        with self._link.translated():
-            return sorted(name.decode() for name in self._link.client.smembers(f"{self._prefix}:routes"))
+        with self._reached():
+            return sorted(name.decode() for name in self._link.client.smembers(self._shared_key("routes")))
 
     def put_route_table(self, table: RouteTable) -> None:
-        with self._link.translated():
-            self._link.client.set(f"{self._prefix}:route_table", encode(table))
+        with self._reached():
+            self._link.client.set(self._shared_key("route_table"), encode(table))
 
     def route_table(self) -> RouteTable | None:
-        with self._link.translated():
-            data = self._link.client.get(f"{self._prefix}:route_table")
+        with self._reached():
+            data = self._link.client.get(self._shared_key("route_table"))
         return None if data is None else decode(RouteTable, data)
 
     def report(self, status: ServingStatus) -> None:
-        with self._link.translated():
+        with self._reached():
+            self._register_target()
             pipe = self._link.client.pipeline(transaction=True)
-            pipe.sadd(self._status_key(), status.replica_id)
+            pipe.sadd(self._shared_key("status"), status.replica_id)
             ttl_ms = int(1000 * self._status_ttl_s)
-            pipe.set(self._status_key(status.replica_id), encode(status), px=ttl_ms)
+            pipe.set(self._shared_key("status", status.replica_id), encode(status), px=ttl_ms)
             pipe.execute()
 
     def statuses(self) -> list[ServingStatus]:
-        with self._link.translated():
+        with self._reached():
             client = self._link.client
-            names = sorted(name.decode() for name in client.smembers(self._status_key()))
-            found = client.mget([self._status_key(name) for name in names]) if names else []
+            names = sorted(name.decode() for name in client.smembers(self._shared_key("status")))
+            found = client.mget([self._shared_key("status", name) for name in names]) if names else []
             gone = [name for name, data in zip(names, found, strict=True) if data is None]
             if gone:
-                client.srem(self._status_key(), *gone)
+                client.srem(self._shared_key("status"), *gone)
         return [decode(ServingStatus, data) for data in found if data is not None]
 
     def close(self) -> None:
         self._link.close()
 
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """As RedisLink.translated; first of all, what an earlier build left of this target moves here."""
+        with self._link.translated():
+            if not self._has_moved_old_keys:
+                old = OldKeys(self._link.client, self._prefix)
+                for route in old.move(self._target_revision, self._key, self._shared_key("route_table")):
+                    self._register(route)
+                self._has_moved_old_keys = True
+            yield
+
     def _key(self, route: str, part: str) -> str:
         """All of a route under one hash tag, a digest, since a route may hold braces."""
-        return f"{self._prefix}:{{{sha256(route.encode()).hexdigest()[:24]}}}:{part}"
+        return f"{self._prefix}:{{{_tag(self._target_revision, route)}}}:{part}"
 
-    def _status_key(self, *replica_id: str) -> str:
-        return ":".join((f"{self._prefix}:{{status}}", *replica_id))
+    def _shared_key(self, *parts: str) -> str:
+        """Of all routes together."""
+        return ":".join((f"{self._prefix}:{{{_tag(self._target_revision)}}}", *parts))
 
     def _register(self, route: str) -> None:
-        self._link.client.sadd(f"{self._prefix}:routes", route)
+        self._register_target()
+        self._link.client.sadd(self._shared_key("routes"), route)
+
+    def _register_target(self) -> None:
+        self._link.client.sadd(f"{self._prefix}:targets", self._target_revision)
 
     def _state(self, route: str, client: Any = None) -> RouteState:
         data = (client or self._link.client).get(self._key(route, "state"))
@@ -180,7 +220,7 @@ class RedisAdapterFeed:
             self._push(pipe, event(after))
             return after
 
-        with self._link.translated():
+        with self._reached():
             state_key = self._key(route, "state")
             state: RouteState = self._link.client.transaction(attempt, state_key, value_from_callable=True)
         return state
@@ -191,7 +231,7 @@ class RedisAdapterFeed:
         pipe.ltrim(history, -self._max_events, -1)
 
     def _part(self, route: str, part: str, draft_version: int) -> bytes:
-        with self._link.translated():
+        with self._reached():
             data: bytes | None = self._link.client.get(self._key(route, f"{part}:{draft_version}"))
             if data is None:
                 self._state(route).require_adapter(draft_version)

@@ -5,8 +5,9 @@ append, r: encoded record), KEYS[2] a hash from record id to "entry id, bytes", 
 record ids by expiry, KEYS[4] a set of the entry ids that nobody acknowledged, KEYS[5] a hash of
 counters. ARGV[1] is the consumer group.
 
-Invariant: an entry leaves all five at once, and its pending delivery with them. Streams' own trimming
-(MAXLEN) is not used: it would leave trimmed entries pending, uncounted, and in the other keys.
+Invariants: an entry leaves all five at once, and its pending delivery with them; only an append makes a
+key, and each renews when all five go. Streams' own trimming (MAXLEN) is not used: it would leave trimmed
+entries pending, uncounted, and in the other keys.
 Every script runs on Redis 6.2 and later, on a cluster too.
 """
 
@@ -43,27 +44,37 @@ local function exceeds(head, oldest_s, max_records, max_bytes)
 end
 
 local function trim(now_s, oldest_s, max_records, max_bytes)
-  local num_removed = 0
   for _, record_id in ipairs(redis.call('ZRANGEBYSCORE', expiry, '-inf', now_s)) do
-    num_removed = num_removed + remove(record_id)
+    remove(record_id)
   end
   while true do
     local head = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
-    if not head or not exceeds(head, oldest_s, max_records, max_bytes) then return num_removed end
+    if not head or not exceeds(head, oldest_s, max_records, max_bytes) then return end
     remove_oldest(head)
-    num_removed = num_removed + 1
   end
 end
 """
 
-TRIM = f"""{_PRELUDE}{_TRIM}
-return trim(ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+OPEN_STREAM = """
+local registry, member, siblings, default = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+redis.call('ZREMRANGEBYSCORE', registry, '-inf', '(' .. ARGV[4])
+if ARGV[6] ~= '' and member ~= default and not redis.call('ZSCORE', registry, member) then
+  local num_open = 0
+  for _, other in ipairs(redis.call('ZRANGE', registry, 0, -1)) do
+    if other ~= default and string.sub(other, 1, #siblings) == siblings then num_open = num_open + 1 end
+  end
+  if num_open >= tonumber(ARGV[6]) then return 0 end
+end
+redis.call('ZADD', registry, ARGV[5], member)
+return 1
 """
-"""group, now, oldest time of append that may stay, max records, max bytes ('': unbounded) -> removed."""
+"""KEYS[1]: the sorted set of all streams by the time at which they are forgotten. A stream, how those of its
+target begin, its target's default one, now, when it is to be forgotten, max routes ('': unbounded) ->
+whether it is open. Its own script, for on a cluster the set lives with none of the streams."""
 
 APPEND = f"""{_PRELUDE}{_TRIM}
 local num_new = 0
-for i = 6, #ARGV, 3 do
+for i = 7, #ARGV, 3 do
   local record_id, expires_at_s, payload = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if redis.call('HEXISTS', index, record_id) == 0 then
     local entry_id = redis.call('XADD', stream, '*', 'i', record_id, 't', ARGV[2], 'r', payload)
@@ -75,9 +86,13 @@ for i = 6, #ARGV, 3 do
   end
 end
 trim(ARGV[2], ARGV[3], ARGV[4], ARGV[5])
+if ARGV[6] ~= '' then
+  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[6]) end
+end
 return num_new
 """
-"""As TRIM, then record id, expiry and payload of each record -> how many were new."""
+"""group, now, oldest time of append that may stay, max records, max bytes ('': unbounded), milliseconds until
+the keys go ('': never), then record id, expiry and payload of each record -> how many were new."""
 
 REMOVE = f"""{_PRELUDE}
 for i = 2, #ARGV do remove(ARGV[i]) end

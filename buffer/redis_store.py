@@ -6,14 +6,13 @@ adapters: `redis_feed` uses the link for those. Invariants: no call retries or w
 timeouts, and nothing is connected before the first call.
 """
 
-import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,7 +26,16 @@ from buffer import redis_scripts
 from buffer.codec import decode, encode
 from buffer.errors import CorruptRecordError, SchemaVersionError, StoreUnavailableError
 from buffer.records import GenerationRecord
-from buffer.store import Bounds, Delivery, StreamKey, StreamSize
+from buffer.redis_streams import StreamRegistry, stream_keys
+from buffer.store import (
+    Bounds,
+    Delivery,
+    StreamKey,
+    StreamSize,
+    as_default,
+    default_stream,
+    is_bound_to_its_route,
+)
 
 _SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel")
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException)
@@ -131,31 +139,36 @@ class RedisRecordStore:
         self._clock = clock
         self._prefix = prefix
         self._group = group
-        self._max_block_s = timeout_s / 2
+        self._num_rerouted, self._lock = 0, threading.Lock()
+        self._registry = StreamRegistry(self._link, prefix, self._bounds, clock)
+
+    @property
+    def num_rerouted_records(self) -> int:
+        return self._num_rerouted
 
     def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
-        args = self._trim_args()
-        for record in records:
-            args += [record.record_id, repr(record.expires_at_s), encode(record)]
+        payloads = [encode(record) for record in records]
         with self._link.translated():
-            self._link.client.sadd(self._registry, json.dumps([key.target_revision, key.route]))
-            return int(self._run(redis_scripts.APPEND, key, args))
+            if self._registry.opened(key, is_bounded=not any(map(is_bound_to_its_route, records))):
+                return self._append(key, records, payloads)
+            records = [as_default(record) for record in records]
+            key = default_stream(key)
+            self._registry.opened(key, is_bounded=False)
+            num_new = self._append(key, records, [encode(record) for record in records])
+        with self._lock:
+            self._num_rerouted += num_new
+        return num_new
 
-    def read_new(
-        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
-    ) -> list[Delivery]:
-        deadline_s = time.monotonic() + timeout_s
+    def read_new(self, key: StreamKey, consumer: str, max_records: int) -> list[Delivery]:
         while max_records > 0:
-            remaining_s = deadline_s - time.monotonic()
-            block_ms = int(1000 * min(remaining_s, self._max_block_s))
             with self._link.translated():
-                entries = self._read(key, consumer, max_records, block_ms if block_ms > 0 else None)
+                entries = self._read(key, consumer, max_records)
             deliveries = self._readable(key, entries)
-            if deliveries or not (entries or remaining_s > 0.0):
+            if deliveries or not entries:
                 return deliveries
         return []
 
-    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float) -> list[Delivery]:
         with self._link.translated():
             entry_ids = self._run(redis_scripts.CLAIM, key, [consumer, int(1000 * min_idle_s)])
             entries = self._fetch(key, entry_ids)
@@ -187,56 +200,55 @@ class RedisRecordStore:
             num_pending=pending["pending"] if known else 0,
         )
 
-    def trim(self, key: StreamKey) -> int:
-        with self._link.translated():
-            return int(self._run(redis_scripts.TRIM, key, self._trim_args()))
-
     def keys(self) -> list[StreamKey]:
         with self._link.translated():
-            names = self._link.client.smembers(self._registry)
-        return [StreamKey(*json.loads(name)) for name in sorted(names)]
+            return self._registry.keys()
 
     def close(self) -> None:
         self._link.close()
 
-    @property
-    def _registry(self) -> str:
-        return f"{self._prefix}:streams"
+    def _append(self, key: StreamKey, records: Sequence[GenerationRecord], payloads: Sequence[bytes]) -> int:
+        args = self._append_args()
+        for record, payload in zip(records, payloads, strict=True):
+            args += [record.record_id, repr(record.expires_at_s), payload]
+        return int(self._run(redis_scripts.APPEND, key, args))
 
     def _keys(self, key: StreamKey) -> list[str]:
-        """The five keys of a stream. One hash tag keeps them together on a cluster; it is a digest,
-        since a route may hold braces."""
-        tag = sha256(json.dumps([key.target_revision, key.route]).encode()).hexdigest()[:24]
-        parts = ("records", "index", "expiry", "open", "counters")
-        return [f"{self._prefix}:{{{tag}}}:{part}" for part in parts]
+        return stream_keys(self._prefix, key)
 
     def _run(self, script: str, key: StreamKey, args: Iterable[Any]) -> Any:
         return self._link.run(script, self._keys(key), [self._group, *args])
 
-    def _trim_args(self) -> list[Any]:
+    def _append_args(self) -> list[Any]:
         bounds, now_s = self._bounds, self._clock()
         oldest_s = None if bounds.max_age_s is None else now_s - bounds.max_age_s
-        limits = (oldest_s, bounds.max_records, bounds.max_bytes)
+        ttl_ms = None if bounds.max_age_s is None else int(1000 * bounds.max_age_s)
+        limits = (oldest_s, bounds.max_records, bounds.max_bytes, ttl_ms)
         return [repr(now_s), *("" if limit is None else repr(limit) for limit in limits)]
 
-    def _read(self, key: StreamKey, consumer: str, max_records: int, block_ms: int | None) -> list[Entry]:
+    def _read(self, key: StreamKey, consumer: str, max_records: int) -> list[Entry]:
         stream, client = self._keys(key)[0], self._link.client
         try:
-            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records, block_ms)
+            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records)
         except redis.ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
-            self._create_group(stream)  # a new stream, or a server that came back empty
-            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records, block_ms)
+            if not self._create_group(stream):  # a new stream, or a server that came back empty
+                return []
+            reply = client.xreadgroup(self._group, consumer, {stream: ">"}, max_records)
         return reply[0][1] if reply else []
 
-    def _create_group(self, stream: str) -> None:
-        """At 0, not at the end: what was appended before anyone read is new to the group."""
+    def _create_group(self, stream: str) -> bool:
+        """At 0, not at the end: what was appended before anyone read is new to the group. False: there is no
+        stream, and making one here would make a key that never goes."""
         try:
-            self._link.client.xgroup_create(stream, self._group, id="0", mkstream=True)
+            self._link.client.xgroup_create(stream, self._group, id="0")
         except redis.ResponseError as error:
+            if "requires the key to exist" in str(error):
+                return False
             if not str(error).startswith("BUSYGROUP"):
                 raise
+        return True
 
     def _fetch(self, key: StreamKey, entry_ids: Sequence[bytes]) -> list[Entry]:
         """The entries that still exist, in the order asked for."""

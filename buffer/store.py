@@ -5,10 +5,17 @@ thread-safe. `now_s` comes from the clock given to the implementation, never fro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+from buffer.records import (
+    DEFAULT_ROUTE,
+    FLOOR_VERSION,
+    AdapterEvent,
+    AdapterManifest,
+    GenerationRecord,
+    ServingStatus,
+)
 from buffer.route_table import RouteTable
 
 
@@ -22,11 +29,16 @@ class StreamKey:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a stream may hold; the oldest records leave first. None: unbounded."""
+    """What a stream may hold, the oldest records leave first; and how many streams there may be. None:
+    unbounded."""
 
     max_records: int | None = 20_000
     max_bytes: int | None = 512 * 2**20
     max_age_s: float | None = 7 * 24 * 3600.0
+    """A stream to which nothing was appended for so long is forgotten: nothing that it holds may stay."""
+    max_routes: int | None = 64
+    """Streams of one target, that of `default` not counted. Clients invent routes, so the records of one
+    too many go to `default`."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +61,43 @@ class StreamSize:
     """Delivered, not yet acknowledged."""
 
 
+def is_bound_to_its_route(record: GenerationRecord) -> bool:
+    """Whether its route has a draft of its own: versions are counted by route, so the record would lie in any
+    other. Such routes are few, for replicas have room for few drafts."""
+    return any(trace.draft_version >= FLOOR_VERSION for trace in record.rounds)
+
+
+def default_stream(key: StreamKey) -> StreamKey:
+    """Of the same target."""
+    return replace(key, route=DEFAULT_ROUTE)
+
+
+def as_default(record: GenerationRecord) -> GenerationRecord:
+    """As the learner shall see a record whose route has no stream."""
+    return replace(record, route=DEFAULT_ROUTE)
+
+
 class RecordStore(Protocol):
     """Records by stream, read by one named consumer group, each at least once."""
 
+    @property
+    def num_rerouted_records(self) -> int:
+        """New records that this process appended to `default`, since their route was one too many."""
+        ...
+
     def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
-        """Store records, oldest first; idempotent by record_id. Returns how many were new."""
+        """Store records, oldest first; idempotent by record_id. Returns how many were new.
+
+        Where `max_routes` are open over all processes, those of a further route are stored as `default`'s,
+        unless they are bound to their route."""
         ...
 
-    def read_new(
-        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
-    ) -> list[Delivery]:
-        """Records not yet delivered to the group, at most `max_records`, waiting up to `timeout_s`
-        for the first. Expired ones are skipped and counted. They stay pending until `ack`."""
+    def read_new(self, key: StreamKey, consumer: str, max_records: int) -> list[Delivery]:
+        """Records not yet delivered to the group, at most `max_records`. Expired ones are skipped and
+        counted. They stay pending until `ack`."""
         ...
 
-    def claim(self, key: StreamKey, consumer: str, min_idle_s: float = 0.0) -> list[Delivery]:
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float) -> list[Delivery]:
         """Pending records (this consumer's own, and others' idle for `min_idle_s`), for a
         consumer that restarts: what was read but never acknowledged is read again."""
         ...
@@ -78,20 +112,16 @@ class RecordStore(Protocol):
 
     def size(self, key: StreamKey) -> StreamSize: ...
 
-    def trim(self, key: StreamKey) -> int:
-        """Enforce bounds and expiry now. Returns how many records left."""
-        ...
-
     def keys(self) -> list[StreamKey]:
-        """Every stream that exists."""
+        """Every stream that exists; one that nobody appended to for `max_age_s` does no more."""
         ...
 
     def close(self) -> None: ...
 
 
 class AdapterFeed(Protocol):
-    """Adapters by route, the pointer to the one that serves, their history, the table that routes prompts,
-    and replicas' status."""
+    """Of one target revision: adapters by route, the pointer to the one that serves, their history, the table
+    that routes prompts, and replicas' status. Another target's feed is another feed, on one server too."""
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
         """Keep the adapter, point the route at it (unless pinned), add a `promoted` event.

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -25,6 +26,8 @@ from deploy.errors import ClusterError
 from deploy.settings import ClusterSettings
 
 APPLICATION = "everdraft"
+_ANSWER_S = 30.0
+"""A replica that runs answers at once; it may be kept from it by a busy machine."""
 
 
 def ray_session(settings: ClusterSettings, *, num_cpus: int) -> AbstractContextManager[None]:
@@ -94,26 +97,29 @@ def _joined_ray(address: str, namespace: str) -> Iterator[None]:
 
 
 @contextmanager
-def endpoint(application: serve.Application, *, host: str, port: int) -> Iterator[None]:
-    """The application answers on host:port inside the block; leaving it drains and stops it.
+def endpoint(application: serve.Application, *, host: str, port: int) -> Iterator[str]:
+    """The application answers on host:port inside the block, which is given the revision of its target;
+    leaving it drains and stops it.
 
     Raises ClusterError when the application cannot start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     try:
-        _run(application)
-        yield
+        yield _run(application)
     finally:
         with suppress(Exception), redirect_stdout(io.StringIO()):
             # Ray may be gone already, for example after SIGKILL of one of its processes.
             serve.shutdown()
 
 
-def _run(application: serve.Application) -> None:
+def _run(application: serve.Application) -> str:
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config={"log_level": "ERROR"})
-    except RuntimeError as error:
+        handle: Any = serve.run(
+            application, name=APPLICATION, route_prefix="/", logging_config={"log_level": "ERROR"}
+        )
+        return str(handle.target_revision.remote().result(timeout_s=_ANSWER_S))
+    except (RuntimeError, TimeoutError) as error:
         raise ClusterError(f"the replica did not start: {_failure(str(error))}") from error
 
 

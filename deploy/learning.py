@@ -4,7 +4,9 @@ Invariant: the learner's draft has the very weights that the replicas serve, rou
 adapters would be refused.
 """
 
+import re
 from functools import partial
+from pathlib import PurePath
 
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_store import RedisRecordStore
@@ -14,6 +16,8 @@ from learner.settings import LearnerSettings
 from learner.tracking import MlflowTracker, NullTracker, Tracker
 from serving.models.loading import load_pair
 from serving.settings import ServingSettings
+
+_MAX_READABLE = 40
 
 
 def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
@@ -28,20 +32,29 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
     )
     return Learner(
         draft,
-        RedisRecordStore(redis_url),
-        RedisAdapterFeed(redis_url),
+        RedisRecordStore(redis_url, serving.record_bounds),
+        RedisAdapterFeed(redis_url, pair.target_revision),
         learner,
         target_revision=pair.target_revision,
-        tracker_for=partial(_tracker, learner),
+        tracker_for=partial(
+            _tracker, learner, registered_base_name(learner, serving.target, pair.target_revision)
+        ),
     )
 
 
-def _tracker(learner: LearnerSettings, run_id: str) -> Tracker:
+def registered_base_name(learner: LearnerSettings, target: str, target_revision: str) -> str:
+    """What the names of registered models begin with: two targets on one MLflow share none. MLflow's names
+    have neither slashes nor colons."""
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(target).name)[:_MAX_READABLE].strip("-")
+    return "-".join(filter(None, (learner.registered_model_name, readable, target_revision[:8])))
+
+
+def _tracker(learner: LearnerSettings, base_name: str, run_id: str) -> Tracker:
     if not learner.tracking_uri:
         return NullTracker()
     return MlflowTracker(
         learner.tracking_uri,
         experiment_name=learner.experiment_name,
-        registered_model_name=learner.registered_model_name,
+        registered_model_name=base_name,
         run_id=run_id,
     )

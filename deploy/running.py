@@ -36,6 +36,7 @@ class RunningNote:
     """Empty: MLflow is off."""
     target: str
     draft: str
+    target_revision: str
     learns: bool
     """Whether a learner runs beside the replicas."""
 
@@ -85,12 +86,21 @@ def sole_learner(state_dir: Path) -> Iterator[None]:
 
 
 def own_note(
-    *, url: str, redis_url: str, tracking_uri: str, target: str, draft: str, learns: bool
+    *,
+    url: str,
+    redis_url: str,
+    tracking_uri: str,
+    target: str,
+    draft: str,
+    target_revision: str,
+    learns: bool,
 ) -> RunningNote:
     """The note of this very process."""
     started_at_s = process_started_at_s(os.getpid())
     assert started_at_s is not None, "this process is alive"
-    return RunningNote(os.getpid(), started_at_s, url, redis_url, tracking_uri, target, draft, learns)
+    return RunningNote(
+        os.getpid(), started_at_s, url, redis_url, tracking_uri, target, draft, target_revision, learns
+    )
 
 
 def write_note(state_dir: Path, note: RunningNote) -> None:

@@ -5,6 +5,7 @@ exception, takes down everything that it started, in reverse order.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from buffer.errors import StoreUnavailableError
-from buffer.redis_feed import RedisAdapterFeed
+from buffer.redis_feed import RedisAdapterFeed, known_targets
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
 from buffer.store import AdapterFeed, RecordStore
@@ -42,6 +43,8 @@ class RunningSystem:
     redis_url: str
     """With its password; not for printing."""
     learner: "LearnerHandle | None"
+    target_revision: str
+    """Of the target that the replicas loaded; the feed and the records are kept by it."""
 
     def note_learner(self) -> None:
         """Leave word of the learner for `everdraft status`; to be called about once a second."""
@@ -49,10 +52,22 @@ class RunningSystem:
             write_learner_snapshot(self.settings.state_dir, self.learner.snapshot())
 
 
-def open_feed(redis_url: str) -> AdapterFeed:
+def check_redis_url(redis_url: str) -> None:
+    """Raises SettingsError for a URL that is none; connects to nothing."""
+    open_store(redis_url).close()
+
+
+def targets_at(redis_url: str) -> list[str]:
+    """The revisions of the targets that have drafts or replicas there. Raises SettingsError for a URL that is
+    none, StoreUnavailableError."""
+    check_redis_url(redis_url)
+    return known_targets(redis_url)
+
+
+def open_feed(redis_url: str, target_revision: str) -> AdapterFeed:
     """Raises SettingsError for a URL that is none; connects at the first call."""
     try:
-        return RedisAdapterFeed(redis_url)
+        return RedisAdapterFeed(redis_url, target_revision)
     except ValueError as error:
         raise SettingsError(f"redis.url: {error}") from None
 
@@ -80,8 +95,8 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         check_models(settings)
         narrate("\n".join(check_memory(settings).lines()))
         redis_url = parts.enter_context(_redis(settings, narrate))
-        learner = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
-        system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner)
+        learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
+        system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner, revision)
         write_note(settings.state_dir, _note(system))
         yield system
 
@@ -89,7 +104,8 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
 @contextmanager
 def _replicas_and_learner(
     settings: Settings, redis_url: str, narrate: Narrate
-) -> Iterator["LearnerHandle | None"]:
+) -> Iterator[tuple["LearnerHandle | None", str]]:
+    """The learner's handle, and the revision of the target that is served."""
     # Ray and torch take seconds to import: not before the quick checks have passed.
     from deploy.cluster import endpoint, ray_session
     from deploy.learner_process import learner_beside
@@ -101,12 +117,12 @@ def _replicas_and_learner(
         parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings)))
         narrate("loading the models and measuring what a pass costs")
         application = build_deployment(settings.serving, redis_url)
-        parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
+        revision = parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
         learner = None
         if cluster.learn and settings.serving.draft is not None:
             narrate("starting the learner")
             learner = parts.enter_context(learner_beside(settings, learner_settings(settings), redis_url))
-        yield learner
+        yield learner, revision
 
 
 def check_models(settings: Settings) -> None:
@@ -180,6 +196,8 @@ def learner_settings(settings: Settings) -> LearnerSettings:
     return learner.model_copy(
         update={
             "checkpoint_folder": str(settings.state_dir / learner.checkpoint_folder),
+            # two learners under one name would take each other's records as their own
+            "consumer_name": f"{learner.consumer_name}@{socket.gethostname()}:{settings.state_dir}",
             "tracking_uri": settings.tracking_uri,
             # a route that no replica has room for would be learnt for nobody
             "max_routes": min(learner.max_routes, settings.serving.max_route_drafts),
@@ -195,7 +213,7 @@ def schedulable_cpus(settings: Settings) -> int:
 @contextmanager
 def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
     if settings.redis.url is not None:
-        open_feed(settings.redis.url).close()
+        check_redis_url(settings.redis.url)
         yield settings.redis.url
         return
     narrate("starting Redis")
@@ -223,5 +241,6 @@ def _note(system: RunningSystem) -> RunningNote:
         tracking_uri=settings.tracking_uri,
         target=settings.serving.target,
         draft=settings.serving.draft or "",
+        target_revision=system.target_revision,
         learns=system.learner is not None,
     )

@@ -96,11 +96,3 @@ def start_learner_actor(
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(num_threads)}},
     ).remote(build_learner, num_threads, niceness)
     return handle
-
-
-def get_learner_actor(namespace: str, name: str = ACTOR_NAME) -> ActorHandle[Any] | None:
-    """The running actor; None if there is none."""
-    try:
-        return ray.get_actor(name, namespace=namespace)
-    except ValueError:
-        return None

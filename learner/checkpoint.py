@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from buffer.records import AdapterManifest
 
 KEPT_FILES = 2
+_NAMED_BY = 16
+"""Of a target's revision, so many digits name its folder."""
 _SCHEMA = "1"
 
 
@@ -58,6 +60,20 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
         old.unlink(missing_ok=True)
     return path
+
+
+def folder_of_target(folder: Path, target_revision: str) -> Path:
+    """Where the learner of one target keeps its state, for a state folder may see several. What a build that
+    knew no targets left in `folder` moves there, unless what served was made for another one."""
+    own = folder / f"target-{target_revision[:_NAMED_BY]}"
+    if _files(folder):
+        found = read_latest(folder)
+        manifest = found.incumbent_manifest if found else None
+        if manifest is None or manifest.target_revision == target_revision:
+            own.mkdir(exist_ok=True)
+            for path in [*folder.glob("routes*"), *_files(folder)]:  # killed here, the next start goes on
+                path.rename(own / path.name)
+    return own
 
 
 def replace_file(path: Path, data: bytes) -> None:

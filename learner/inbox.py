@@ -10,6 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from buffer.records import GenerationRecord
 from buffer.store import Delivery, RecordStore, StreamKey
 
+CLAIM_IDLE_S = 600.0
+"""What another learner holds for so long it is taken not to come back to. A cycle is far shorter: a learner
+that lives acknowledges what it read within it."""
+
 
 class Inbox:
     """`acked_entry_ids`, by route, come from the checkpoint: used already, perhaps not yet acknowledged."""
@@ -28,17 +32,20 @@ class Inbox:
         self._waiting: dict[StreamKey, list[Delivery]] = {}
 
     def streams(self) -> list[StreamKey]:
-        """The streams of this target, one a route."""
+        """The streams of this target, one a route. What was known of one that is gone is forgotten, but for
+        the records that wait."""
         every = self._store.keys()
         found = [key for key in every if key.target_revision == self._target_revision]
+        routes = {key.route for key in found}
+        self._used = {route: used for route, used in self._used.items() if route in routes}
+        self._waiting = {key: held for key, held in self._waiting.items() if held or key in found}
         return sorted(found, key=lambda key: key.route)
 
-    def reclaim(self) -> list[GenerationRecord]:
-        """What an earlier life read and never acknowledged."""
-        arrived: list[GenerationRecord] = []
+    def reclaim(self) -> None:
+        """Take in what an earlier life of this consumer read and never acknowledged, and what another one has
+        held for CLAIM_IDLE_S."""
         for key in self.streams():
-            arrived += self._accept(key, self._store.claim(key, self._consumer))
-        return arrived
+            self._accept(key, self._store.claim(key, self._consumer, CLAIM_IDLE_S))
 
     def read(self, keys: Sequence[StreamKey], max_records: int) -> list[GenerationRecord]:
         """What arrived since the last call, while fewer than `max_records` of these streams wait; never

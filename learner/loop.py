@@ -20,7 +20,7 @@ from learner import checkpoint
 from learner.bandit import ExistingDraft
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
-from learner.inbox import Inbox
+from learner.inbox import CLAIM_IDLE_S, Inbox
 from learner.route_draft import RouteDraft
 from learner.routes import Routes
 from learner.rows import record_fault
@@ -72,13 +72,16 @@ class Learner:
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
         self._streams: list[StreamKey] = []
-        found = checkpoint.read_latest(Path(settings.checkpoint_folder))
+        self._reclaim_at_s = 0.0
+        folder = checkpoint.folder_of_target(Path(settings.checkpoint_folder), target_revision)
+        found = checkpoint.read_latest(folder)
         self._tracker = tracker_for(found.mlflow_run_id if found else "") if tracker_for else NullTracker()
         self._routes = Routes(
             self._build,
             store,
             feed,
             settings,
+            folder=folder,
             target_revision=target_revision,
             insist=self._insist,
             is_sound=lambda record: not self._fault(record),
@@ -106,7 +109,7 @@ class Learner:
         """Wait, draw, distil, evaluate, gate, publish, checkpoint, ack. False: nothing was due."""
         self._insist(self._start)
         self._read()
-        self._routes.review()
+        self._routes.review(self._streams)
         self._let_pass()
         draft = self._due()
         if draft is None:
@@ -157,7 +160,7 @@ class Learner:
         if self._started:
             return
         self._routes.start()
-        self._inbox.reclaim()
+        self._reclaim()
         self._streams = self._inbox.streams()
         wanted = self._settings.held_out_window_records
         for draft in self._routes:
@@ -168,8 +171,15 @@ class Learner:
                 draft.judge.split(sound)
         self._started = True
 
+    def _reclaim(self) -> None:
+        """At the start what this learner held itself, then what another one that is gone does."""
+        self._inbox.reclaim()
+        self._reclaim_at_s = self._now_s() + CLAIM_IDLE_S
+
     def _read(self) -> None:
         """What each route's draft has to know: the feed's word, what arrived, what that says of a swap."""
+        if self._now_s() >= self._reclaim_at_s:
+            self._insist(self._reclaim)
         self._streams = self._insist(self._inbox.streams)
         for draft in self._routes:
             draft.follow_feed()

@@ -35,7 +35,8 @@ BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingD
 
 
 class Routes:
-    """`build` makes a route's draft from its checkpoint. The constructor touches neither store nor feed."""
+    """`build` makes a route's draft from its checkpoint, `folder` is where they and the book are kept. The
+    constructor touches neither store nor feed."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Routes:
         feed: AdapterFeed,
         settings: LearnerSettings,
         *,
+        folder: Path,
         target_revision: str,
         insist: Insist,
         is_sound: Callable[[GenerationRecord], bool],
@@ -52,7 +54,7 @@ class Routes:
         self._build, self._store, self._feed, self._settings = build, store, feed, settings
         self._target_revision, self._insist, self._now_s = target_revision, insist, now_s
         self._is_sound = is_sound
-        self._folder = Path(settings.checkpoint_folder)
+        self._folder = folder
         self._policy = RoutePolicy(
             settings.max_routes,
             settings.route_min_records,
@@ -132,8 +134,13 @@ class Routes:
                 standing = Standing(num_records=size.num_records - num_records)
             self._standings[route] = standing.after_records(num_records, self._now_s())
 
-    def review(self) -> None:
-        """Close what starves, look again at how prompts fall apart, open what has grown."""
+    def review(self, streams: Sequence[StreamKey]) -> None:
+        """Close what starves, look again at how prompts fall apart, open what has grown; of a closed route
+        that neither has a stream nor is a kind of prompts nothing is kept."""
+        known = {key.route for key in streams}.union(self._known.routes if self._known else ())
+        for route, standing in list(self._standings.items()):
+            if not standing.is_open and route not in known:
+                del self._standings[route]
         for route, standing in list(self._standings.items()):
             if standing.is_open and (reason := reason_to_close(standing, self._now_s(), self._policy)):
                 self._close(route, reason)

@@ -139,6 +139,7 @@ class LearnerSettings(BaseModel):
     # state and process
     checkpoint_folder: str = "learner-checkpoints"
     consumer_name: str = "learner"
+    """Of this learner among those that share its records; machine and state folder are put behind it."""
     retry_s: float = Field(1.0, gt=0)
     """Pause before the store is tried again after it could not be reached."""
     num_threads: int = Field(1, ge=1)
@@ -149,7 +150,7 @@ class LearnerSettings(BaseModel):
     """MLflow; empty: no tracking."""
     experiment_name: str = "everdraft"
     registered_model_name: str = "everdraft-draft"
-    """Of every route's own, which is called `<name>-<route>`."""
+    """Of every route's own, which is called `<name>-<target>-<revision>-<route>`."""
 
 
 def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:

@@ -192,6 +192,9 @@ class _Session:
         else:
             self._registry.note(route, decision)
         self._if_possible(lambda: self._tell(route, decision))
+        if decision.kind == "closed":  # routes come and go in a long life; what MLflow has is read again
+            for known in (self._series, self._decisions, self._num_cycles):
+                known.pop(route, None)
 
     def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
         if self._registry.has(manifest):

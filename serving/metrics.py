@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from buffer.exporter import RecordExporter
 from serving.engine.stats import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -111,7 +112,7 @@ class RequestClock:
 
 
 class ServingMetrics(Collector):
-    """`num_rejected` and `num_dropped_records` are read at every scrape."""
+    """`num_rejected` and `exporter` are read at every scrape. `exporter` None: nothing is recorded."""
 
     def __init__(
         self,
@@ -119,10 +120,10 @@ class ServingMetrics(Collector):
         *,
         replica_id: str,
         num_rejected: Callable[[], int],
-        num_dropped_records: Callable[[], int],
+        exporter: RecordExporter | None,
     ) -> None:
         self._stats, self._replica_id = stats, replica_id
-        self._num_rejected, self._num_dropped_records = num_rejected, num_dropped_records
+        self._num_rejected, self._exporter = num_rejected, exporter
         self._registry = CollectorRegistry()
         self.first_token_s = self._histogram(
             "time_to_first_token_seconds",
@@ -176,11 +177,28 @@ class ServingMetrics(Collector):
             "Generations refused with 429: a queue bound was reached.",
             self._num_rejected(),
         )
-        yield self._counter(
-            "records_dropped", "Records lost on the way to the buffer.", self._num_dropped_records()
-        )
+        if self._exporter is not None:
+            yield from self._of_records(self._exporter)
         yield self._by_route(stats)
         yield from self._by_version(stats)
+
+    def _of_records(self, exporter: RecordExporter) -> Iterator[Metric]:
+        yield self._counter(
+            "records_submitted", "Records on their way to the buffer since the start.", exporter.num_submitted
+        )
+        yield self._counter(
+            "records_exported", "Records handed to the buffer, those it had included.", exporter.num_exported
+        )
+        yield self._counter(
+            "records_rerouted",
+            "Records kept as those of the default route: theirs was one too many for a stream of its own.",
+            exporter.num_rerouted_records,
+        )
+        text = "Records lost on the way to the buffer, by reason."
+        dropped = CounterMetricFamily("everdraft_records_dropped", text, labels=["replica", "reason"])
+        for reason, num_records in exporter.dropped_by_reason.items():
+            dropped.add_metric([self._replica_id, reason], num_records)
+        yield dropped
 
     def _by_route(self, stats: EngineStats) -> Metric:
         text = "Version that serves a route now, of every route that has a draft of its own; 0 is the floor."

@@ -37,6 +37,10 @@ class Replica:
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
         return create_app(self._parts.context)
 
+    def target_revision(self) -> str:
+        """Of the target that was loaded here."""
+        return self._parts.engine.pair.target_revision
+
     def check_health(self) -> None:
         """Ray restarts a replica for which this raises."""
         if not self._parts.engine.is_alive:

@@ -5,6 +5,8 @@ Invariant: a store or feed that is away at start costs a bounded wait, never the
 
 import importlib.metadata
 import time
+from collections.abc import Callable
+from functools import partial
 
 from buffer.exporter import MAX_QUEUE_BYTES, RecordExporter
 from buffer.records import ServingStatus
@@ -23,38 +25,45 @@ from serving.status import serving_status
 
 _FEED_TIMEOUT_S = 2.0
 
+OpenFeed = Callable[[str], AdapterFeed]
+"""From a target's revision, which is known only once the models are loaded."""
+
 
 class ReplicaParts:
-    """A running engine and everything around it. `store` None: nothing is recorded; `feed` None: the draft
-    that was loaded serves, and nobody is told how it does. Both are closed with the parts."""
+    """A running engine and everything around it. `store` None: nothing is recorded; `open_feed`, which is
+    given the target's revision, None: the draft that was loaded serves, and nobody is told how it does. Store
+    and feed are closed with the parts."""
 
     def __init__(
         self,
         settings: ServingSettings,
         *,
         store: RecordStore | None,
-        feed: AdapterFeed | None,
+        open_feed: OpenFeed | None,
         replica_id: str,
     ) -> None:
         """Loads the models. Raises UnsupportedModelError, MemoryPlanError for sizes that do not fit, or
         OSError for a path that is none."""
         self._settings, self._replica_id = settings, replica_id
-        self._store, self._feed = store, feed
+        self._store = store
         records = store is not None and settings.records
         self.engine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
         self._exporter = None if store is None else RecordExporter(store)
-        self._watcher = None if feed is None else self._new_watcher(feed)
+        self._feed = None if open_feed is None else open_feed(self.engine.pair.target_revision)
+        self._watcher = None if self._feed is None else self._new_watcher(self._feed)
         if self._watcher is not None:
             self._watcher.serve_latest_before_ready(settings.boot_timeout_s)
             self._watcher.start()
         self.context = self._new_context()
 
     def status(self) -> ServingStatus:
+        exporter = self._exporter
         return serving_status(
             self.engine,
             replica_id=self._replica_id,
             at_s=time.time(),
-            num_dropped_records=self._num_dropped_records(),
+            num_dropped_records=0 if exporter is None else exporter.num_dropped_records,
+            num_rerouted_records=0 if exporter is None else exporter.num_rerouted_records,
             passes=self.engine.compiling.state,
             last_error="" if self._watcher is None else self._watcher.last_error,
         )
@@ -70,9 +79,6 @@ class ReplicaParts:
         for seam in (self._store, self._feed):
             if seam is not None:
                 seam.close()
-
-    def _num_dropped_records(self) -> int:
-        return 0 if self._exporter is None else self._exporter.num_dropped_records
 
     def _new_watcher(self, feed: AdapterFeed) -> AdapterWatcher:
         return AdapterWatcher(
@@ -107,7 +113,7 @@ class ReplicaParts:
                 engine.stats,
                 replica_id=self._replica_id,
                 num_rejected=lambda: admission.num_rejected,
-                num_dropped_records=self._num_dropped_records,
+                exporter=self._exporter,
             ),
             recorder=self._new_recorder(engine),
             status=self.status,
@@ -131,14 +137,14 @@ class ReplicaParts:
 def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str) -> ReplicaParts:
     """Parts on Redis; None: no records, no adapters. Raises ValueError for a URL that is none."""
     if redis_url is None:
-        return ReplicaParts(settings, store=None, feed=None, replica_id=replica_id)
+        return ReplicaParts(settings, store=None, open_feed=None, replica_id=replica_id)
     from buffer.redis_feed import RedisAdapterFeed
     from buffer.redis_store import RedisRecordStore
 
     return ReplicaParts(
         settings,
-        store=RedisRecordStore(redis_url),
-        feed=RedisAdapterFeed(redis_url, timeout_s=_FEED_TIMEOUT_S),
+        store=RedisRecordStore(redis_url, settings.record_bounds),
+        open_feed=partial(RedisAdapterFeed, redis_url, timeout_s=_FEED_TIMEOUT_S),
         replica_id=replica_id,
     )
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from buffer.store import Bounds
+
 
 class ServingSettings(BaseModel):
     """Settings of every replica. Only `target` has no default."""
@@ -66,7 +68,15 @@ class ServingSettings(BaseModel):
     capture_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of requests that are recorded for learning; 0 records nothing."""
     record_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
-    """Time after which nobody may read a record."""
+    """Time after which nobody may read a record, and after which a route to which none was added is
+    forgotten by the buffer."""
+    max_records_per_route: int = Field(default=20_000, ge=1)
+    """Records kept of a route; the oldest leave first."""
+    max_record_mib_per_route: float = Field(default=512.0, gt=0)
+    """What they may take in Redis."""
+    max_record_routes: int = Field(default=64, ge=0)
+    """Routes beside `default` of which records are kept apart, over all replicas. Those of further ones, for
+    clients invent routes, are kept as `default`'s; a route with a draft of its own is never refused."""
 
     watch_interval_s: float = Field(default=0.2, gt=0)
     """Between two looks at the adapter feed."""
@@ -84,6 +94,16 @@ class ServingSettings(BaseModel):
     def records(self) -> bool:
         """Whether records would be of use: there is a draft to teach, and some requests are captured."""
         return self.draft is not None and self.capture_rate > 0.0
+
+    @property
+    def record_bounds(self) -> Bounds:
+        """What the buffer may hold of this target."""
+        return Bounds(
+            max_records=self.max_records_per_route,
+            max_bytes=int(self.max_record_mib_per_route * 2**20),
+            max_age_s=self.record_ttl_s,
+            max_routes=self.max_record_routes,
+        )
 
     def revealed_api_keys(self) -> tuple[str, ...]:
         return tuple(key.get_secret_value() for key in self.api_keys)

@@ -14,6 +14,7 @@ def serving_status(
     replica_id: str,
     at_s: float,
     num_dropped_records: int,
+    num_rerouted_records: int = 0,
     passes: str = "",
     last_error: str = "",
 ) -> ServingStatus:
@@ -31,6 +32,7 @@ def serving_status(
         mean_batch_size=max(1.0, stats.mean_batch_size),
         num_draft_tokens=stats.num_draft_tokens,
         num_dropped_records=num_dropped_records,
+        num_rerouted_records=num_rerouted_records,
         num_swaps=stats.num_swaps,
         num_swaps_under_load=stats.num_swaps_under_load,
         swap_pause_s_max=stats.swap_pause_s_max,

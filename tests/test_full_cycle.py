@@ -22,10 +22,11 @@ from buffer.redis_server import EmbeddedRedis
 from deploy.commands.demo import LEARNER, PAIR
 from deploy.demo.corpus import prompts
 from deploy.demo.traffic import Ask, Clients, Outcome
-from deploy.ports import free_port
+from deploy.learning import registered_base_name
 from deploy.settings import Settings
 from deploy.wiring import RunningSystem, open_feed, running_system
 from learner.settings import LearnerSettings
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 WAIT_S = 120.0
@@ -51,7 +52,7 @@ def system(redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
             },
             "learner": {**LEARNER, "min_records_per_cycle": 16},
             "redis": {"url": redis.url},
-            "cluster": {"port": free_port("127.0.0.1"), "state_dir": tmp_path_factory.mktemp("state")},
+            "cluster": {"port": free_port(), "state_dir": tmp_path_factory.mktemp("state")},
         }
     )
     with running_system(settings, lambda words: None) as system:
@@ -94,7 +95,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def test_traffic_becomes_a_better_draft_that_serves(system: RunningSystem) -> None:
-    feed = open_feed(system.redis_url)
+    feed = open_feed(system.redis_url, system.target_revision)
     with Load(system, "sql") as load:
         wait_until(lambda: feed.last_version(DEFAULT_ROUTE) >= 2)
         wait_until(lambda: bool(load.outcomes) and load.outcomes[-1].draft_version >= 2)
@@ -148,7 +149,9 @@ def test_metrics_tell_acceptance_by_version_and_replica(system: RunningSystem) -
 
 def test_mlflow_knows_what_serves_and_the_one_before(system: RunningSystem) -> None:
     client = MlflowClient(system.settings.tracking_uri)
-    name = f"{system.settings.learner.registered_model_name}-{DEFAULT_ROUTE}"
+    settings = system.settings
+    base = registered_base_name(settings.learner, settings.serving.target, system.target_revision)
+    name = f"{base}-{DEFAULT_ROUTE}"
 
     def aliases() -> dict[str, str]:
         found = client.search_registered_models(filter_string=f"name = '{name}'")
@@ -171,7 +174,7 @@ def test_redis_killed_and_restarted_under_load_fails_no_request(
         load.wait_for(30)
         redis.start()
         load.wait_for(10)
-        feed = open_feed(redis.url)
+        feed = open_feed(redis.url, system.target_revision)
         wait_until(lambda: len(feed.statuses()) == 1)
         versions_before = {outcome.draft_version for outcome in load.outcomes[-5:]}
         # The feed came back empty; the learner publishes again from its checkpoint, and goes on.

@@ -88,7 +88,7 @@ def _rest(system: RunningSystem) -> None:
 
 def _events(system: RunningSystem) -> dict[str, int]:
     """The history of every route, counted by kind."""
-    feed, counts = open_feed(system.redis_url), dict[str, int]()
+    feed, counts = open_feed(system.redis_url, system.target_revision), dict[str, int]()
     try:
         for route in dict.fromkeys([DEFAULT_ROUTE, *feed.routes()]):
             for event in feed.history(route, max_events=1000):

@@ -20,6 +20,7 @@ from deploy.commands.console import (
     plain_faults,
     redis_url_of,
 )
+from deploy.commands.targets import TargetOption, target_meant
 from deploy.commands.words import ago, decimals, sized
 from learner.story import TURNS
 
@@ -31,11 +32,14 @@ BY_HAND = "by an operator"
 
 
 @contextmanager
-def opened_feed(state_dir: StateDirOption, redis_url: str | None) -> Iterator[AdapterFeed]:
+def opened_feed(
+    state_dir: StateDirOption, redis_url: str | None, target_revision: str | None
+) -> Iterator[AdapterFeed]:
     from deploy.wiring import open_feed
 
     with plain_faults():
-        feed = open_feed(redis_url_of(state_dir, redis_url))
+        url = redis_url_of(state_dir, redis_url)
+        feed = open_feed(url, target_meant(url, state_dir, target_revision))
         try:
             yield feed
         finally:
@@ -48,9 +52,10 @@ def list_drafts(
     events: Annotated[int, typer.Option(min=0, help="How many lines of history to show.")] = 8,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """By route: the drafts that are kept, the one that serves, and what happened last and why."""
-    with opened_feed(state_dir, redis_url) as feed:
+    with opened_feed(state_dir, redis_url, target_revision) as feed:
         known = feed.routes()
         if route is not None and route not in known:
             output().print(f"route {route}: the floor; no draft was ever judged. Routes: {', '.join(known)}")
@@ -67,9 +72,10 @@ def show(
     route: RouteOption = DEFAULT_ROUTE,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """Everything known about one draft: what it fits, why it was let in, what became of it."""
-    with opened_feed(state_dir, redis_url) as feed:
+    with opened_feed(state_dir, redis_url, target_revision) as feed:
         for name, text in _details(feed.manifest(route, version)):
             output().print(f"{name:<28}{escape(text)}")
         latest = feed.latest(route)
@@ -85,9 +91,10 @@ def rollback(
     route: RouteOption = DEFAULT_ROUTE,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """Go back to an earlier draft; the learner goes on and may promote a better one."""
-    with opened_feed(state_dir, redis_url) as feed:
+    with opened_feed(state_dir, redis_url, target_revision) as feed:
         serving = feed.rollback(route, reason, to)
         output().print(f"route {route}: {_named(serving)} serves from now on")
 
@@ -99,9 +106,10 @@ def pin(
     route: RouteOption = DEFAULT_ROUTE,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """Serve this draft, whatever the learner promotes, until unpinned."""
-    with opened_feed(state_dir, redis_url) as feed:
+    with opened_feed(state_dir, redis_url, target_revision) as feed:
         feed.pin(route, version, reason)
         output().print(f"route {route}: {_named(version)} is pinned")
 
@@ -112,9 +120,10 @@ def unpin(
     route: RouteOption = DEFAULT_ROUTE,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """Let promotions take effect again."""
-    with opened_feed(state_dir, redis_url) as feed:
+    with opened_feed(state_dir, redis_url, target_revision) as feed:
         serving = feed.unpin(route, reason)
         output().print(f"route {route}: no pin; {_named(serving)} serves from now on")
 

@@ -55,10 +55,10 @@ def _redis_url(settings: Settings) -> str:
 def _run(settings: Settings, redis_url: str) -> None:
     from deploy.learning import build_learner
     from deploy.signals import wait_for_stop
-    from deploy.wiring import check_models, learner_settings, open_feed
+    from deploy.wiring import check_models, check_redis_url, learner_settings
     from learner.trainer import limit_threads
 
-    open_feed(redis_url).close()
+    check_redis_url(redis_url)
     check_models(settings)
     limit_threads(settings.learner.num_threads)
     errors().print("loading the models")

@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,7 @@ from deploy.commands.console import (
     running_learner,
     running_note,
 )
+from deploy.commands.targets import SHOWN, TargetOption, targets_meant
 from deploy.commands.words import ago, milliseconds, percentage
 from deploy.running import RunningNote
 
@@ -33,48 +35,76 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
 ) -> None:
     """What runs, which drafts serve, how well they are accepted; exit code 1 if no replica reports."""
     from deploy.wiring import open_feed, open_store
 
-    with plain_faults():
+    with plain_faults(), ExitStack() as opened:
         url = redis_url_of(state_dir, redis_url)
-        feed, store = open_feed(url), open_store(url)
-        try:
-            statuses = sorted(feed.statuses(), key=lambda status: status.replica_id)
-            learner = running_learner(state_dir)
-            if as_json:
-                output().print_json(json.dumps(_as_data(feed, store, statuses, learner)))
-            else:
-                _show(output(), feed, store, statuses, running_note(state_dir), learner)
-        finally:
-            store.close()
-            feed.close()
-    raise typer.Exit(0 if statuses else 1)
+        store = opened.enter_context(closing(open_store(url)))
+        targets = []
+        for revision in targets_meant(url, state_dir, target_revision):
+            feed = opened.enter_context(closing(open_feed(url, revision)))
+            targets.append(TargetFeed(revision, feed, feed.statuses()))
+        learner = running_learner(state_dir)
+        if as_json:
+            output().print_json(json.dumps(_as_data(targets, store, learner)))
+        else:
+            _show(output(), targets, store, running_note(state_dir), learner)
+    raise typer.Exit(0 if any(target.statuses for target in targets) else 1)
 
 
-def _as_data(
-    feed: AdapterFeed, store: RecordStore, statuses: list[ServingStatus], learner: dict[str, Any] | None
-) -> dict[str, Any]:
-    streams = store.keys()
+@dataclass(frozen=True)
+class TargetFeed:
+    """One target's drafts and replicas."""
+
+    revision: str
+    feed: AdapterFeed
+    statuses: list[ServingStatus]
+
+
+def _as_data(targets: list[TargetFeed], store: RecordStore, learner: dict[str, Any] | None) -> dict[str, Any]:
+    meant = {target.revision for target in targets}
+    known = store.keys()
     return {
-        "replicas": [asdict(status) for status in statuses],
+        "replicas": [
+            {"target_revision": target.revision, **asdict(status)}
+            for target in targets
+            for status in target.statuses
+        ],
         "learner": learner,
-        "routes": {route: _serving(feed, route) for route in feed.routes()},
-        "streams": [{**asdict(key), **asdict(store.size(key))} for key in streams],
+        "routes": {
+            target.revision: {route: _serving(target.feed, route) for route in target.feed.routes()}
+            for target in targets
+        },
+        "streams": [
+            {**asdict(key), **asdict(store.size(key))} for key in known if key.target_revision in meant
+        ],
     }
 
 
 def _show(
     console: Console,
-    feed: AdapterFeed,
+    targets: list[TargetFeed],
     store: RecordStore,
-    statuses: list[ServingStatus],
     note: RunningNote | None,
     learner: dict[str, Any] | None,
 ) -> None:
     if note is not None:
         console.print(f"[bold]{note.url}[/]  target {note.target}, draft {note.draft or 'none'}\n")
+    if not targets:
+        console.print("no replica has reported lately")
+    for target in targets:
+        if len(targets) > 1:
+            console.print(f"[bold]target {escape(target.revision[:SHOWN])}[/]")
+        _show_target(console, target, store)
+    if learner is not None:
+        console.print(f"learner: {_learner_line(learner)}")
+
+
+def _show_target(console: Console, target: TargetFeed, store: RecordStore) -> None:
+    feed, statuses = target.feed, target.statuses
     if statuses:
         for line in (line for status in statuses for line in _replica_lines(status)):
             console.print(line)
@@ -83,12 +113,10 @@ def _show(
     drafts = _drafts(statuses)
     if drafts.row_count:
         console.print("", drafts, "", sep="\n")
-    if learner is not None:
-        console.print(f"learner: {_learner_line(learner)}")
     for route in feed.routes():
         console.print(f"route {route}: {_route_line(feed, route)}")
-    streams = store.keys()
-    for key in streams:
+    known = store.keys()
+    for key in [key for key in known if key.target_revision == target.revision]:
         size = store.size(key)
         console.print(
             f"records of route {key.route}: {size.num_records} kept, {size.num_pending} being learned, "
@@ -123,7 +151,8 @@ def _replica_lines(status: ServingStatus) -> Iterator[str]:
         f"  passes {status.passes or 'eager'}, draft length {status.num_draft_tokens}, "
         f"round {milliseconds(status.round_s_median)}, "
         f"{status.num_swaps} swaps ({status.num_swaps_under_load} under load, longest pause "
-        f"{milliseconds(status.swap_pause_s_max)}), {status.num_dropped_records} records dropped"
+        f"{milliseconds(status.swap_pause_s_max)}), {status.num_dropped_records} records dropped, "
+        f"{status.num_rerouted_records} kept as default's"
     )
     if status.last_error:
         yield f"  [red]{escape(status.last_error)}[/]"

@@ -48,7 +48,7 @@ class Story:
 def tell(system: RunningSystem, screen: Screen, *, began_s: float) -> Story:
     """Replay, learn, measure. `began_s`: monotonic time at which the demo began."""
     story = Story()
-    feed = open_feed(system.redis_url)
+    feed = open_feed(system.redis_url, system.target_revision)
     try:
         for domain in DOMAINS:
             asks = list(islice(_traffic([domain]), REQUESTS_PER_DOMAIN))

@@ -150,11 +150,6 @@ class StaticPass:
         shape.graph = graph
 
     @property
-    def num_shapes(self) -> int:
-        """Buckets at hand."""
-        return len(self._shapes)
-
-    @property
     def num_captured(self) -> int:
         return sum(shape.graph is not None for shape in self._shapes.values())
 

@@ -77,7 +77,7 @@ def open_store(place: str, clock: FakeClock) -> Iterator[OpenStore]:
     prefix, opened = uuid.uuid4().hex, []
 
     def open_one(bounds: Bounds | None = None) -> RecordStore:
-        bounds = bounds or Bounds(None, None, None)
+        bounds = bounds or Bounds(None, None, None, None)
         store: RecordStore = (
             MemoryRecordStore(bounds, clock=clock)
             if place == "memory"
@@ -103,7 +103,7 @@ def feed(place: str, clock: FakeClock) -> Iterator[AdapterFeed]:
     feed: AdapterFeed = (
         MemoryAdapterFeed(**options)
         if place == "memory"
-        else RedisAdapterFeed(place, prefix=uuid.uuid4().hex, **options)
+        else RedisAdapterFeed(place, "revision", prefix=uuid.uuid4().hex, **options)
     )
     yield feed
     feed.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from buffer.records import AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
+from buffer.records import BORROWED_VERSION, AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
 from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 
@@ -68,6 +68,13 @@ def make_record(
         expires_at_s=START_S + 3600.0,
     )
     return replace(record, **changes)
+
+
+def borrowed(record_id: str, **changes: Any) -> GenerationRecord:
+    """Of a route without a draft of its own."""
+    record = make_record(record_id, **changes)
+    rounds = tuple(replace(trace, draft_version=BORROWED_VERSION) for trace in record.rounds)
+    return replace(record, rounds=rounds)
 
 
 def make_manifest(draft_version: int, parent_version: int = 0, *, route: str = "default") -> AdapterManifest:

@@ -10,7 +10,8 @@ from scipy import stats
 
 from buffer.codec import encode
 from buffer.store import Bounds, Delivery, RecordStore, StreamKey
-from tests.buffer.samples import START_S, FakeClock, OpenStore, make_record
+from learner.inbox import Inbox
+from tests.buffer.samples import START_S, FakeClock, OpenStore, borrowed, make_record
 
 KEY = StreamKey("revision", "default")
 
@@ -68,21 +69,6 @@ def test_asking_for_no_records_gives_none(store: RecordStore) -> None:
     assert store.draw_replay(KEY, 0, seed=0) == []
 
 
-def test_reading_waits_for_the_first_record_and_no_longer(store: RecordStore) -> None:
-    writer = threading.Timer(0.2, append, (store, "a"))
-    writer.start()
-    began_s = time.monotonic()
-    assert record_ids(store.read_new(KEY, "learner", 9, timeout_s=10.0)) == ["a"]
-    assert 0.1 < time.monotonic() - began_s < 5.0
-    writer.join()
-
-
-def test_reading_gives_up_after_its_timeout(store: RecordStore) -> None:
-    began_s = time.monotonic()
-    assert store.read_new(KEY, "learner", 9, timeout_s=0.7) == []
-    assert 0.65 < time.monotonic() - began_s < 3.0
-
-
 def test_expired_records_are_skipped_and_counted(store: RecordStore, clock: FakeClock) -> None:
     append(store, "abc", expires_at_s=START_S + 10.0)
     append(store, "d")
@@ -113,10 +99,26 @@ def test_what_another_consumer_holds_is_claimed_only_when_idle(store: RecordStor
     assert record_ids(store.claim(KEY, "heir", min_idle_s=3600.0)) == ["a", "b"]
 
 
+def test_a_second_learner_takes_nothing_that_the_first_still_works_on(store: RecordStore) -> None:
+    """Both start, in turn, with a claim; each record is learnt by one of them."""
+    append(store, "abcd")
+    first = Inbox(store, "revision", "one", {})
+    second = Inbox(store, "revision", "two", {})
+    first.reclaim()
+    first.read([KEY], 2)
+    second.reclaim()
+    second.read([KEY], 9)
+    held = [[record.record_id for record in inbox.records([KEY])] for inbox in (first, second)]
+    assert held == [["a", "b"], ["c", "d"]]
+    heir = Inbox(store, "revision", "two", {})
+    heir.reclaim()
+    assert [record.record_id for record in heir.records([KEY])] == ["c", "d"]
+
+
 def test_nothing_is_claimed_from_a_stream_that_nobody_read(store: RecordStore) -> None:
-    assert store.claim(KEY, "learner") == []
+    assert store.claim(KEY, "learner", 0.0) == []
     append(store, "a")
-    assert store.claim(KEY, "learner") == []
+    assert store.claim(KEY, "learner", 0.0) == []
 
 
 def test_pending_records_that_expire_are_not_claimed(store: RecordStore, clock: FakeClock) -> None:
@@ -124,7 +126,7 @@ def test_pending_records_that_expire_are_not_claimed(store: RecordStore, clock: 
     append(store, "b")
     store.read_new(KEY, "learner", 9)
     clock.advance(11.0)
-    assert record_ids(store.claim(KEY, "learner")) == ["b"]
+    assert record_ids(store.claim(KEY, "learner", 0.0)) == ["b"]
     assert store.size(KEY).num_dropped_records == 1
 
 
@@ -135,7 +137,7 @@ def test_acknowledged_records_are_never_delivered_again_but_stay_for_replay(stor
     store.ack(KEY, entry_ids(deliveries))
     store.ack(KEY, entry_ids(deliveries))
     assert store.size(KEY).num_pending == 0
-    assert store.claim(KEY, "learner") == []
+    assert store.claim(KEY, "learner", 0.0) == []
     assert store.read_new(KEY, "learner", 9) == []
     assert sorted(r.record_id for r in store.draw_replay(KEY, 9, seed=0)) == ["a", "b"]
 
@@ -169,18 +171,18 @@ def test_the_oldest_leave_when_they_are_too_old(open_store: OpenStore, clock: Fa
     clock.advance(40.0)
     append(store, "c")
     clock.advance(30.0)
-    assert store.trim(KEY) == 2
-    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c"]
+    append(store, "d")
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["c", "d"]
 
 
-def test_a_trim_removes_what_expired_wherever_it_stands(store: RecordStore, clock: FakeClock) -> None:
+def test_an_append_removes_what_expired_wherever_it_stands(store: RecordStore, clock: FakeClock) -> None:
     append(store, "a")
     append(store, "b", expires_at_s=START_S + 10.0)
     append(store, "c")
-    assert store.trim(KEY) == 0
     clock.advance(10.0)
-    assert store.trim(KEY) == 1
-    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a", "c"]
+    append(store, "d")
+    assert store.size(KEY).num_records == 3
+    assert record_ids(store.read_new(KEY, "learner", 9)) == ["a", "c", "d"]
 
 
 def test_only_what_nobody_acknowledged_counts_as_dropped(open_store: OpenStore) -> None:
@@ -192,7 +194,7 @@ def test_only_what_nobody_acknowledged_counts_as_dropped(open_store: OpenStore) 
     size = store.size(KEY)
     assert size.num_dropped_records == 2  # b was pending, c was never read; a was used
     assert size.num_pending == 0
-    assert store.claim(KEY, "learner") == []
+    assert store.claim(KEY, "learner", 0.0) == []
     assert record_ids(store.read_new(KEY, "learner", 9)) == ["d", "e", "f"]
 
 
@@ -207,7 +209,7 @@ def test_sizes_return_to_zero_with_the_records(store: RecordStore, clock: FakeCl
     append(store, "abc", num_rounds=5)
     assert store.size(KEY).num_bytes == 3 * len(encode(make_record("a", num_rounds=5)))
     clock.advance(4000.0)
-    assert store.trim(KEY) == 3
+    append(store, [])
     size = store.size(KEY)
     assert (size.num_records, size.num_bytes, size.num_pending) == (0, 0, 0)
 
@@ -257,10 +259,81 @@ def test_streams_are_apart(store: RecordStore) -> None:
         assert record_ids(store.read_new(key, "learner", 9)) == [f"{key.target_revision}{key.route}"]
 
 
+def tagged(store: RecordStore, *routes: str, revision: str = "revision") -> None:
+    """A record of each route, none of which has a draft of its own."""
+    for route in routes:
+        record = borrowed(f"{revision}-{route}", route=route, target_revision=revision)
+        store.append(StreamKey(revision, route), [record])
+
+
+def open_routes(store: RecordStore, revision: str = "revision") -> list[str]:
+    found = store.keys()
+    return sorted(key.route for key in found if key.target_revision == revision)
+
+
+def test_records_of_one_route_too_many_go_to_default_and_none_is_lost(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_routes=3))
+    tagged(store, *(f"tag-{number:03d}" for number in range(300)))
+    assert open_routes(store) == ["default", "tag-000", "tag-001", "tag-002"]
+    moved = [delivery.record for delivery in store.read_new(KEY, "learner", 999)]
+    assert [record.record_id for record in moved] == [
+        f"revision-tag-{number:03d}" for number in range(3, 300)
+    ]
+    assert {record.route for record in moved} == {"default"}
+    assert store.num_rerouted_records == 297
+
+
+def test_a_record_that_was_rerouted_is_stored_and_counted_once(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_routes=1))
+    tagged(store, "a", "b", "b", "a")
+    assert (store.size(KEY).num_records, store.num_rerouted_records) == (1, 1)
+    assert store.size(StreamKey("revision", "a")).num_records == 1
+
+
+def test_default_is_always_open_and_counts_for_nothing(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_routes=1))
+    tagged(store, "a", "default", "b")
+    assert open_routes(store) == ["a", "default"]
+    store = open_store(Bounds(max_routes=0))
+    tagged(store, "other", revision="third")
+    assert open_routes(store, "third") == ["default"]
+
+
+def test_each_target_has_streams_of_its_own(open_store: OpenStore) -> None:
+    store = open_store(Bounds(max_routes=1))
+    tagged(store, "a", "b")
+    tagged(store, "b", "a", revision="other")
+    assert (open_routes(store), open_routes(store, "other")) == (["a", "default"], ["b", "default"])
+
+
+def test_a_route_with_a_draft_of_its_own_always_has_a_stream(open_store: OpenStore) -> None:
+    """Its records name versions of that draft, which would be taken for `default`'s."""
+    store = open_store(Bounds(max_routes=1))
+    tagged(store, "a", "b")
+    store.append(StreamKey("revision", "own"), [make_record("x", route="own")])
+    assert open_routes(store) == ["a", "default", "own"]
+    assert store.num_rerouted_records == 1
+
+
+def test_a_stream_that_nobody_appends_to_is_forgotten_and_makes_room(
+    open_store: OpenStore, clock: FakeClock
+) -> None:
+    store = open_store(Bounds(max_age_s=60.0, max_routes=1))
+    tagged(store, "a")
+    clock.advance(50.0)
+    tagged(store, "a", "default")
+    clock.advance(50.0)
+    assert open_routes(store) == ["a", "default"]
+    clock.advance(11.0)
+    assert store.keys() == []
+    tagged(store, "b")
+    assert open_routes(store) == ["b"]
+    assert store.num_rerouted_records == 0
+
+
 def test_a_stream_that_does_not_exist_is_empty(store: RecordStore) -> None:
     assert store.read_new(KEY, "learner", 9) == []
     assert store.draw_replay(KEY, 9, seed=0) == []
-    assert store.trim(KEY) == 0
     assert store.size(KEY).num_records == 0
     assert store.keys() == []
 
@@ -276,7 +349,7 @@ def test_threads_that_append_and_read_lose_and_repeat_nothing(store: RecordStore
     read: list[str] = []
     deadline_s = time.monotonic() + 20.0
     while len(read) < 80 and time.monotonic() < deadline_s:
-        read += record_ids(store.read_new(KEY, "learner", 7, timeout_s=0.2))
+        read += record_ids(store.read_new(KEY, "learner", 7))
     for thread in writers:
         thread.join()
     assert len(read) == len(set(read)) == 80

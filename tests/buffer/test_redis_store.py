@@ -1,8 +1,8 @@
 """What only a real server can do: be away, come back empty, be touched by others, refuse, persist."""
 
+import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -19,7 +19,8 @@ from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis, find_server_binary
 from buffer.redis_store import RedisRecordStore
 from buffer.store import Bounds, StreamKey
-from tests.buffer.samples import START_S, FakeClock, make_manifest, make_record
+from tests.buffer.samples import START_S, FakeClock, borrowed, make_manifest, make_record
+from tests.support.ports import free_port
 
 KEY = StreamKey("revision", "default")
 PREFIX = "test"
@@ -38,7 +39,7 @@ def open_store(url: str, prefix: str = PREFIX, bounds: Bounds | None = None) -> 
 
 
 def open_feed(url: str, **options: Any) -> RedisAdapterFeed:
-    return RedisAdapterFeed(url, clock=FakeClock(), prefix=PREFIX, timeout_s=TIMEOUT_S, **options)
+    return RedisAdapterFeed(url, "revision", clock=FakeClock(), prefix=PREFIX, timeout_s=TIMEOUT_S, **options)
 
 
 def kill(server: EmbeddedRedis, signal_number: int = signal.SIGKILL) -> None:
@@ -55,12 +56,11 @@ def every_call(url: str) -> dict[str, Callable[[], Any]]:
     event = AdapterEvent("refused", "default", 1, "", START_S)
     return {
         "append": lambda: store.append(KEY, [make_record()]),
-        "read_new": lambda: store.read_new(KEY, "learner", 9, timeout_s=5.0),
-        "claim": lambda: store.claim(KEY, "learner"),
+        "read_new": lambda: store.read_new(KEY, "learner", 9),
+        "claim": lambda: store.claim(KEY, "learner", 0.0),
         "ack": lambda: store.ack(KEY, ["1-0"]),
         "draw_replay": lambda: store.draw_replay(KEY, 9, seed=0),
         "size": lambda: store.size(KEY),
-        "trim": lambda: store.trim(KEY),
         "keys": store.keys,
         "publish": lambda: feed.publish(make_manifest(1), b""),
         "latest": lambda: feed.latest("default"),
@@ -151,13 +151,6 @@ def sentinel_url(server: EmbeddedRedis, tmp_path: Path) -> Iterator[str]:
     sentinel.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_a_server_is_found_through_its_sentinel(server: EmbeddedRedis, sentinel_url: str) -> None:
     store, deadline_s = open_store(sentinel_url), time.monotonic() + 10.0
     while True:
@@ -176,7 +169,7 @@ def test_a_server_that_comes_back_empty_is_used_on(server: EmbeddedRedis) -> Non
     held = store.read_new(KEY, "learner", 1)
     kill(server)
     server.start()
-    assert store.claim(KEY, "learner") == []
+    assert store.claim(KEY, "learner", 0.0) == []
     assert store.size(KEY).num_pending == 0
     store.ack(KEY, [delivery.entry_id for delivery in held])
     assert read_ids(store) == []
@@ -200,7 +193,7 @@ def test_a_persistent_server_keeps_records_deliveries_and_pointers(tmp_path: Pat
         feed.publish(make_manifest(2, 1), b"two")
         kill(server)
         server.start()
-        assert [delivery.record.record_id for delivery in store.claim(KEY, "learner")] == ["b"]
+        assert [delivery.record.record_id for delivery in store.claim(KEY, "learner", 0.0)] == ["b"]
         assert read_ids(store) == ["c"]
         assert store.append(KEY, [make_record("a")]) == 0
         assert feed.rollback("default", "worse") == 1
@@ -223,11 +216,10 @@ def test_pending_entries_that_somebody_else_trimmed_are_let_go(redis_url: str) -
     store.read_new(KEY, "learner", 2)
     with redis.Redis.from_url(redis_url) as client:
         client.xtrim(stream_name(client, prefix), maxlen=2, approximate=False)
-    assert [delivery.record.record_id for delivery in store.claim(KEY, "learner")] == ["b"]
+    assert [delivery.record.record_id for delivery in store.claim(KEY, "learner", 0.0)] == ["b"]
     assert store.size(KEY).num_pending == 1
     drawn = [record.record_id for record in store.draw_replay(KEY, 9, seed=0)]
     assert sorted(drawn) == ["b", "c"]
-    assert store.trim(KEY) == 0
     assert read_ids(store) == ["c"]
 
 
@@ -260,7 +252,7 @@ def test_a_group_that_somebody_removed_is_made_again(redis_url: str) -> None:
 
 def test_a_serving_adapter_that_the_server_lost_is_not_the_floor(redis_url: str) -> None:
     """None would swap every replica to the floor; an unavailable store changes nothing."""
-    feed = RedisAdapterFeed(redis_url, prefix=(prefix := uuid.uuid4().hex))
+    feed = RedisAdapterFeed(redis_url, "revision", prefix=(prefix := uuid.uuid4().hex))
     feed.publish(make_manifest(1), b"one")
     with redis.Redis.from_url(redis_url) as client:
         client.delete(*client.keys(f"{prefix}:*:manifest:1"), *client.keys(f"{prefix}:*:weights:1"))
@@ -271,7 +263,7 @@ def test_a_serving_adapter_that_the_server_lost_is_not_the_floor(redis_url: str)
 
 
 def test_trimmed_versions_leave_nothing_behind(redis_url: str) -> None:
-    feed = RedisAdapterFeed(redis_url, prefix=(prefix := uuid.uuid4().hex), max_versions=2)
+    feed = RedisAdapterFeed(redis_url, "revision", prefix=(prefix := uuid.uuid4().hex), max_versions=2)
     for version in range(1, 6):
         feed.publish(make_manifest(version, version - 1), b"")
     with redis.Redis.from_url(redis_url) as client:
@@ -286,3 +278,35 @@ def test_removed_records_leave_nothing_behind(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         parts = {name.rpartition(b":")[2] for name in client.keys(f"{prefix}:{{*")}
     assert parts == {b"records", b"counters"}
+
+
+def test_300_tags_leave_a_bounded_number_of_keys_and_none_for_good(redis_url: str) -> None:
+    """Two replicas together: the server decides, not each for itself."""
+    prefix = uuid.uuid4().hex
+    replicas = [open_store(redis_url, prefix, Bounds(max_age_s=3600.0, max_routes=8)) for _ in range(2)]
+    for number in range(300):
+        route = f"tag-{number}"
+        replicas[number % 2].append(StreamKey("revision", route), [borrowed(route, route=route)])
+    assert len(replicas[0].keys()) == 8 + 1
+    assert replicas[0].size(KEY).num_records == sum(store.num_rerouted_records for store in replicas) == 292
+    replicas[0].read_new(StreamKey("revision", "tag-299"), "learner", 9)  # makes no key either
+    with redis.Redis.from_url(redis_url) as client:
+        names = client.keys(f"{prefix}:*")
+        assert len(names) <= 5 * 9 + 1
+        lives_ms = [client.pttl(name) for name in names if not name.endswith(b":open_streams")]
+    assert all(3_000_000 < life_ms <= 3_600_000 for life_ms in lives_ms)
+
+
+def test_streams_of_an_earlier_build_are_found_and_forgotten_like_the_others(redis_url: str) -> None:
+    prefix = uuid.uuid4().hex
+    store = open_store(redis_url, prefix, Bounds(max_age_s=3600.0))
+    store.append(KEY, [make_record("a")])
+    with redis.Redis.from_url(redis_url) as client:
+        client.delete(f"{prefix}:open_streams")
+        for name in client.keys(f"{prefix}:*"):
+            client.persist(name)
+        client.sadd(f"{prefix}:streams", json.dumps(["revision", "default"]))
+        assert open_store(redis_url, prefix, Bounds(max_age_s=3600.0)).keys() == [KEY]
+        assert client.keys(f"{prefix}:streams") == []
+        assert all(client.pttl(name) > 0 for name in client.keys(f"{prefix}:*:records"))
+    assert read_ids(store) == ["a"]

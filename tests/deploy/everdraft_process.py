@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.ports import free_port
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "EVERDRAFT_TEST_SESSION"
@@ -28,7 +28,7 @@ class EverdraftProcess:
     """
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        self.port = free_port("127.0.0.1")
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.state_dir = folder / "state"
         self._session = uuid.uuid4().hex

@@ -12,8 +12,9 @@ import pytest
 from deploy import ray_guard
 from deploy.cluster import temp_root
 from deploy.errors import ClusterError
-from deploy.ports import free_port, port_is_free, require_free_port
+from deploy.ports import port_is_free, require_free_port
 from tests.deploy.everdraft_process import wait_for
+from tests.support.ports import free_port
 
 STARTER = """
 import json, os, subprocess, sys, time
@@ -62,7 +63,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_a_port_is_free_until_somebody_listens() -> None:
-    port = free_port("127.0.0.1")
+    port = free_port()
     assert port_is_free("127.0.0.1", port)
     with (
         socket.create_server(("127.0.0.1", port)),

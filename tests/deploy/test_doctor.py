@@ -8,12 +8,12 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.doctor import Check, Subject, examine
-from deploy.ports import free_port
+from tests.support.ports import free_port
 from tests.support.tiny_models import save_tiny_pair
 
 
 def subject(tmp_path: Path, **changes: object) -> Subject:
-    values: dict[str, object] = {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "state_dir": tmp_path}
+    values: dict[str, object] = {"host": "127.0.0.1", "port": free_port(), "state_dir": tmp_path}
     return Subject(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -67,13 +67,13 @@ def test_a_draft_with_another_vocabulary_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_redis_that_does_not_answer_is_a_failure(tmp_path: Path) -> None:
-    check = found(tmp_path, "redis", redis_url=f"redis://127.0.0.1:{free_port('127.0.0.1')}/0")
+    check = found(tmp_path, "redis", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     assert check.verdict == "failure"
 
 
 @pytest.mark.parametrize(("target", "exit_code"), [(None, 0), ("no/such/model/here", 1)])
 def test_the_exit_code_says_whether_it_can_start(tmp_path: Path, target: str | None, exit_code: int) -> None:
-    arguments = ["doctor", "--port", str(free_port("127.0.0.1")), "--state-dir", str(tmp_path)]
+    arguments = ["doctor", "--port", str(free_port()), "--state-dir", str(tmp_path)]
     if target is not None:
         arguments += ["--target", target]
     done = CliRunner().invoke(app, arguments)

@@ -13,7 +13,10 @@ from buffer.records import AdapterEvent, AdapterManifest, ServingStatus, Version
 from buffer.redis_server import EmbeddedRedis
 from buffer.store import AdapterFeed
 from deploy.cli import app
+from deploy.running import own_note, write_note
 from deploy.wiring import open_feed
+
+TARGET = "t" * 64
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def server() -> Iterator[EmbeddedRedis]:
 def route(server: EmbeddedRedis, request: pytest.FixtureRequest) -> Iterator[str]:
     """A route with two drafts, of which the second serves."""
     name = str(request.node.name).replace("[", "-").rstrip("]")[:60]
-    feed = open_feed(server.url)
+    feed = open_feed(server.url, TARGET)
     for version in (1, 2):
         feed.publish(manifest(name, version), b"weights")
     yield name
@@ -35,7 +38,7 @@ def route(server: EmbeddedRedis, request: pytest.FixtureRequest) -> Iterator[str
 
 @pytest.fixture
 def feed(server: EmbeddedRedis) -> Iterator[AdapterFeed]:
-    feed = open_feed(server.url)
+    feed = open_feed(server.url, TARGET)
     yield feed
     feed.close()
 
@@ -47,7 +50,7 @@ def manifest(route: str, version: int) -> AdapterManifest:
         parent_version=version - 1,
         draft_id="models/draft",
         draft_revision="d" * 64,
-        target_revision="t" * 64,
+        target_revision=TARGET,
         rank=8,
         alpha=16.0,
         target_modules=("q_proj", "v_proj"),
@@ -78,7 +81,7 @@ def test_list_shows_every_draft_and_which_one_serves(server: EmbeddedRedis, rout
 def test_show_tells_what_a_draft_fits_and_why_it_was_let_in(server: EmbeddedRedis, route: str) -> None:
     shown = run(server, "drafts", "show", "1", "--route", route)
     assert shown.exit_code == 0, shown.output
-    assert "q_proj, v_proj" in shown.output and "t" * 64 in shown.output
+    assert "q_proj, v_proj" in shown.output and TARGET in shown.output
     assert "acceptance_candidate" in shown.output
 
 
@@ -180,6 +183,55 @@ def test_status_sums_the_counters_of_all_replicas(server: EmbeddedRedis, feed: A
     assert row.split() == ["default", "3", "60", "%", "3.40", "68"]
     as_json = run(server, "status", "--json")
     assert [replica["replica_id"] for replica in json.loads(as_json.output)["replicas"]] == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[EmbeddedRedis]:
+    """A Redis on which two targets have a replica and a draft each."""
+    with EmbeddedRedis() as server:
+        for target in ("a" * 64, "b" * 64):
+            feed = open_feed(server.url, target)
+            feed.publish(replace(manifest("default", 1), target_revision=target), b"weights")
+            feed.report(ServingStatus(f"replica-{target[0]}", time.time(), {"default": 1}, {}))
+            feed.close()
+        yield server
+
+
+def test_status_shows_each_target_by_itself(shared: EmbeddedRedis) -> None:
+    lines = run(shared, "status").output.splitlines()
+    starts = [line.split(",")[0] for line in lines if line.startswith(("target ", "replica "))]
+    assert starts == ["target " + "a" * 16, "replica replica-a", "target " + "b" * 16, "replica replica-b"]
+    found = json.loads(run(shared, "status", "--json", "--target-revision", "b").output)
+    assert [replica["target_revision"] for replica in found["replicas"]] == ["b" * 64]
+    assert found["routes"] == {"b" * 64: {"default": 1}}
+
+
+def test_a_command_on_drafts_asks_which_target_is_meant(shared: EmbeddedRedis) -> None:
+    unclear = run(shared, "drafts", "rollback")
+    assert unclear.exit_code == 2
+    assert "--target-revision" in unclear.stderr and "a" * 16 in unclear.stderr and "b" * 16 in unclear.stderr
+    unknown = run(shared, "drafts", "rollback", "--target-revision", "c")
+    assert unknown.exit_code == 2 and "a" * 16 in unknown.stderr
+    assert run(shared, "drafts", "rollback", "--target-revision", "bb").exit_code == 0
+    found = json.loads(run(shared, "status", "--json").output)
+    assert found["routes"] == {"a" * 64: {"default": 1}, "b" * 64: {"default": 0}}
+
+
+def test_the_everdraft_that_runs_with_the_state_folder_says_which_target_is_meant(
+    shared: EmbeddedRedis, tmp_path: Path
+) -> None:
+    note = own_note(
+        url="http://127.0.0.1:1",
+        redis_url=shared.url,
+        tracking_uri="",
+        target="a",
+        draft="",
+        target_revision="a" * 64,
+        learns=False,
+    )
+    write_note(tmp_path, note)
+    shown = run(shared, "drafts", "show", "1", "--state-dir", str(tmp_path))
+    assert shown.exit_code == 0 and "a" * 64 in shown.output
 
 
 def test_a_redis_that_does_not_answer_is_a_fault() -> None:

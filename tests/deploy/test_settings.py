@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from buffer.store import Bounds
 from deploy.errors import SettingsError
+from deploy.learning import registered_base_name
+from deploy.settings import Settings
 from deploy.settings_source import load_settings
+from deploy.wiring import learner_settings
+from learner.settings import LearnerSettings
 
 TARGET = {"EVERDRAFT__SERVING__TARGET": "models/target"}
 
@@ -122,3 +127,27 @@ def test_tracking_goes_to_an_absolute_sqlite_path_in_the_state_folder(
 def test_tracking_has_one_name() -> None:
     with pytest.raises(SettingsError, match=r"set by mlflow\.tracking_uri"):
         load_settings(environment={**TARGET, "EVERDRAFT__LEARNER__TRACKING_URI": "sqlite:///a.db"})
+
+
+def test_learners_of_two_state_folders_have_two_names_among_those_that_share_records(tmp_path: Path) -> None:
+    names = {
+        learner_settings(
+            Settings.model_validate({"serving": {"target": "t"}, "cluster": {"state_dir": tmp_path / folder}})
+        ).consumer_name
+        for folder in ("one", "other", "one")
+    }
+    assert len(names) == 2
+
+
+def test_two_targets_on_one_mlflow_have_registered_models_of_their_own() -> None:
+    learner, revisions = LearnerSettings(), ("a" * 64, "b" * 64)
+    names = {registered_base_name(learner, "/models/Qwen 3:8B/", revision) for revision in revisions}
+    assert names == {"everdraft-draft-Qwen-3-8B-aaaaaaaa", "everdraft-draft-Qwen-3-8B-bbbbbbbb"}
+
+
+def test_what_the_buffer_holds_is_a_setting() -> None:
+    serving = {"target": "t", "record_ttl_s": 60, "max_records_per_route": 5, "max_record_routes": 2}
+    bounds = Settings.model_validate(
+        {"serving": {**serving, "max_record_mib_per_route": 1}}
+    ).serving.record_bounds
+    assert bounds == Bounds(max_records=5, max_bytes=2**20, max_age_s=60.0, max_routes=2)

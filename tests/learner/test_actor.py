@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from learner.actor import get_learner_actor, start_learner_actor
+from learner.actor import start_learner_actor
 from learner.loop import Learner
 from tests.support.tiny_learner import quick_settings, tiny_draft
 
@@ -52,8 +52,6 @@ def test_it_lives_under_its_name_pauses_and_returns_after_sigkill(cluster: None,
     folder = str(tmp_path)
     actor = start_learner_actor(lambda: build(folder), namespace=NAMESPACE, niceness=3)
     wait_for(lambda: state(actor) == "waiting")
-    assert get_learner_actor(NAMESPACE) == actor
-    assert get_learner_actor("nowhere") is None
     assert start_learner_actor(lambda: build(folder), namespace=NAMESPACE) == actor
 
     ray.get(actor.pause.remote())

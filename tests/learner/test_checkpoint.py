@@ -8,6 +8,8 @@ import torch
 from buffer.records import AdapterManifest, GenerationRecord
 from learner import checkpoint
 from learner.checkpoint import Checkpoint
+from learner.route_book import RouteBook, read_book, write_book
+from learner.routing import Standing
 from learner.trainer import Trainer
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
@@ -136,3 +138,23 @@ def test_without_a_mean_the_candidate_is_what_was_trained(records: list[Generati
     trainer = Trainer(tiny_draft(), quick_settings(mean_over_steps=0))
     trainer.train(records, [], keep_going)
     assert all(torch.equal(trainer.trained[key], mean) for key, mean in trainer.candidate.items())
+
+
+def test_each_target_of_a_state_folder_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    one, other = (checkpoint.folder_of_target(tmp_path, 60 * digit) for digit in "12")
+    assert one != other
+    checkpoint.write(one, saved(Trainer(tiny_draft(), quick_settings())))
+    assert checkpoint.read_latest(other) is None
+
+
+def test_what_an_earlier_build_left_in_the_folder_goes_to_the_target_that_it_served(tmp_path: Path) -> None:
+    left = saved(Trainer(tiny_draft(), quick_settings()), incumbent_manifest=MANIFEST, last_version=3)
+    checkpoint.write(tmp_path, left)
+    checkpoint.write(tmp_path / "routes" / "sql", left)
+    write_book(tmp_path, RouteBook({"sql": Standing(num_records=7)}))
+    assert checkpoint.read_latest(checkpoint.folder_of_target(tmp_path, "target-2")) is None
+    own = checkpoint.folder_of_target(tmp_path, "target-1")
+    found, of_route = checkpoint.read_latest(own), checkpoint.read_latest(own / "routes" / "sql")
+    assert found is not None and found.last_version == 3 and of_route is not None
+    assert read_book(own).standings["sql"].num_records == 7
+    assert checkpoint.folder_of_target(tmp_path, "target-1") == own

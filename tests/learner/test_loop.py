@@ -65,11 +65,9 @@ class FlakyStore(MemoryRecordStore):
 
     num_calls = 0
 
-    def read_new(
-        self, key: StreamKey, consumer: str, max_records: int, timeout_s: float = 0.0
-    ) -> list[Delivery]:
+    def read_new(self, key: StreamKey, consumer: str, max_records: int) -> list[Delivery]:
         self._fail_every_other_time()
-        return super().read_new(key, consumer, max_records, timeout_s)
+        return super().read_new(key, consumer, max_records)
 
     def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
         self._fail_every_other_time()
@@ -257,6 +255,21 @@ def test_a_replicas_rejection_is_told_once_with_its_reason(house: House, traffic
         house.learner.run_cycle()
     told = [text for text in house.tracker.decisions if text.startswith("rejected_by_replica")]
     assert told == ["rejected_by_replica: r0: bytes were corrupted"]
+
+
+def test_a_learner_of_another_target_takes_nothing_from_the_state_folder(
+    house: House, traffic: Traffic
+) -> None:
+    """It would publish the other's draft as its own, since its feed has forgotten it, as it seems."""
+    house.learn_until_promoted(traffic)
+    before = house.learner.snapshot()
+    store, feed = MemoryRecordStore(clock=lambda: NOW_S), MemoryAdapterFeed(clock=lambda: NOW_S)
+    settings = quick_settings(checkpoint_folder=str(house.folder))
+    other = Learner(tiny_draft(), store, feed, settings, target_revision="target-2", now_s=lambda: NOW_S)
+    assert not other.run_cycle()
+    assert (feed.latest("default"), other.snapshot()["num_steps"]) == (None, 0)
+    house.learner = house.build()
+    assert house.learner.snapshot()["num_steps"] == before["num_steps"]
 
 
 def test_a_new_learner_tells_of_the_draft_that_it_finds_serving(

@@ -4,6 +4,7 @@ After each token a topic has its own next one, whatever was before: a draft that
 at best guess between the two.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import AdapterEvent, GenerationRecord, RecordSampling
-from buffer.store import StreamKey
+from buffer.store import Bounds, StreamKey
 from learner import bandit
 from learner.bandit import FLOOR, ExistingDraft, best_draft
 from learner.draft import import_weights
@@ -382,3 +383,28 @@ def test_what_no_replica_will_serve_of_a_route_goes_back_to_the_default_draft(
     [taken_back] = house.events("law", "rolled_back")
     assert taken_back.reason.startswith("refused by replicas")
     assert house.feed.latest("default") is not None
+
+
+def test_a_tag_whose_stream_is_forgotten_is_forgotten_by_the_learner(
+    tmp_path: Path, traffic: dict[str, Records]
+) -> None:
+    """Clients invent tags: each would stand in the book, and be read every cycle, for good."""
+    house = House(tmp_path)
+    house.store = MemoryRecordStore(Bounds(max_age_s=500.0), clock=house.clock)
+    house.learner = house.build()
+    house.serve(*(replace(record, route=f"tag-{i}") for i, record in enumerate(traffic["law"][:50])))
+    house.learn()
+    house.serve(*traffic["verse"][:70])
+    house.learn()
+    [book] = tmp_path.rglob("routes.json")
+    assert {"tag-0", "tag-49"} <= json.loads(book.read_text())["standings"].keys()
+    house.clock.now_s += 400.0
+    house.serve(*traffic["verse"][70:75])
+    house.clock.now_s += 200.0
+    house.learn()
+    house.serve(*traffic["verse"][75:105])
+    house.learn()
+    assert house.learner._inbox._waiting.keys() <= set(house.store.keys())
+    assert not [route for route in house.learner._inbox._used if route.startswith("tag")]
+    standings = json.loads(book.read_text())["standings"]
+    assert "verse" in standings and not [route for route in standings if route.startswith("tag")]

@@ -5,9 +5,13 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine import SamplingParams
+from buffer.exporter import RecordExporter
+from buffer.memory_store import MemoryRecordStore
+from buffer.store import Bounds, StreamKey
+from serving.engine import GenerationRequest, SamplingParams
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
+from tests.buffer.samples import START_S, borrowed
 
 VLLM_TAILS = (
     "num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total "
@@ -26,9 +30,7 @@ def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
 
 
 def new_metrics(engine: LocalEngine) -> ServingMetrics:
-    return ServingMetrics(
-        engine.stats, replica_id="r7", num_rejected=lambda: 4, num_dropped_records=lambda: 5
-    )
+    return ServingMetrics(engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=None)
 
 
 def samples(metrics: ServingMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -82,9 +84,32 @@ def test_reuse_of_prefixes_is_counted_in_tokens(engine: LocalEngine) -> None:
 
 
 def test_drops_and_refusals_are_counters(engine: LocalEngine) -> None:
-    metrics = new_metrics(engine)
+    """Of six records two are stored, two of which one as `default`'s, and four come too late."""
+    store = MemoryRecordStore(Bounds(max_routes=1), clock=lambda: START_S)
+    exporter = RecordExporter(store)
+    for number in range(2):
+        route = f"tag-{number}"
+        exporter.submit(StreamKey("revision", route), borrowed(route, route=route), 1)
+    exporter.close()
+    for number in range(4):
+        exporter.submit(StreamKey("revision", "default"), borrowed(f"late-{number}"), 1)
+    metrics = ServingMetrics(engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=exporter)
     assert value(metrics, "requests_rejected_total") == 4
-    assert value(metrics, "records_dropped_total") == 5
+    assert value(metrics, "records_submitted_total") == 6
+    assert value(metrics, "records_exported_total") == 2
+    assert value(metrics, "records_rerouted_total") == 1
+    assert value(metrics, "records_dropped_total", reason="closed") == 4
+    assert value(metrics, "records_dropped_total", reason="queue_full") == 0
+
+
+def test_no_route_of_a_client_becomes_a_label(engine: LocalEngine) -> None:
+    """300 tags would be 300 series for good."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    requests = [GenerationRequest(f"r{i}", (5, 6), sampling, route=f"tag-{i}") for i in range(300)]
+    for handle in [engine.submit(request) for request in requests]:
+        handle.result(timeout_s=60)
+    routes = {dict(labels).get("route") for _, labels in samples(new_metrics(engine))}
+    assert routes == {None, "default"}
 
 
 def test_latencies_follow_their_definitions(engine: LocalEngine) -> None:

@@ -55,8 +55,9 @@ def test_a_replica_outlives_its_redis_in_every_order(tiny_pair: tuple[str, str])
         assert parts.status().last_error
 
         redis.start()
-        feed, store = RedisAdapterFeed(redis.url), RedisRecordStore(redis.url)
-        publish = tiny_adapter(draft, draft_version=1, target_revision=parts.engine.pair.target_revision)
+        revision = parts.engine.pair.target_revision
+        feed, store = RedisAdapterFeed(redis.url, revision), RedisRecordStore(redis.url)
+        publish = tiny_adapter(draft, draft_version=1, target_revision=revision)
         feed.publish(*publish)
         wait_for(lambda: parts.engine.draft_version == 1)
         wait_for(lambda: answer(parts) == expected and bool(store.keys()))

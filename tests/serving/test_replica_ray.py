@@ -1,7 +1,6 @@
 """The deployment on a real Ray Serve with a real Redis: two replicas, one endpoint."""
 
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from buffer.redis_store import RedisRecordStore
 from serving.models.loading import load_pair
 from serving.replica import build_deployment
 from serving.settings import ServingSettings
+from tests.support.ports import free_port
 from tests.support.tiny_adapters import tiny_adapter
 
 pytestmark = [
@@ -35,12 +35,6 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it did not happen in time"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +139,8 @@ def test_a_client_that_leaves_frees_its_slot(endpoint: str, stream: bool) -> Non
 def test_two_replicas_converge_on_one_version_and_back_to_the_floor(
     client: openai.OpenAI, tiny_pair: tuple[str, str], redis_url: str
 ) -> None:
-    feed = RedisAdapterFeed(redis_url)
+    target_revision = load_pair(tiny_pair[0]).target_revision
+    feed = RedisAdapterFeed(redis_url, target_revision)
 
     def served() -> list[int]:
         return [status.serving_versions["default"] for status in feed.statuses()]
@@ -156,7 +151,6 @@ def test_two_replicas_converge_on_one_version_and_back_to_the_floor(
 
     wait_for(lambda: served() == [0, 0])
     on_the_floor = text()
-    target_revision = load_pair(tiny_pair[0]).target_revision
     for version in (1, 2):
         feed.publish(*tiny_adapter(tiny_pair[1], draft_version=version, target_revision=target_revision))
     wait_for(lambda: served() == [2, 2])

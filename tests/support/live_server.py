@@ -40,7 +40,7 @@ class LiveServer:
 @contextlib.contextmanager
 def live_server(settings: ServingSettings, replica_id: str = "replica-0") -> Iterator[LiveServer]:
     store, feed = MemoryRecordStore(), MemoryAdapterFeed()
-    parts = ReplicaParts(settings, store=store, feed=feed, replica_id=replica_id)
+    parts = ReplicaParts(settings, store=store, open_feed=lambda _: feed, replica_id=replica_id)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(parts.context), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
