@@ -1,20 +1,23 @@
 # Every target makes the environment by itself when it is missing, and is quick when it is there.
 # PYTHON: the interpreter to build it with.  VENV: where it lives.
+# JOBS: how many processes the tests are spread over.
 # TORCH_INDEX, TORCH_CUDA: which torch to install on a machine without a GPU (see README.md).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard buffer serving learner deploy benchmarks tests)
 
 export TORCH_INDEX TORCH_CUDA
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test fuzz check bench format clean
+.PHONY: help setup demo serve test test-all fuzz check bench format clean
 
 help:
-	@echo "make setup | demo | serve | test | fuzz | check | bench | format | clean"
+	@echo "make setup | demo | serve | test | test-all | fuzz | check | bench | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -34,7 +37,10 @@ serve: setup
 	$(BIN)/everdraft serve $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup
+	$(PYTEST) --hypothesis-profile=all $(ARGS)
 
 fuzz: setup
 	$(BIN)/python -m pytest --hypothesis-profile=fuzz --timeout=3600 tests/serving/engine/test_lossless.py $(ARGS)

@@ -3,11 +3,14 @@
 import itertools
 from pathlib import Path
 
+import pytest
+
 from benchmarks.overheads import BATCHES, Work, measure
 from serving.models.loading import load_pair
 from tests.support.tiny_models import save_tiny_pair
 
 
+@pytest.mark.slow
 def test_every_comparison_has_its_pairs_and_its_bound(tmp_path: Path) -> None:
     pair = load_pair(*save_tiny_pair(tmp_path))
     prompts = ([5 + number % 300, 7, 9] for number in itertools.count())

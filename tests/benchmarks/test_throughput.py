@@ -84,6 +84,7 @@ def measured(
     return plan, found
 
 
+@pytest.mark.slow
 def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
     measured: tuple[Plan, list[Measured]],
 ) -> None:
@@ -96,6 +97,7 @@ def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
         assert row["mode"] == "engine_ngram" or row["tokens_per_s"] > 0.0, row
 
 
+@pytest.mark.slow
 def test_every_mode_says_what_the_target_says_in_float32(measured: tuple[Plan, list[Measured]]) -> None:
     metrics, _ = figures(*measured)
     fractions = metrics["greedy_float32_identical_fraction"]
@@ -103,6 +105,7 @@ def test_every_mode_says_what_the_target_says_in_float32(measured: tuple[Plan, l
     assert set(fractions.values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_figures_of_rounds_are_there_where_a_mode_has_rounds(measured: tuple[Plan, list[Measured]]) -> None:
     rows = {row["mode"]: row for row in measured[1][0].rows()}
     assert rows["engine_off"]["block_efficiency"] == 1.0
@@ -116,6 +119,7 @@ def test_figures_of_rounds_are_there_where_a_mode_has_rounds(measured: tuple[Pla
             assert rows[mode]["measured_speedup"] > 0.0
 
 
+@pytest.mark.slow
 def test_the_report_is_plain_json_and_can_be_drawn(
     measured: tuple[Plan, list[Measured]], tmp_path: Path
 ) -> None:

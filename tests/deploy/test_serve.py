@@ -63,6 +63,7 @@ def test_a_llama_pair_is_served_and_ctrl_c_ends_every_process(tmp_path: Path) ->
         assert not (everdraft.state_dir / "running.json").exists()
 
 
+@pytest.mark.slow
 def test_a_qwen3_pair_is_served_and_sigkill_of_the_parent_ends_every_process(tmp_path: Path) -> None:
     target, draft = save_tiny_pair(tmp_path, arch="qwen3")
     with EverdraftProcess(tmp_path, "serve", "--target", target, "--draft", draft) as everdraft:

@@ -42,6 +42,7 @@ def test_the_moving_average_is_of_tokens_not_of_requests() -> None:
     assert moving_acceptance([5] * 50, [5] * 25 + [15] * 25) == [[50, 0.5]]
 
 
+@pytest.mark.slow
 def test_a_job_is_worked_out_once(workshop: Workshop) -> None:
     job = Job("paper", ("gsm8k",), num_records=64, settings=(("learning_rate", 1e-3),), evaluate_every=32)
     first = run(job, workshop)
@@ -53,6 +54,7 @@ def test_a_job_is_worked_out_once(workshop: Workshop) -> None:
     assert [count for count, _ in first.held_out["gsm8k"]] == [0, 32, 64]
 
 
+@pytest.mark.slow
 def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(workshop: Workshop) -> None:
     """Word problems that differ in their numbers alone: whoever learns at all gains much here."""
     plan = Plan(workshop, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
@@ -68,6 +70,7 @@ def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(work
     json.dumps([metrics, series])
 
 
+@pytest.mark.slow
 def test_a_shift_is_compared_with_lives_of_one_domain(workshop: Workshop) -> None:
     plan = Plan(workshop, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
     plan.told()

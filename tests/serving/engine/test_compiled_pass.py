@@ -59,12 +59,14 @@ def package(model: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_compiled_passes_give_the_same_greedy_text(model: str, package: Path) -> None:
     with load_engine(model, model, **SHAPE, compile="auto") as compiled, load_engine(model, **SHAPE) as eager:
         assert compiled.compiling.state == "compiled", "the package of an earlier start serves at once"
         assert texts(compiled) == texts(eager)
 
 
+@pytest.mark.slow
 def test_compiled_passes_embed_prompts_and_serve_drafts_of_further_routes(model: str, package: Path) -> None:
     """One more package, for hidden states; a route's draft takes the first draft's."""
     router = {"max_route_drafts": 1, "num_draft_tokens": 3}
@@ -85,6 +87,7 @@ def test_compiled_passes_embed_prompts_and_serve_drafts_of_further_routes(model:
     assert np.abs(eager_H - compiled_H).max() <= 2e-3 * np.abs(eager_H).max()
 
 
+@pytest.mark.slow
 def test_weights_changed_in_place_are_seen_by_compiled_passes(model: str, package: Path) -> None:
     runner = runner_of(model)
     slot_pass = SlotPass(runner.model, runner.max_seq_len)
@@ -97,6 +100,7 @@ def test_weights_changed_in_place_are_seen_by_compiled_passes(model: str, packag
     assert not agrees(compiled, before, runner), "the comparison notices other weights"
 
 
+@pytest.mark.slow
 def test_a_package_that_disagrees_or_is_damaged_is_not_used(
     model: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +114,7 @@ def test_a_package_that_disagrees_or_is_damaged_is_not_used(
         load_compiled(runner, package)
 
 
+@pytest.mark.slow
 def test_a_package_is_for_one_shape_of_model_and_cache(model: str, package: Path) -> None:
     longer = Runner(load_model(model), num_slots=4, max_seq_len=97)
     assert package_path(compile_spec(longer)) != package
@@ -118,6 +123,7 @@ def test_a_package_is_for_one_shape_of_model_and_cache(model: str, package: Path
     assert package_path(compile_spec(more_slots)) == package, "the number of slots is not baked in"
 
 
+@pytest.mark.slow
 def test_serving_starts_eagerly_and_takes_the_package_when_it_is_ready(model: str, package: Path) -> None:
     with torch.inference_mode():
         aside = package.rename(package.with_suffix(".aside"))
