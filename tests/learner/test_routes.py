@@ -180,8 +180,8 @@ def test_a_route_tells_what_it_started_from_and_what_it_brought(routed: House) -
 def test_a_routes_first_version_was_judged_against_the_default_draft(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    """`default` has met both topics, and guesses between the two: better than the floor, and far from what one
-    topic's own draft comes to."""
+    """`default` has met both topics and guesses between the two: better than the floor, and far from what
+    one topic alone comes to."""
     house = House(tmp_path)
     shared = {
         topic: [replace(record, prompt_embedding_H=None) for record in records[:75]]
