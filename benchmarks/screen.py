@@ -17,7 +17,7 @@ class Screen:
     def __init__(self, console: Console, *, num_steps: int, num_requests: int) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),

@@ -79,4 +79,5 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "keep", tuple(map(int, sys.argv[5:])))
+    parent, binary, folder, keep, *locks = sys.argv[1:]
+    main(int(parent), binary, Path(folder), keep == "keep", tuple(map(int, locks)))

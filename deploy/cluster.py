@@ -20,6 +20,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from buffer.redaction import redacted
 from deploy import ray_guard
 from deploy.errors import ClusterError
 from deploy.settings import ClusterSettings
@@ -98,7 +99,8 @@ def _joined_ray(address: str, namespace: str) -> Iterator[None]:
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"cluster.ray_address={address}: no Ray answers there ({error})") from error
+        text = f"cluster.ray_address={address}: no Ray answers there ({error})"
+        raise ClusterError(redacted(text)) from error
     try:
         yield
     finally:

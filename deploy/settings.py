@@ -17,8 +17,8 @@ class RedisSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str | None = None
-    """`redis://`, `rediss://` or `unix://`; None starts a server of our own."""
+    url: str | None = Field(default=None, repr=False)
+    """`redis://`, `rediss://` or `unix://`, with its password; None starts a server of our own."""
 
 
 class MlflowSettings(BaseModel):
@@ -27,8 +27,8 @@ class MlflowSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
-    tracking_uri: str | None = None
-    """None: SQLite in the state folder, artifacts beside it."""
+    tracking_uri: str | None = Field(default=None, repr=False)
+    """May hold a password. None: SQLite in the state folder, artifacts beside it."""
 
 
 class ClusterSettings(BaseModel):

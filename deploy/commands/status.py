@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from buffer.records import FLOOR_VERSION, NGRAM_VERSION, ServingStatus, VersionCounts
 from buffer.store import AdapterFeed, RecordStore
@@ -25,6 +25,7 @@ from deploy.commands.console import (
 )
 from deploy.commands.words import ago, milliseconds, percentage
 from deploy.running import RunningNote
+from deploy.terminal import visible
 
 _NAMES = {FLOOR_VERSION: "0 (floor)", NGRAM_VERSION: "copied"}
 
@@ -44,7 +45,8 @@ def status(
             statuses = sorted(feed.statuses(), key=lambda status: status.replica_id)
             learner = running_learner(state_dir)
             if as_json:
-                output().print_json(json.dumps(_as_data(feed, store, statuses, learner)))
+                as_data = _as_data(feed, store, statuses, learner)
+                output().print_json(json.dumps(as_data), ensure_ascii=True)
             else:
                 _show(output(), feed, store, statuses, running_note(state_dir), learner)
         finally:
@@ -74,7 +76,8 @@ def _show(
     learner: dict[str, Any] | None,
 ) -> None:
     if note is not None:
-        console.print(f"[bold]{note.url}[/]  target {note.target}, draft {note.draft or 'none'}\n")
+        models = visible(f"  target {note.target}, draft {note.draft or 'none'}")
+        console.print(Text.assemble((visible(note.url), "bold"), models), "", sep="\n")
     if statuses:
         for line in (line for status in statuses for line in _replica_lines(status)):
             console.print(line)
@@ -114,7 +117,7 @@ def _route_line(feed: AdapterFeed, route: str) -> str:
     return line if pinned is None else f"{line}, pinned to {pinned}"
 
 
-def _replica_lines(status: ServingStatus) -> Iterator[str]:
+def _replica_lines(status: ServingStatus) -> Iterator[str | Text]:
     serves = ", ".join(
         f"{_named(version)} on route {route}" for route, version in status.serving_versions.items()
     )
@@ -126,7 +129,7 @@ def _replica_lines(status: ServingStatus) -> Iterator[str]:
         f"{milliseconds(status.swap_pause_s_max)}), {status.num_dropped_records} records dropped"
     )
     if status.last_error:
-        yield f"  [red]{escape(status.last_error)}[/]"
+        yield Text(visible(f"  {status.last_error}"), "red")
 
 
 def _drafts(statuses: list[ServingStatus]) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from buffer.file_lock import process_started_at_s
 from deploy.cli import app
 from deploy.errors import SettingsError, StateFolderInUseError
 from deploy.running import (
@@ -122,7 +123,10 @@ def test_a_note_leaves_with_who_wrote_it_and_nobody_elses_does(tmp_path: Path) -
     assert read_note(tmp_path) is None and (tmp_path / LEARNER_SNAPSHOT).exists()
 
     with starting("learn", tmp_path) as other, claimed_folder(tmp_path, url=URL, learns=False):
-        others = replace(note(), pid=other.pid)  # as of a service that lost the folder under its feet
+        started_at_s = process_started_at_s(other.pid) or 0.0
+        others = replace(
+            note(), pid=other.pid, process_started_at_s=started_at_s
+        )  # as of a service that lost the folder under its feet
         write_note(tmp_path, others)
     assert (tmp_path / NOTE).exists()
 

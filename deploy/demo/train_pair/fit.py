@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
+
+from deploy.terminal import Terminal
 
 WARMUP_STEPS = 60
 FINAL_RATE = 0.02
@@ -153,9 +155,9 @@ def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], checkpoin
 def _progress() -> Progress:
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        "[progress.percentage]{task.percentage:>3.0f}%",
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.description}", markup=False),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}", markup=False),
         TimeElapsedColumn(),
     )
-    return Progress(*columns)
+    return Progress(*columns, console=Terminal())
