@@ -18,12 +18,11 @@ ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.M | re.S)
 CODE = re.compile(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.S)
 TARGETS = (
-    re.compile(
-        r"\]\(\s*<?([^)\s>]+)>?(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)"
-    ),  # [text](target), ![text](target)
-    re.compile(r"^\s*\[[^\]]+\]:\s*<?([^\s>]+)", re.M),  # [name]: target
+    re.compile(r"\]\(\s*<?([^)\s>]+)>?(?:\s+(?:\"[^\"]*\"|'[^']*'))?\s*\)"),
+    re.compile(r"^\s*\[[^\]]+\]:\s*<?([^\s>]+)", re.M),
     re.compile(r"<(?:img|a|source)\b[^>]*?\b(?:src|href|srcset)=[\"']([^\"'\s]+)"),
 )
+"""Of `[text](target)` and `![text](target)`, of `[name]: target`, of HTML."""
 HISTORIES = {"CHANGELOG.md", "LOG.md"}
 EXTERNAL = re.compile(r"[a-z][a-z0-9+.\-]*:|//", re.I)
 PATH_IN_CODE = re.compile(r"[\w.\-]+(?:/[\w.\-]+)+\.(?:py|md|json|png|toml|txt|safetensors)")

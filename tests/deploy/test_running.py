@@ -4,16 +4,18 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from buffer.file_lock import process_started_at_s
 from deploy.cli import app
+from deploy.demo.train_pair.fit import Budget, TrainingInUseError, fit
 from deploy.errors import SettingsError, StateFolderInUseError
 from deploy.running import (
     LEARNER_SNAPSHOT,
@@ -141,6 +143,16 @@ def test_who_is_refused_removes_nothing(tmp_path: Path) -> None:
         with pytest.raises(StateFolderInUseError), claimed_folder(tmp_path, url=URL, learns=True):
             pass
         assert read_note(tmp_path) == note()
+
+
+def test_two_trainings_do_not_write_one_checkpoint(tmp_path: Path) -> None:
+    def never(_: int) -> list[Callable[[], torch.Tensor]]:
+        raise AssertionError("a step was trained")
+
+    with starting("serve", tmp_path):
+        (tmp_path / "draft.lock").symlink_to(tmp_path / "everdraft.lock")  # as if that process trained
+        with pytest.raises(TrainingInUseError, match="nothing was trained"):
+            fit(torch.nn.Linear(1, 1), never, [], Budget(1, 1.0), tmp_path / "draft.pt")
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "lock is a folder", "no place to write"])
