@@ -13,6 +13,7 @@ HIDDEN = "***"
 SECRET_NAME = re.compile(r"key|secret|pass(wd|word|phrase)|pwd|credential|auth|bearer|(^|_)token$", re.I)
 """Names of settings and of parameters whose values are never shown."""
 
+_SCHEME = re.compile(r"[A-Za-z][\w+.\-]*://")
 _URL = re.compile(r"(?<![\w+.\-])[A-Za-z][\w+.\-]*://(?:.*@)?\S*")
 """In a text: to the last @ of its line, since a password may hold anything, blanks and quotes included."""
 _HOST = r"(?:\[[\da-fA-F:.%]+\]|[\w.\-]*)(?::\d*)?"
@@ -22,8 +23,7 @@ _TRAILING = ".,:;)]}>'\""
 
 def redacted_url(url: str) -> str:
     """`url` with *** for a user and a password, and for all of a query, where a password may be too."""
-    head, separator, rest = url.partition("://")
-    scheme, rest = (f"{head}://", rest) if separator else ("", url)
+    scheme, rest = _split_scheme(url)
     user, at, place = rest.rpartition("@")
     place, query, _ = _split_query(place)
     if not _PLACE.fullmatch(place) or _split_query(user)[1]:
@@ -54,6 +54,11 @@ def shows_credentials(error: BaseException, *urls: str) -> bool:
     return False
 
 
+def _split_scheme(url: str) -> tuple[str, str]:
+    scheme = _SCHEME.match(url)
+    return (scheme[0], url[scheme.end() :]) if scheme else ("", url)
+
+
 def _split_query(text: str) -> tuple[str, str, str]:
     """What stands before the first ? or #, that character, and the rest."""
     found = re.search(r"[?#]", text)
@@ -78,7 +83,7 @@ def _secrets(url: str) -> set[str]:
 
 
 def _raw_secrets(url: str) -> Iterator[str]:
-    rest = url.partition("://")[2]
+    _, rest = _split_scheme(url)
     if "@" in rest:
         yield rest.rpartition("@")[0].partition(":")[2]
         yield rest.partition("@")[0].partition(":")[2]
@@ -86,4 +91,6 @@ def _raw_secrets(url: str) -> Iterator[str]:
     for name, value in parse_qsl(query, keep_blank_values=True):
         if SECRET_NAME.search(name):
             yield value
-            yield query.partition(f"{name}=")[2]
+            # one with an & in it ends at any of those that follow
+            parts = query.partition(f"{name}=")[2].split("&")
+            yield from ("&".join(parts[: number + 1]) for number in range(len(parts)))
