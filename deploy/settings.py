@@ -42,8 +42,8 @@ class ClusterSettings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     state_dir: Path = Path(".everdraft")
-    """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs. One service and
-    one learner at a time may use it."""
+    """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs. One service
+    and one learner at a time may use it."""
     object_store_bytes: int = Field(default=80 * 2**20, ge=80 * 2**20)
     """Shared memory of a Ray of our own; no tensors travel through it."""
     learn: bool = True
