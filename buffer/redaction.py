@@ -85,8 +85,8 @@ def _secrets(url: str) -> set[str]:
 def _raw_secrets(url: str) -> Iterator[str]:
     _, rest = _split_scheme(url)
     if "@" in rest:
-        yield rest.rpartition("@")[0].partition(":")[2]
-        yield rest.partition("@")[0].partition(":")[2]
+        for user in (rest.rpartition("@")[0], rest.partition("@")[0]):
+            yield user.partition(":")[2] if ":" in user else user  # a token may stand there alone
     query = _split_query(rest)[2]
     for name, value in parse_qsl(query, keep_blank_values=True):
         if SECRET_NAME.search(name):
