@@ -160,15 +160,19 @@ def test_a_folder_has_one_server_and_the_next_waits_for_what_a_killed_one_left(t
     parent, first = start_parent("sleep", tmp_path)
     supervisor = first.parent()
     assert supervisor is not None
-    with pytest.raises(StoreUnavailableError, match=rf"in use by a Redis server of process {parent.pid};"):
-        EmbeddedRedis(folder=tmp_path).start()
-    supervisor.suspend()  # its server outlives the parent until it is woken
-    parent.kill()
-    parent.communicate()
-    with pytest.raises(StoreUnavailableError, match=f"what is left of process {parent.pid};"):
-        EmbeddedRedis(folder=tmp_path, start_timeout_s=0.3).start()
-    assert alive(first)
-    supervisor.resume()
+    try:
+        with pytest.raises(StoreUnavailableError, match=rf"a Redis server of process {parent.pid};"):
+            EmbeddedRedis(folder=tmp_path).start()
+        supervisor.suspend()  # its server outlives the parent until it is woken
+        parent.kill()
+        parent.communicate()
+        with pytest.raises(StoreUnavailableError, match=f"what is left of process {parent.pid};"):
+            EmbeddedRedis(folder=tmp_path, start_timeout_s=0.3).start()
+        assert alive(first)
+    finally:
+        supervisor.resume()
+        parent.kill()
+        parent.communicate()
     with EmbeddedRedis(folder=tmp_path, start_timeout_s=60.0) as second:
         assert not alive(first)
         assert ping(second.url)
