@@ -165,7 +165,7 @@ def test_a_folder_has_one_server_and_the_next_waits_for_what_a_killed_one_left(t
             EmbeddedRedis(folder=tmp_path).start()
         supervisor.suspend()  # its server outlives the parent until it is woken
         parent.kill()
-        parent.communicate()
+        parent.wait()
         with pytest.raises(StoreUnavailableError, match=f"what is left of process {parent.pid};"):
             EmbeddedRedis(folder=tmp_path, start_timeout_s=0.3).start()
         assert alive(first)
