@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.adapted import Cycle
+from deploy.terminal import visible
 
 _LINES = 20
 """About so many lines a bar where there is no terminal."""
@@ -17,7 +18,7 @@ class Screen:
     def __init__(self, console: Console, *, num_steps: int, num_requests: int) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -53,7 +54,7 @@ class Screen:
 
     def _show(self, bar: int, done: int, description: str) -> None:
         task = self._bars.tasks[bar]
-        self._bars.update(task.id, completed=done, description=description, visible=True)
+        self._bars.update(task.id, completed=done, description=visible(description), visible=True)
         share = _LINES * done // max(1, int(task.total or 1))
         if not self._console.is_terminal and share != self._said.get(bar, 0):
             self._said[bar] = share

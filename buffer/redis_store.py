@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
+from redis.connection import parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -26,6 +27,7 @@ from buffer import redis_scripts
 from buffer.codec import decode, encode
 from buffer.errors import CorruptRecordError, SchemaVersionError, StoreUnavailableError
 from buffer.records import GenerationRecord
+from buffer.redaction import redacted, redacted_url, shows_credentials
 from buffer.redis_streams import StreamRegistry, stream_keys
 from buffer.store import (
     Bounds,
@@ -55,16 +57,12 @@ class RedisLink:
         self._url = url
         self._timeout_s = timeout_s
         self._scripts: dict[str, Any] = {}
-        if urlsplit(url).scheme not in _SCHEMES:
-            raise ValueError(f"Redis URL {self.shown_url!r} has none of the schemes {_SCHEMES}; not used")
-        if url.startswith("redis+sentinel:"):
-            _sentinel_address(url)
+        _check_address(url)
 
     @property
     def shown_url(self) -> str:
         """The URL without its password, for messages."""
-        scheme, _, rest = self._url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2]}"
+        return redacted_url(self._url)
 
     @cached_property
     def client(self) -> Any:
@@ -83,13 +81,31 @@ class RedisLink:
         try:
             yield
         except _FAILURES as error:
-            text = f"Redis at {self.shown_url}: {error}; nothing was stored or changed, try again"
-            raise StoreUnavailableError(text) from error
+            said = redacted(str(error), self._url)
+            text = f"Redis at {self.shown_url}: {said}; nothing was stored or changed, try again"
+            # a server that does not know AUTH repeats the password, and a traceback would show it
+            cause = None if shows_credentials(error, self._url) else error
+            raise StoreUnavailableError(text) from cause
 
     def close(self) -> None:
         if "client" in self.__dict__:
             with self.translated():
                 self.client.close()
+
+
+def _check_address(url: str) -> None:
+    """Raises ValueError. The library's words are not repeated: they quote what was no port."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in _SCHEMES:
+        raise ValueError(f"Redis URL {redacted_url(url)!r} has none of the schemes {_SCHEMES}; not used")
+    try:
+        if scheme == "redis+sentinel":
+            _sentinel_address(url)
+        else:
+            parse_url(f"{scheme.partition('+')[0]}://{rest}")
+    except ValueError:
+        form = "host:port,host:port/service" if scheme == "redis+sentinel" else "host:port/number or a path"
+        raise ValueError(f"Redis URL {redacted_url(url)!r} is not {form}; not used") from None
 
 
 def _open(url: str, timeout_s: float) -> Any:
@@ -112,13 +128,15 @@ def _open(url: str, timeout_s: float) -> Any:
 
 
 def _sentinel_address(url: str) -> tuple[list[tuple[str, int]], str, str | None]:
-    """Sentinels, the service's name, the password of the servers behind them."""
+    """Sentinels, the service's name, the password of the servers behind them (or of the query)."""
     parts = urlsplit(url)
     hosts, service = parts.netloc.rpartition("@")[2], parts.path.strip("/")
     pairs = [host.rpartition(":") for host in hosts.split(",")]
     if not service or not all(host and port.isdigit() for host, _, port in pairs):
-        raise ValueError(f"{hosts}/{service} is not host:port,host:port/service; no sentinel can be asked")
-    return [(host, int(port)) for host, _, port in pairs], service, parts.password
+        raise ValueError("no sentinel can be asked")
+    password = None if parts.password is None else unquote(parts.password)
+    [password] = parse_qs(parts.query).get("password", [password])[-1:]
+    return [(host, int(port)) for host, _, port in pairs], service, password
 
 
 class RedisRecordStore:

@@ -6,7 +6,8 @@ that forked, which in the parent may be a short-lived one); and it sees by its o
 parent is gone. It knows nothing of what the server holds. Invariant: the server never outlives it.
 
 Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the
-folder, at the end). Standard input: the server's configuration. Standard output: the server's process
+folder, at the end), and descriptors of locks that the server shall hold as long as it lives, even where
+this process was killed. Standard input: the server's configuration. Standard output: the server's process
 id; then, if the server ends unasked, the end of its log.
 """
 
@@ -26,11 +27,11 @@ _GRACE_S = 3.0
 """How long a server may take to flush and end before it is killed."""
 
 
-def main(parent_pid: int, binary: str, folder: Path, keep: bool) -> None:
+def main(parent_pid: int, binary: str, folder: Path, keep: bool, locks: tuple[int, ...] = ()) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     server = None
     try:
-        server = _start(binary, sys.stdin.buffer.read(), folder / _LOG_NAME)
+        server = _start(binary, sys.stdin.buffer.read(), folder / _LOG_NAME, locks)
         print(server.pid, flush=True)
         while os.getppid() == parent_pid:
             if server.poll() is not None:
@@ -45,7 +46,9 @@ def main(parent_pid: int, binary: str, folder: Path, keep: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(binary: str, configuration: bytes, log_path: Path) -> subprocess.Popen[bytes]:
+def _start(
+    binary: str, configuration: bytes, log_path: Path, locks: tuple[int, ...]
+) -> subprocess.Popen[bytes]:
     with log_path.open("wb") as log:
         server = subprocess.Popen(
             [binary, "-"],
@@ -53,6 +56,7 @@ def _start(binary: str, configuration: bytes, log_path: Path) -> subprocess.Pope
             stdout=log,
             stderr=log,
             preexec_fn=_die_with_this_process,
+            pass_fds=locks,
         )
     assert server.stdin is not None
     server.stdin.write(configuration)
@@ -75,4 +79,5 @@ def _end(server: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "keep")
+    parent, binary, folder, keep, *locks = sys.argv[1:]
+    main(int(parent), binary, Path(folder), keep == "keep", tuple(map(int, locks)))

@@ -21,6 +21,7 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from buffer.redaction import redacted
 from deploy import ray_guard
 from deploy.errors import ClusterError
 from deploy.settings import ClusterSettings
@@ -30,25 +31,35 @@ _ANSWER_S = 30.0
 """A replica that runs answers at once; it may be kept from it by a busy machine."""
 
 
-def ray_session(settings: ClusterSettings, *, num_cpus: int) -> AbstractContextManager[None]:
-    """Connected to Ray inside the block: the one at the given address, or one of our own."""
+def ray_session(
+    settings: ClusterSettings, *, num_cpus: int, locks: tuple[int, ...] = ()
+) -> AbstractContextManager[None]:
+    """Connected to Ray inside the block: the one at the given address, or one of our own.
+
+    `locks` are descriptors that stay open until the last process of a Ray of our own is gone.
+    """
     if settings.ray_address is not None:
         return _joined_ray(settings.ray_address, settings.namespace)
     return own_ray(
-        namespace=settings.namespace, num_cpus=num_cpus, object_store_bytes=settings.object_store_bytes
+        namespace=settings.namespace,
+        num_cpus=num_cpus,
+        object_store_bytes=settings.object_store_bytes,
+        locks=locks,
     )
 
 
 @contextmanager
-def own_ray(*, namespace: str, num_cpus: int, object_store_bytes: int) -> Iterator[None]:
-    """A Ray of our own. `num_cpus` is what may be scheduled, not what there is.
+def own_ray(
+    *, namespace: str, num_cpus: int, object_store_bytes: int, locks: tuple[int, ...] = ()
+) -> Iterator[None]:
+    """A Ray of our own. `num_cpus` is what may be scheduled, not what there is; `locks` as above.
 
     Ray listens on every interface, so it gets a token of its own that only its processes know.
     """
     _require_token()
     _share_accelerators()
     _prefer_serving()
-    with _guarded_folder() as folder:
+    with _guarded_folder(locks) as folder:
         try:
             ray.init(
                 address="local",
@@ -69,14 +80,16 @@ def own_ray(*, namespace: str, num_cpus: int, object_store_bytes: int) -> Iterat
 
 
 @contextmanager
-def _guarded_folder() -> Iterator[Path]:
-    """A folder for one Ray. When the block or this process ends, the guard ends that Ray and removes it."""
+def _guarded_folder(locks: tuple[int, ...]) -> Iterator[Path]:
+    """A folder for one Ray. When the block or this process ends, the guard ends that Ray and removes it,
+    and lets go of the locks last."""
     folder = Path(tempfile.mkdtemp(prefix="everdraft-", dir=temp_root()))
     guard = subprocess.Popen(
         [sys.executable, "-P", ray_guard.__file__, str(os.getpid()), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C is not for the guard
+        pass_fds=locks,
     )
     with guard:
         assert guard.stdout is not None
@@ -89,7 +102,8 @@ def _joined_ray(address: str, namespace: str) -> Iterator[None]:
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"cluster.ray_address={address}: no Ray answers there ({error})") from error
+        text = f"cluster.ray_address={address}: no Ray answers there ({error})"
+        raise ClusterError(redacted(text)) from error
     try:
         yield
     finally:

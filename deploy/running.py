@@ -1,25 +1,25 @@
-"""The note in the state folder that tells other commands what runs and where.
+"""Whose the state folder is, and the note in it that tells other commands what runs and where.
 
-Knows no Ray and no Redis. Invariant: a note whose process is gone is never believed, so a run that
-was killed leaves nothing to clean up.
+One service and one learner may use a folder at a time: each holds a lock on it from its first moment.
+Knows no Ray and no Redis. Invariants: a note whose process is gone is never believed, so a run that was
+killed leaves nothing to clean up; and nobody removes another's note.
 """
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from deploy.errors import StateFolderInUseError
+from buffer.file_lock import Holder, process_started_at_s, take_lock
+from deploy.errors import SettingsError, StateFolderInUseError
 
 NOTE = "running.json"
 LEARNER_SNAPSHOT = "learner.json"
+SERVICE_LOCK = "everdraft.lock"
 LEARNER_LOCK = "learner.lock"
 
 
@@ -31,9 +31,10 @@ class RunningNote:
     process_started_at_s: float
     """Unix time; together with the pid it names one process for good."""
     url: str
-    redis_url: str
-    tracking_uri: str
-    """Empty: MLflow is off."""
+    redis_url: str = field(repr=False)
+    """With its password; not for printing."""
+    tracking_uri: str = field(repr=False)
+    """Empty: MLflow is off. It may hold a password too."""
     target: str
     draft: str
     target_revision: str
@@ -52,37 +53,68 @@ def read_note(state_dir: Path) -> RunningNote | None:
 
 
 @contextmanager
-def claimed_folder(state_dir: Path) -> Iterator[None]:
-    """The folder is ours inside the block; the note leaves with it.
+def claimed_folder(state_dir: Path, *, url: str, learns: bool) -> Iterator[tuple[int, ...]]:
+    """The folder is this process's inside the block; what it noted there leaves with it.
 
-    Raises StateFolderInUseError when another process holds it.
+    Gives the descriptors of the folder's locks: a child that inherits them keeps the folder until it has
+    ended, so that the next start does not meet it. `url` is where the service is going to answer. Raises
+    StateFolderInUseError when another process has the folder, SettingsError when nobody can.
     """
-    other = read_note(state_dir)
-    if other is not None:
-        raise StateFolderInUseError(
-            f"cluster.state_dir={state_dir} is in use by the everdraft at {other.url} (process "
-            f"{other.pid}); nothing was started: stop it, or give another folder with --state-dir"
-        )
-    state_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for name in (NOTE, LEARNER_SNAPSHOT):
-            (state_dir / name).unlink(missing_ok=True)
+    with ExitStack() as locks:
+        held = [locks.enter_context(_sole_service(state_dir, url))]
+        if learns:
+            held.append(locks.enter_context(sole_learner(state_dir, url)))
+        try:
+            yield tuple(held)
+        finally:
+            note = read_note(state_dir)
+            if note is not None and note.pid == os.getpid():
+                (state_dir / NOTE).unlink(missing_ok=True)
+            if learns:
+                (state_dir / LEARNER_SNAPSHOT).unlink(missing_ok=True)
 
 
 @contextmanager
-def sole_learner(state_dir: Path) -> Iterator[None]:
-    """No other `everdraft learn` uses this folder inside the block. Raises StateFolderInUseError."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / LEARNER_LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+def _sole_service(state_dir: Path, url: str) -> Iterator[int]:
+    with _locked(state_dir, SERVICE_LOCK, url) as lock:
+        if isinstance(lock, Holder):
             raise StateFolderInUseError(
-                f"cluster.state_dir={state_dir}: another learner uses it; nothing was started"
-            ) from None
-        yield
+                f"cluster.state_dir={state_dir} is in use by another everdraft, {lock}; nothing was started: "
+                "stop it, or give another folder with --state-dir"
+            )
+        yield lock
+
+
+@contextmanager
+def sole_learner(state_dir: Path, url: str = "") -> Iterator[int]:
+    """No other learner uses this folder inside the block, be it `everdraft learn` or one beside replicas.
+
+    Raises StateFolderInUseError, or SettingsError when the folder cannot be locked.
+    """
+    with _locked(state_dir, LEARNER_LOCK, url) as lock:
+        if isinstance(lock, Holder):
+            raise StateFolderInUseError(
+                f"cluster.state_dir={state_dir}: another learner uses it, {lock}; nothing was started: stop "
+                "it, serve with --no-learner, or give another folder with --state-dir"
+            )
+        yield lock
+
+
+@contextmanager
+def _locked(state_dir: Path, name: str, about: str) -> Iterator[int | Holder]:
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(state_dir / name, about)
+    except OSError as error:
+        raise SettingsError(
+            f"cluster.state_dir={state_dir} cannot be locked for this run alone ({error}); nothing was "
+            "started: give a folder on a local disk that this user may write, with --state-dir"
+        ) from None
+    try:
+        yield lock
+    finally:
+        if not isinstance(lock, Holder):
+            os.close(lock)
 
 
 def own_note(
@@ -104,7 +136,7 @@ def own_note(
 
 
 def write_note(state_dir: Path, note: RunningNote) -> None:
-    """It may hold a password of Redis, so only its owner may read it."""
+    """It may hold a password of Redis or MLflow, so only its owner may read it."""
     _write(state_dir / NOTE, asdict(note))
 
 
@@ -128,12 +160,3 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
     aside.touch(mode=0o600)
     aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
     aside.replace(file)
-
-
-def process_started_at_s(pid: int) -> float | None:
-    """Unix time at which a living process began; None if there is none with this id."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None

@@ -17,8 +17,8 @@ class RedisSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str | None = None
-    """`redis://`, `rediss://` or `unix://`; None starts a server of our own."""
+    url: str | None = Field(default=None, repr=False)
+    """`redis://`, `rediss://` or `unix://`, with its password; None starts a server of our own."""
 
 
 class MlflowSettings(BaseModel):
@@ -27,8 +27,8 @@ class MlflowSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
-    tracking_uri: str | None = None
-    """None: SQLite in the state folder, artifacts beside it."""
+    tracking_uri: str | None = Field(default=None, repr=False)
+    """May hold a password. None: SQLite in the state folder, artifacts beside it."""
 
 
 class ClusterSettings(BaseModel):
@@ -42,7 +42,8 @@ class ClusterSettings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     state_dir: Path = Path(".everdraft")
-    """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs."""
+    """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs. One service
+    and one learner at a time may use it."""
     object_store_bytes: int = Field(default=80 * 2**20, ge=80 * 2**20)
     """Shared memory of a Ray of our own; no tensors travel through it."""
     learn: bool = True

@@ -6,7 +6,6 @@ tree. Invariant: every error names the place a value came from, the value, and w
 
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from buffer.redaction import SECRET_NAME, redacted_url
 from deploy.errors import SettingsError
 from deploy.settings import Settings
 
 ENV_PREFIX = "EVERDRAFT__"
 CONSEQUENCE = "nothing was started"
-SECRET = re.compile(r"(^|_)(keys?|secret|password)$")
+
+_HIDDEN = "(hidden)"
 
 KeyPath = tuple[str, ...]
 
@@ -35,8 +36,8 @@ class Given:
 
     def at(self, path: KeyPath) -> str:
         """`place: section.key=value`, for a message; secrets are not shown."""
-        shown = "(hidden)" if any(SECRET.search(key) for key in path) else repr(self.value)
-        return f"{self.place}: {'.'.join(path)}={shown}"
+        shown = next((_HIDDEN for key in path if SECRET_NAME.search(key)), _shown(self.value))
+        return f"{self.place}: {'.'.join(path)}={shown if shown is _HIDDEN else repr(shown)}"
 
 
 def load_settings(
@@ -64,6 +65,19 @@ def load_settings(
         raise SettingsError("\n".join(_faults(error, given))) from None
 
 
+def _shown(value: Any) -> Any:
+    """A value without what may be secret in it, wherever it was written by mistake."""
+    if isinstance(value, Mapping):
+        return {key: _HIDDEN if SECRET_NAME.search(str(key)) else _shown(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(part) for part in value]
+    if isinstance(value, str):
+        if SECRET_NAME.search(value):
+            return _HIDDEN
+        return redacted_url(value) if "@" in value or "://" in value else value
+    return value
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -75,8 +89,15 @@ def _read(file: Path) -> dict[str, Any]:
                 return content
             raise ValueError("it holds no sections")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}; {CONSEQUENCE}") from None
+        reason = _position(error) if isinstance(error, yaml.MarkedYAMLError) else error
+        raise SettingsError(f"{file} cannot be read: {reason}; {CONSEQUENCE}") from None
     raise SettingsError(f"{file} must end in .toml, .yaml or .yml; {CONSEQUENCE}")
+
+
+def _position(error: yaml.MarkedYAMLError) -> str:
+    """Where the fault is. YAML's own message quotes the line, on which a key may stand."""
+    mark = error.problem_mark
+    return f"no YAML at line {mark.line + 1}, column {mark.column + 1}" if mark else "no YAML"
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[KeyPath, Given]:

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from serving.memory_plan import MemoryPlan
 
 Narrate = Callable[[str], None]
-"""Told what is being done, in words for a person."""
+"""Told what is being done, a line at a time, in words for a person."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RunningSystem:
 
     settings: Settings
     url: str
-    redis_url: str
+    redis_url: str = field(repr=False)
     """With its password; not for printing."""
     learner: "LearnerHandle | None"
     target_revision: str
@@ -90,20 +90,22 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
     settings = with_absolute_paths(settings)
     cluster = settings.cluster
     with ExitStack() as parts:
-        parts.enter_context(claimed_folder(settings.state_dir))
+        url, learns = _url(cluster.host, cluster.port), cluster.learn and settings.serving.draft is not None
+        locks = parts.enter_context(claimed_folder(settings.state_dir, url=url, learns=learns))
         require_free_port(cluster.host, cluster.port)
         check_models(settings)
-        narrate("\n".join(check_memory(settings).lines()))
+        for line in check_memory(settings).lines():
+            narrate(line)
         redis_url = parts.enter_context(_redis(settings, narrate))
-        learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, narrate))
-        system = RunningSystem(settings, _url(cluster.host, cluster.port), redis_url, learner, revision)
+        learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, locks, narrate))
+        system = RunningSystem(settings, url, redis_url, learner, revision)
         write_note(settings.state_dir, _note(system))
         yield system
 
 
 @contextmanager
 def _replicas_and_learner(
-    settings: Settings, redis_url: str, narrate: Narrate
+    settings: Settings, redis_url: str, locks: tuple[int, ...], narrate: Narrate
 ) -> Iterator[tuple["LearnerHandle | None", str]]:
     """The learner's handle, and the revision of the target that is served."""
     # Ray and torch take seconds to import: not before the quick checks have passed.
@@ -114,7 +116,7 @@ def _replicas_and_learner(
     cluster = settings.cluster
     with ExitStack() as parts:
         narrate("starting Ray" if cluster.ray_address is None else f"joining Ray at {cluster.ray_address}")
-        parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings)))
+        parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings), locks=locks))
         narrate("loading the models and measuring what a pass costs")
         application = build_deployment(settings.serving, redis_url)
         revision = parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))

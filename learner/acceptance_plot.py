@@ -45,7 +45,8 @@ def acceptance_png(route: str, series: Series, decisions: Iterable[Decision]) ->
                 fontsize=7,
                 color=color,
             )
-    axes.set(xlabel="records seen", ylabel="held-out acceptance", title=f"Route {route}", ylim=(0, 1))
+    axes.set(xlabel="records seen", ylabel="held-out acceptance", ylim=(0, 1))
+    axes.set_title(f"Route {route}", parse_math=False)  # a route is a client's word and may hold dollars
     figure.legend(loc="outside lower center", ncols=len(_LINES), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from buffer.redaction import redacted
+
 logger = logging.getLogger(__name__)
 Session = TypeVar("Session")
 
@@ -65,7 +67,7 @@ class Outbox(Generic[Session]):
             try:
                 return self._connect()
             except Exception as error:  # third parties let their backends' exceptions through
-                logger.info("%s cannot be reached, trying again: %s", self._name, error)
+                logger.info("%s cannot be reached, trying again: %s", self._name, redacted(str(error)))
                 if self._stop.wait(self._retry_s):
                     return None
 
@@ -75,8 +77,8 @@ class Outbox(Generic[Session]):
             job(session)
         except Exception as error:  # as above
             if not self._is_refusal(error):
-                logger.info("%s cannot be reached, trying again: %s", self._name, error)
+                logger.info("%s cannot be reached, trying again: %s", self._name, redacted(str(error)))
                 return False
-            logger.warning("%s refused a write, dropped: %s", self._name, error)
+            logger.warning("%s refused a write, dropped: %s", self._name, redacted(str(error)))
             self.num_dropped += 1
         return True

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.records import DEFAULT_ROUTE, AdapterManifest
+from buffer.redaction import redacted
 from learner.acceptance_plot import PLOTTED, acceptance_png
 from learner.outbox import Outbox
 from learner.registry import RouteRegistry
@@ -84,7 +85,7 @@ class MlflowTracker:
         return self._outbox.num_dropped
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        kept = {name: str(value) for name, value in params.items()}
+        kept = {name: redacted(str(value)) for name, value in params.items()}
         self._outbox.submit(lambda session: session.log_params(kept))
 
     def log_metrics(self, route: str, metrics: Mapping[str, float], num_records_seen: int) -> None:
@@ -224,7 +225,7 @@ class _Session:
         try:
             act()
         except Exception as error:  # whatever a canvas or a store of artifacts may raise
-            logger.info("a picture or table was not kept: %s", error)
+            logger.info("a picture or table was not kept: %s", redacted(str(error)))
 
     def _tell(self, route: str, decision: Decision) -> None:
         """The route's table, and the run's own page: what the routes' pages say, and the latest decisions."""

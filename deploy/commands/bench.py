@@ -108,7 +108,7 @@ def throughput(
             metrics, series = figures(plan, measured)
             write_report(report, "throughput", metrics, series)  # what is known so far
             plot_throughput(metrics["rows"], plot)
-    output().print(f"figures: {report}\npicture: {plot}")
+    output().print(f"figures: {report}", f"picture: {plot}", sep="\n")
 
 
 @app.command()

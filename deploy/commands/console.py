@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from buffer.errors import SeamError
+from buffer.redaction import redacted
 from deploy.errors import DeployError
 from deploy.running import RunningNote, read_learner_snapshot, read_note
+from deploy.terminal import Terminal, visible
 
 FAULT = 2
 
@@ -28,22 +29,23 @@ StateDirOption = Annotated[
 ]
 RedisUrlOption = Annotated[
     str | None,
-    typer.Option("--redis-url", envvar="EVERDRAFT__REDIS__URL", help="Redis; default: the running one's."),
+    typer.Option(
+        "--redis-url",
+        envvar="EVERDRAFT__REDIS__URL",
+        help="Redis; default: the running one's. A password is for the variable: others see a command line.",
+    ),
 ]
 RouteOption = Annotated[str, typer.Option("--route", help="The route whose drafts are meant.")]
 DEFAULT_STATE_DIR = Path(".everdraft")
 
 
-def output() -> Console:
-    """Standard output as it is now; made anew so that a redirected one is honoured.
-
-    Lines keep their length, so that what is shown can be copied.
-    """
-    return Console(highlight=False, soft_wrap=True)
+def output() -> Terminal:
+    """Standard output as it is now; made anew so that a redirected one is honoured."""
+    return Terminal()
 
 
-def errors() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+def errors() -> Terminal:
+    return Terminal(stderr=True)
 
 
 @contextmanager
@@ -56,9 +58,9 @@ def plain_faults() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    """Say what is wrong and end the command."""
-    for line in message.splitlines():
-        errors().print(f"[bold red]error:[/] {escape(line)}")
+    """Say what is wrong, a line for each fault and no password, and end the command."""
+    for line in redacted(message).split("\n"):
+        errors().print(Text.assemble(("error:", "bold red"), f" {visible(line)}"))
     raise typer.Exit(FAULT)
 
 

@@ -66,7 +66,8 @@ def demo(
                 story = tell(system, screen, began_s=began_s)
             summarise(console, screen, story.comparisons, story.metrics)
             save_plot(story, plot)
-            console.print(f"\nacceptance over requests: {plot}")
+            console.print()
+            console.print(f"acceptance over requests: {plot}")
             if report is not None:
                 write_report(report, "demo", story.metrics, series(story))
                 console.print(f"figures: {report}")

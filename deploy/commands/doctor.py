@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from deploy.commands.console import DEFAULT_STATE_DIR, RedisUrlOption, StateDirOption, output
+from deploy.terminal import lines
 
-MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failure": "[bold red]failure[/]"}
+STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
 def doctor(
@@ -43,6 +45,6 @@ def doctor(
     for check in examine(subject):
         failed = failed or check.verdict == "failure"
         finding = f"{check.finding}: {check.consequence}" if check.consequence else check.finding
-        table.add_row(check.name, MARKS[check.verdict], finding)
+        table.add_row(check.name, Text(check.verdict, STYLES[check.verdict]), lines(finding.split("\n")))
     output().print(table)
     raise typer.Exit(1 if failed else 0)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
@@ -77,7 +77,7 @@ def show(
     """Everything known about one draft: what it fits, why it was let in, what became of it."""
     with opened_feed(state_dir, redis_url, target_revision) as feed:
         for name, text in _details(feed.manifest(route, version)):
-            output().print(f"{name:<28}{escape(text)}")
+            output().print(f"{name:<28}{text}")
         latest = feed.latest(route)
         serves = latest is not None and latest.draft_version == version
         output().print(f"{'serves':<28}{'yes' if serves else 'no'}")
@@ -153,13 +153,13 @@ def _version_cells(manifest: AdapterManifest, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _mark(version: int, serving: int, pinned: int | None, name: str = "") -> str:
-    marks = [name] if name else []
+def _mark(version: int, serving: int, pinned: int | None, name: str = "") -> Text:
+    marks = [Text(name)] if name else []
     if version == serving:
-        marks.append("[bold green]serves[/]")
+        marks.append(Text("serves", "bold green"))
     if version == pinned:
-        marks.append("[yellow]pinned[/]")
-    return ", ".join(marks)
+        marks.append(Text("pinned", "yellow"))
+    return Text(", ").join(marks)
 
 
 def _concerning(version: int, events: list[AdapterEvent]) -> Iterator[AdapterEvent]:
@@ -176,7 +176,7 @@ def _history(events: list[AdapterEvent]) -> Table:
     table = Table(title="history", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
     for event in events:
         kind = event.kind.replace("_", " ")
-        table.add_row(ago(event.at_s, now_s), kind, str(event.draft_version), escape(event.reason))
+        table.add_row(ago(event.at_s, now_s), kind, str(event.draft_version), event.reason)
     return table
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from deploy.commands.console import ConfigOption, errors, fail, output, plain_faults
 from deploy.running import read_note, sole_learner, write_learner_snapshot
@@ -66,7 +67,7 @@ def _run(settings: Settings, redis_url: str) -> None:
     stop = threading.Event()
     thread = threading.Thread(target=learner.run, args=(stop,), name="learner", daemon=True)
     thread.start()
-    output().print("learning; [dim]Ctrl-C stops.[/]")
+    output().print(Text.assemble("learning; ", ("Ctrl-C stops.", "dim")))
     wait_for_stop(lambda: _tick(settings, learner, thread))
     errors().print("stopping")
     stop.set()

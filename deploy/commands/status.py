@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from buffer.records import FLOOR_VERSION, NGRAM_VERSION, ServingStatus, VersionCounts
 from buffer.store import AdapterFeed, RecordStore
@@ -27,6 +27,7 @@ from deploy.commands.console import (
 from deploy.commands.targets import SHOWN, TargetOption, targets_meant
 from deploy.commands.words import ago, milliseconds, percentage
 from deploy.running import RunningNote
+from deploy.terminal import visible
 
 _NAMES = {FLOOR_VERSION: "0 (floor)", NGRAM_VERSION: "copied"}
 
@@ -49,7 +50,7 @@ def status(
             targets.append(TargetFeed(revision, feed, feed.statuses()))
         learner = running_learner(state_dir)
         if as_json:
-            output().print_json(json.dumps(_as_data(targets, store, learner)))
+            output().print_json(json.dumps(_as_data(targets, store, learner)), ensure_ascii=True)
         else:
             _show(output(), targets, store, running_note(state_dir), learner)
     raise typer.Exit(0 if any(target.statuses for target in targets) else 1)
@@ -92,12 +93,13 @@ def _show(
     learner: dict[str, Any] | None,
 ) -> None:
     if note is not None:
-        console.print(f"[bold]{note.url}[/]  target {note.target}, draft {note.draft or 'none'}\n")
+        models = visible(f"  target {note.target}, draft {note.draft or 'none'}")
+        console.print(Text.assemble((visible(note.url), "bold"), models), "", sep="\n")
     if not targets:
         console.print("no replica has reported lately")
     for target in targets:
         if len(targets) > 1:
-            console.print(f"[bold]target {escape(target.revision[:SHOWN])}[/]")
+            console.print(Text(visible(f"target {target.revision[:SHOWN]}"), "bold"))
         _show_target(console, target, store)
     if learner is not None:
         console.print(f"learner: {_learner_line(learner)}")
@@ -142,7 +144,7 @@ def _route_line(feed: AdapterFeed, route: str) -> str:
     return line if pinned is None else f"{line}, pinned to {pinned}"
 
 
-def _replica_lines(status: ServingStatus) -> Iterator[str]:
+def _replica_lines(status: ServingStatus) -> Iterator[str | Text]:
     serves = ", ".join(
         f"{_named(version)} on route {route}" for route, version in status.serving_versions.items()
     )
@@ -155,7 +157,7 @@ def _replica_lines(status: ServingStatus) -> Iterator[str]:
         f"{status.num_rerouted_records} kept as default's"
     )
     if status.last_error:
-        yield f"  [red]{escape(status.last_error)}[/]"
+        yield Text(visible(f"  {status.last_error}"), "red")
 
 
 def _drafts(statuses: list[ServingStatus]) -> Table:

@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from buffer.redaction import redacted
+
 LIBRARIES = ("torch", "transformers", "peft", "ray", "redis", "mlflow")
 
 
@@ -21,7 +23,7 @@ def write_report(
     """Whole or not at all."""
     content = {
         "name": name,
-        "command": " ".join(["everdraft", *sys.argv[1:]]),
+        "command": redacted(" ".join(["everdraft", *sys.argv[1:]])),
         "environment": environment(),
         "metrics": metrics,
         "series": series,

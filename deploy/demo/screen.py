@@ -6,13 +6,13 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from buffer.records import AdapterEvent
 from deploy.demo.comparison import Comparison
 from deploy.demo.traffic import Outcome
+from deploy.terminal import visible
 from serving.engine.counters import acceptance_rate
 
 _SHOWN_EVENTS = 6
@@ -45,7 +45,7 @@ class Screen:
         """What happens now."""
         self._phase = phase
         if not self._live.is_started:
-            self._console.print(escape(phase))
+            self._console.print(phase)
 
     def begin(self, name: str) -> None:
         self._outcomes[name] = []
@@ -64,7 +64,7 @@ class Screen:
 
     def _render(self) -> Group:
         lines = [_event_line(event) for event in self._events]
-        return Group(Text(self._phase, style="bold"), self.traffic_table(), *lines)
+        return Group(Text(visible(self._phase), style="bold"), self.traffic_table(), *lines)
 
     def traffic_table(self) -> Table:
         """Requests and acceptance by phase, first and last."""
@@ -111,7 +111,7 @@ def comparison_table(title: str, comparison: Comparison) -> Table:
     table.add_column("domain")
     for column in ("floor", "adapted", "no speculation", "floor", "adapted", "speed-up"):
         table.add_column(column, justify="right")
-    table.add_row("", "[dim]accepted[/]", "[dim]accepted[/]", *["[dim]tokens/s[/]"] * 3, "")
+    table.add_row("", *[Text("accepted", "dim")] * 2, *[Text("tokens/s", "dim")] * 3, "")
     for domain in comparison.domains:
         plain, floor, adapted = (
             comparison.tokens_per_s(domain, arm) for arm in ("no_speculation", "floor", "adapted")
@@ -119,10 +119,10 @@ def comparison_table(title: str, comparison: Comparison) -> Table:
         table.add_row(
             domain,
             f"{comparison.acceptance_rate(domain, 'floor'):.2f}",
-            f"[bold]{comparison.acceptance_rate(domain, 'adapted'):.2f}[/]",
+            Text(f"{comparison.acceptance_rate(domain, 'adapted'):.2f}", "bold"),
             f"{plain:.0f}",
             f"{floor:.0f}",
-            f"[bold]{adapted:.0f}[/]",
+            Text(f"{adapted:.0f}", "bold"),
             f"{adapted / plain:.2f}x",
         )
     return table
@@ -136,4 +136,6 @@ def _percent(outcomes: Sequence[Outcome]) -> str:
 
 def _event_line(event: AdapterEvent) -> Text:
     kind = event.kind.replace("_", " ")
-    return Text(f"draft v{event.draft_version} {kind}: {event.reason}", style=_STYLES.get(event.kind, "dim"))
+    return Text(
+        visible(f"draft v{event.draft_version} {kind}: {event.reason}"), style=_STYLES.get(event.kind, "dim")
+    )

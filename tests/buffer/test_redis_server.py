@@ -22,18 +22,20 @@ ROOT = Path(__file__).parents[2]
 
 PARENT = """
 import signal, sys, time
+from pathlib import Path
 from buffer.redis_server import EmbeddedRedis
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
-server = EmbeddedRedis().start()
+folder = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+server = EmbeddedRedis(folder=folder).start()
 print(server.pid, flush=True)
 if sys.argv[1] == "sleep":
     time.sleep(600)
 """
 
 
-def start_parent(then: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+def start_parent(then: str, *folder: Path) -> tuple[subprocess.Popen[str], psutil.Process]:
     """A process with an embedded server, and that server."""
-    command = [sys.executable, "-c", PARENT, then]
+    command = [sys.executable, "-c", PARENT, then, *map(str, folder)]
     parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     return parent, psutil.Process(int(parent.stdout.readline()))
@@ -152,6 +154,50 @@ def test_two_servers_do_not_meet() -> None:
     with EmbeddedRedis() as one, EmbeddedRedis() as other:
         assert one.url != other.url
         assert ping(one.url) and ping(other.url)
+
+
+def test_a_folder_has_one_server_and_the_next_waits_for_what_a_killed_one_left(tmp_path: Path) -> None:
+    parent, first = start_parent("sleep", tmp_path)
+    supervisor = first.parent()
+    assert supervisor is not None
+    try:
+        with pytest.raises(StoreUnavailableError, match=rf"a Redis server of process {parent.pid};"):
+            EmbeddedRedis(folder=tmp_path).start()
+        supervisor.suspend()  # its server outlives the parent until it is woken
+        parent.kill()
+        parent.wait()
+        with pytest.raises(StoreUnavailableError, match=f"what is left of process {parent.pid};"):
+            EmbeddedRedis(folder=tmp_path, start_timeout_s=0.3).start()
+        assert alive(first)
+    finally:
+        supervisor.resume()
+        parent.kill()
+        parent.communicate()
+    with EmbeddedRedis(folder=tmp_path, start_timeout_s=60.0) as second:
+        assert not alive(first)
+        assert ping(second.url)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_server_whose_supervisor_was_killed_starts_again_on_its_folder(tmp_path: Path) -> None:
+    with EmbeddedRedis(folder=tmp_path) as server:
+        assert server.pid is not None
+        supervisor = psutil.Process(server.pid).parent()
+        assert supervisor is not None
+        supervisor.kill()
+        supervisor.wait(10)
+        assert ping(server.start().url)
+
+
+def test_a_folder_that_cannot_be_made_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailableError, match=r"cannot be locked .*no Redis was started"):
+        EmbeddedRedis(folder=tmp_path / "file").start()
+
+
+def test_what_a_server_keeps_is_its_owners_alone(tmp_path: Path) -> None:
+    with EmbeddedRedis(folder=tmp_path / "redis"):
+        assert (tmp_path / "redis").stat().st_mode & 0o077 == 0
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -4,12 +4,17 @@ Each test starts Ray, Redis, MLflow and the learner, so there are few and each a
 """
 
 import json
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from buffer.file_lock import take_lock
+from deploy.running import SERVICE_LOCK
 from tests.deploy.everdraft_process import ROOT, EverdraftProcess, post, wait_for
 from tests.support.tiny_models import save_tiny_pair
 
@@ -36,6 +41,12 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def names(everdraft: EverdraftProcess) -> str:
     return " ".join(" ".join(process.cmdline()) for process in everdraft.census())
+
+
+def is_of_ray(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(name in " ".join(process.cmdline()) for name in ("ray::", "raylet", "gcs_server"))
+    return False
 
 
 def test_a_llama_pair_is_served_and_ctrl_c_ends_every_process(tmp_path: Path) -> None:
@@ -71,6 +82,10 @@ def test_a_qwen3_pair_is_served_and_sigkill_of_the_parent_ends_every_process(tmp
         assert complete(everdraft, "SELECT name") == complete(everdraft, "SELECT name")
         wait_for(lambda: "ray::LearnerActor" in names(everdraft), timeout_s=60)
         everdraft.kill()
+        lock = take_lock(everdraft.state_dir / SERVICE_LOCK, leftovers_s=GONE_S)
+        assert isinstance(lock, int), lock
+        assert not [process for process in everdraft.census() if is_of_ray(process)]
+        os.close(lock)
         everdraft.wait_until_gone(GONE_S)
     left = run_cli("status", "--state-dir", str(everdraft.state_dir))
     assert left.returncode == 2 and "no everdraft runs" in left.stderr

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from buffer.redaction import SECRET_NAME
 from buffer.store import Bounds
 from deploy.errors import SettingsError
 from deploy.learning import registered_base_name
@@ -151,3 +153,53 @@ def test_what_the_buffer_holds_is_a_setting() -> None:
         {"serving": {**serving, "max_record_mib_per_route": 1}}
     ).serving.record_bounds
     assert bounds == Bounds(max_records=5, max_bytes=2**20, max_age_s=60.0, max_routes=2)
+
+
+SECRETS = {
+    "a section written as one value": {"EVERDRAFT__SERVING": '{"api_keys": ["sesame"]}'},
+    "a section whose JSON is broken": {"EVERDRAFT__SERVING": '{"api_keys": ["sesame"'},
+    "a misspelt name": {"EVERDRAFT__SERVING__API_KEYZ": "sesame", "EVERDRAFT__SERVING__ADMINKEY": "sesame"},
+    "a name of no kind": {"EVERDRAFT__REDIS__PASSWD": "sesame", "EVERDRAFT__MLFLOW__AUTH_TOKEN": "sesame"},
+    "a URL under a misspelt name": {"EVERDRAFT__REDIS__URLL": "redis://:sesame@host:1/0"},
+    "a URL in the wrong place": {"EVERDRAFT__CLUSTER__PORT": "redis://host:1/0?password=sesame"},
+    "a list of URLs": {"EVERDRAFT__REDIS__URL": '["redis://:sesame@host"]'},
+    "an object": {"EVERDRAFT__REDIS__URL": '{"host": "h", "password": "sesame"}'},
+    "a section given as a URL": {"EVERDRAFT__REDIS": "redis://:sesame@host"},
+    "a URL without a scheme": {"EVERDRAFT__CLUSTER__PORT": ":sesame@host:1"},
+    "a tracker's URI": {"EVERDRAFT__MLFLOW__TRACKING_URI": '["https://me:sesame@host"]'},
+}
+
+
+@pytest.mark.parametrize("way", SECRETS)
+def test_no_fault_shows_a_secret_wherever_it_was_written(way: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(environment={**TARGET, **SECRETS[way]})
+    assert "sesame" not in str(caught.value)
+    assert "nothing was started" in str(caught.value)
+
+
+def test_a_yaml_fault_names_the_line_and_does_not_quote_it(tmp_path: Path) -> None:
+    file = written(tmp_path, "a.yaml", "serving:\n  target: a\n  api_keys: [sesame, ]]\n")
+    with pytest.raises(SettingsError, match="line 3, column") as caught:
+        load_settings(file)
+    assert "sesame" not in str(caught.value)
+
+
+def test_settings_with_addresses_are_printed_without_them() -> None:
+    environment = {
+        **TARGET,
+        "EVERDRAFT__REDIS__URL": "redis://:sesame@host",
+        "EVERDRAFT__MLFLOW__TRACKING_URI": "https://me:sesame@host",
+    }
+    settings = load_settings(environment=environment)
+    assert settings.redis.url == "redis://:sesame@host"
+    assert "sesame" not in repr(settings) + str(settings)
+
+
+def test_every_secret_setting_is_known_by_its_name() -> None:
+    """Else a fault in it, or a name close to it, would show the value."""
+    for section in Settings.model_fields.values():
+        assert isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel)
+        for name, field in section.annotation.model_fields.items():
+            is_secret = "SecretStr" in repr(field.annotation)
+            assert bool(SECRET_NAME.search(name)) == is_secret, name

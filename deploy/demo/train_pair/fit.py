@@ -7,18 +7,27 @@ killed goes on from its last checkpoint with the optimizers, the step and the to
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
+
+from buffer.file_lock import Holder, take_lock
+from deploy.errors import DeployError
+from deploy.terminal import Terminal
 
 WARMUP_STEPS = 60
 FINAL_RATE = 0.02
+
+
+class TrainingInUseError(DeployError):
+    """Another process trains from this checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +81,13 @@ def fit(
 ) -> Report:
     """Train until the budget is spent, from the checkpoint if there is one.
 
-    `losses_at` gives the losses of a step's shards, each of which is run in a thread of its own.
+    `losses_at` gives the losses of a step's shards, each of which is run in a thread of its own. Raises
+    TrainingInUseError when another process trains from this checkpoint.
     """
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    report = _resume(model, optimizers, checkpoint)
     model.train()
-    with _progress() as bar:
+    with _sole_run(checkpoint), _progress() as bar:
+        report = _resume(model, optimizers, checkpoint)
         task = bar.add_task(checkpoint.stem, total=1.0, loss=report.loss)
         while (spent := budget.progress(report.num_steps, report.elapsed_s)) < 1:
             started = time.monotonic()
@@ -88,9 +98,23 @@ def fit(
             if report.num_steps % save_every == 0:
                 _save(model, optimizers, report, checkpoint)
                 bar.console.print(f"step {report.num_steps} loss {report.loss:.3f} {report.elapsed_s:.0f} s")
-    _save(model, optimizers, report, checkpoint)
+        _save(model, optimizers, report, checkpoint)
     model.eval()
     return report
+
+
+@contextmanager
+def _sole_run(checkpoint: Path) -> Iterator[None]:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(checkpoint.with_suffix(".lock"))
+    if isinstance(lock, Holder):
+        raise TrainingInUseError(
+            f"{checkpoint}: {lock} trains from it; nothing was trained: wait, or stop it"
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _step(
@@ -133,7 +157,6 @@ def _save(
         "generator": torch.get_rng_state(),
         "report": [report.num_steps, report.elapsed_s, report.loss, report.losses],
     }
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     aside = checkpoint.with_suffix(".new")
     torch.save(state, aside)
     os.replace(aside, checkpoint)
@@ -153,9 +176,9 @@ def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], checkpoin
 def _progress() -> Progress:
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        "[progress.percentage]{task.percentage:>3.0f}%",
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.description}", markup=False),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}", markup=False),
         TimeElapsedColumn(),
     )
-    return Progress(*columns)
+    return Progress(*columns, console=Terminal())
