@@ -21,8 +21,9 @@ ALLOWED_FLOORS = {
     "deploy": {"deploy", "learner", "serving", "buffer"},
     "benchmarks": {"benchmarks", "deploy", "learner", "serving", "buffer"},
 }
-LEARNER_DOORS = ("serving.models", "serving.engine.sampling")
-"""The learner enters serving only through its pure rooms."""
+LEARNER_DOORS = ("serving.models", "serving.engine.sampling", "serving.engine.cost_table")
+"""The learner enters serving only through its pure rooms: it sees the law that serving used, and prices a
+round as the engine does."""
 
 PURE_ROOMS = {
     "serving/engine/": ("serving.engine",),
