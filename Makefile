@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  f"PYTHON=$(PYTHON) is {v.major}.{v.minor}; everdraft needs 3.11 or newer; nothing was installed")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -I deploy/install_torch.py constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]' --editable ./benchmarks
 	@touch $@
 
 demo: setup

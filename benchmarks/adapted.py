@@ -21,7 +21,6 @@ from benchmarks.prompts import demo_prompts
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import DEFAULT_ROUTE, GenerationRecord
 from buffer.store import StreamKey
-from deploy.commands.demo import LEARNER
 from deploy.errors import DeployError
 from learner.draft import TrainableDraft, build_draft
 from learner.loop import Learner
@@ -124,13 +123,6 @@ class Adaptation:
     """Seconds of its thread."""
 
 
-def demo_settings() -> LearnerSettings:
-    """The demo's, but never resting, for nothing else runs here; and with more passes over what arrived,
-    since here a record costs more time than a step."""
-    unhurried = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_record_age_s": 3600.0}
-    return LearnerSettings.model_validate({**LEARNER, **unhurried, "passes_over_fresh": 6.0})
-
-
 def adapt(
     pair: ModelPair,
     prompts: Iterator[list[int]],
@@ -189,21 +181,25 @@ def adapter_for(
     pair: ModelPair,
     folder: Path | None,
     cache: Path,
+    settings: LearnerSettings,
     on_cycle: Callable[[Cycle], None] = lambda cycle: None,
     recipe: Recipe | None = None,
 ) -> Adapter | None:
-    """The one in `folder`, or else learnt from the demo's traffic."""
+    """The one in `folder`, or else learnt from the demo's traffic with these settings."""
     if folder is not None:
         return Adapter.load(folder)
-    return adapted_to_the_demo(pair, cache, recipe or Recipe(), on_cycle)
+    return adapted_to_the_demo(pair, cache, settings, recipe or Recipe(), on_cycle)
 
 
 def adapted_to_the_demo(
-    pair: ModelPair, cache: Path, recipe: Recipe, on_cycle: Callable[[Cycle], None] = lambda cycle: None
+    pair: ModelPair,
+    cache: Path,
+    settings: LearnerSettings,
+    recipe: Recipe,
+    on_cycle: Callable[[Cycle], None] = lambda cycle: None,
 ) -> Adapter | None:
     """Learnt from the demo's training prompts, once for each pair and settings: kept in `cache`, unless
     time ran out before the last request."""
-    settings = demo_settings()
     folder = cache / "adapters" / _key(pair, settings, recipe)
     if (folder / WEIGHTS_FILE).exists():
         return Adapter.load(folder)

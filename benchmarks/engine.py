@@ -12,7 +12,7 @@ from rich.table import Table
 
 from deploy.demo.corpus import DOMAINS, prompts
 from serving.engine import SamplingParams
-from serving.engine.cost_table import pass_s
+from serving.engine.cost_measurement import pass_s
 from serving.engine.counters import acceptance_rate
 from serving.engine.runner import Runner
 from serving.local import LocalEngine, load_engine

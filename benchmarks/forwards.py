@@ -11,7 +11,8 @@ import statistics
 from dataclasses import dataclass
 
 from serving.compiling import CompileChoice, Compiling
-from serving.engine.cost_table import pass_s
+from serving.engine.cost_measurement import pass_s
+from serving.engine.cost_table import interpolate
 from serving.engine.pass_compiler import CompileError
 from serving.engine.runner import Runner
 from serving.local import prepare_runner
@@ -36,23 +37,14 @@ class ForwardTimes:
     ) -> float:
         """Over one token a target pass: block_efficiency x T(B, 1) / (T(B, G + 1) + P x D(B)), linear
         between measured lengths. The P passes are G where the model drafts all, less where some is copied."""
-        drafting_s = num_draft_passes * self._at(self._draft_s(), num_draft_passes)
-        round_s = self._at(self.target_pass_s, num_draft_tokens) + drafting_s
+        lengths = self.num_draft_tokens
+        drafting_s = num_draft_passes * interpolate(lengths, self._draft_s(), num_draft_passes)
+        round_s = interpolate(lengths, self.target_pass_s, num_draft_tokens) + drafting_s
         return block_efficiency * self.target_pass_s[0] / round_s
 
     def _draft_s(self) -> tuple[float, ...]:
         """Below one draft token a pass costs what the first does."""
         return (self.draft_pass_s[1], *self.draft_pass_s[1:])
-
-    def _at(self, seconds: tuple[float, ...], length: float) -> float:
-        """Interpolated; beyond the ends the last value."""
-        lengths = self.num_draft_tokens
-        if length >= lengths[-1]:
-            return seconds[-1]
-        right = next(index for index, known in enumerate(lengths) if known > length)
-        left = right - 1
-        share = (length - lengths[left]) / (lengths[right] - lengths[left])
-        return seconds[left] + share * (seconds[right] - seconds[left])
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from buffer.redis_store import RedisRecordStore
 from serving.compiling import CompileChoice, Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.cost_table import measure_costs
+from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.request import TokenEvent

@@ -24,6 +24,7 @@ from benchmarks.modes import MODES, Outcome
 from benchmarks.peers import make_peers
 from benchmarks.prompts import demo_prompts, folder_prompts
 from benchmarks.rows import Measured, Row, Setting
+from learner.settings import LearnerSettings
 from serving.compiling import CompileChoice
 from serving.models.loading import ModelPair, load_pair
 
@@ -62,6 +63,8 @@ class Plan:
     adapter: Path | None = None
     """A PEFT folder; None: learnt here, and kept in `cache`."""
     cache: Path = Path()
+    learner: LearnerSettings = field(default_factory=LearnerSettings)
+    """How the adapter is learnt here."""
     recipe: Recipe = field(default_factory=Recipe)
     compile: CompileChoice = "auto"
     """auto waits for compiled passes where they can be had."""
@@ -87,7 +90,7 @@ def full_settings() -> tuple[Setting, ...]:
 def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Iterator[Measured]:
     """One setting after the other. `tell` hears of each mode's turn, `on_cycle` of the draft's learning."""
     pair = load_pair(plan.target, plan.draft)
-    adapter = adapter_for(pair, plan.adapter, plan.cache, on_cycle, plan.recipe)
+    adapter = adapter_for(pair, plan.adapter, plan.cache, plan.learner, on_cycle, plan.recipe)
     models: tuple[str, int] | None = None
     lineup = Lineup({})
     try:

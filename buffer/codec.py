@@ -8,7 +8,7 @@ encoded or raises a SeamError, whatever bytes it is given.
 import struct
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
@@ -124,8 +124,18 @@ def _checked_embedding(embedding_H: NDArray[Any]) -> NDArray[np.float16]:
     return halves_H
 
 
+def _status_from_plain(plain: dict[str, Any]) -> ServingStatus:
+    """Builds before the one cost model tell neither what a first draft pass costs on top, nor whether the
+    draft length is fixed."""
+    costs = plain["costs"]
+    if costs is not None:
+        costs.setdefault("draft_start_s", [0.0] * len(costs["batch_sizes"]))
+    return cast(ServingStatus, from_plain(ServingStatus, {"is_draft_length_fixed": False, **plain}))
+
+
 _TO_PLAIN: dict[type, Callable[[Any], Any]] = {GenerationRecord: _record_to_plain, RouteTable: table_to_plain}
 _FROM_PLAIN: dict[type, Callable[[Any], Any]] = {
     GenerationRecord: _record_from_plain,
+    ServingStatus: _status_from_plain,
     RouteTable: table_from_plain,
 }

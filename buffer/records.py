@@ -156,6 +156,8 @@ class PassCosts:
     """[batch][tokens]"""
     draft_pass_s: tuple[float, ...]
     """[batch], one token a sequence"""
+    draft_start_s: tuple[float, ...]
+    """[batch], what the first draft pass of a round costs on top"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,9 @@ class ServingStatus:
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0
-    """Draft length in use now, at the mean batch size."""
+    """The model's draft length in the last round."""
+    is_draft_length_fixed: bool = False
+    """By a setting; else the replica chooses."""
     num_dropped_records: int = 0
     num_rerouted_records: int = 0
     """Kept as `default`'s, since the route of their request was one too many for a stream of its own."""

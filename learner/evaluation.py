@@ -15,7 +15,7 @@ from learner.acceptance import position_acceptance
 from learner.batch import collate, pack
 from learner.draft import AdapterState, TrainableDraft
 from learner.rows import Row, trajectory_row
-from learner.speed import output_tokens_per_round
+from learner.speed import output_tokens_by_length
 
 LEAST_ATTEMPTED = 4
 """Drafted tokens that make a record's rate worth a look."""
@@ -36,9 +36,9 @@ class RecordScore:
         """Mean over positions."""
         return float(self.expected_N.mean())
 
-    def tokens_per_round(self, num_draft_tokens: int) -> float:
-        """Mean over where a round might start."""
-        return float(output_tokens_per_round(self.expected_N, self.given_emitted_N, num_draft_tokens).mean())
+    def tokens_per_round(self, longest: int) -> NDArray[np.float64]:
+        """By draft length, 0 to `longest`: the mean over where a round might start."""
+        return output_tokens_by_length(self.expected_N, self.given_emitted_N, longest).mean(axis=1)
 
 
 def score_records(

@@ -2,7 +2,9 @@
 
 Knows no models and no clock. Invariant: a candidate passes only if the one-sided lower bound of its
 gain over the incumbent, from a bootstrap over records (not positions: those of one record are not
-independent), is above the wanted gain, its predicted speed is not worse, and the floor is not better.
+independent), is above the wanted gain, its expected speed is not worse, and the floor is not better. Speed
+is tokens a second at the costs that a replica reports, each draft at its own best draft length; tokens a
+round while no costs are known.
 A candidate no better than the incumbent passes one decision at most about `level` of the time.
 """
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learner.evaluation import RecordScore
-from learner.speed import Operation, tokens_per_s
+from learner.speed import ExpectedSpeed, Operation, SpeedUnit, expected_speed
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class GateDecision:
 
 
 Scores = Sequence[RecordScore]
+SPEED_WORDS: dict[SpeedUnit, str] = {"tokens_per_s": "tokens a second", "tokens_per_round": "tokens a round"}
 
 
 def decide(
@@ -60,8 +63,9 @@ def decide(
     if len(candidate) < rule.min_records:
         reason = f"{len(candidate)} held-out records, {rule.min_records} are needed"
         return GateDecision(False, reason, {"num_held_out_records": float(len(candidate))})
-    evidence = _evidence(candidate, incumbent, floor, operation, rule, rng)
-    reason = _objection(evidence, rule)
+    new, old = speed(candidate, operation), speed(incumbent, operation)
+    evidence = _evidence(candidate, incumbent, floor, rule, rng) | _speed_evidence(new, old)
+    reason = _objection(evidence, rule) or _slower(new, old)
     return GateDecision(not reason, reason or _praise(evidence), evidence)
 
 
@@ -83,14 +87,12 @@ def acceptance(scores: Scores) -> float:
     return float(_sums(scores).sum() / num_positions) if num_positions else float("nan")
 
 
-def speed(scores: Scores, operation: Operation) -> tuple[float, float]:
-    """(output tokens a round, output tokens per second), the latter NaN without costs."""
-    if not scores:
-        return float("nan"), float("nan")
+def speed(scores: Scores, operation: Operation) -> ExpectedSpeed:
+    """Of the draft with these scores, one at least; every position weighs the same."""
     weights = [len(score.expected_N) for score in scores]
-    rounds = [score.tokens_per_round(operation.num_draft_tokens) for score in scores]
-    per_round = float(np.average(rounds, weights=weights))
-    return per_round, tokens_per_s(per_round, operation)
+    longest = max(operation.draft_lengths)
+    rounds = [score.tokens_per_round(longest) for score in scores]
+    return expected_speed(np.average(rounds, axis=0, weights=weights).tolist(), operation)
 
 
 def _sums(scores: Scores) -> NDArray[np.float64]:
@@ -101,24 +103,27 @@ def _evidence(
     candidate: Scores,
     incumbent: Scores,
     floor: Scores,
-    operation: Operation,
     rule: GateRule,
     rng: np.random.Generator,
 ) -> dict[str, float]:
     lower = gain_lower_bound(candidate, incumbent, rule.level, rule.num_resamples, rng)
-    evidence = {
+    return {
         "num_held_out_records": float(len(candidate)),
         "acceptance_candidate": acceptance(candidate),
         "acceptance_incumbent": acceptance(incumbent),
         "acceptance_floor": acceptance(floor),
         "gain_lower_bound": lower,
     }
-    for name, scores in (("candidate", candidate), ("incumbent", incumbent)):
-        per_round, per_s = speed(scores, operation)
-        evidence[f"tokens_per_round_{name}"] = per_round
-        if np.isfinite(per_s):
-            evidence[f"tokens_per_s_{name}"] = per_s
-    return evidence
+
+
+def _speed_evidence(candidate: ExpectedSpeed, incumbent: ExpectedSpeed) -> dict[str, float]:
+    """What is compared, under the name of its unit, and the draft lengths."""
+    return {
+        f"{candidate.unit}_candidate": candidate.amount,
+        f"{incumbent.unit}_incumbent": incumbent.amount,
+        "num_draft_tokens_candidate": float(candidate.num_draft_tokens),
+        "num_draft_tokens_incumbent": float(incumbent.num_draft_tokens),
+    }
 
 
 def _objection(evidence: dict[str, float], rule: GateRule) -> str:
@@ -130,9 +135,18 @@ def _objection(evidence: dict[str, float], rule: GateRule) -> str:
         return f"not better than the incumbent: lower bound of the gain {lower}, not over {rule.min_gain}"
     if evidence["acceptance_candidate"] <= evidence["acceptance_floor"]:
         return "not better than the floor"
-    if evidence["tokens_per_round_candidate"] < evidence["tokens_per_round_incumbent"]:
-        return "expected tokens per second are worse than the incumbent's"
     return ""
+
+
+def _slower(candidate: ExpectedSpeed, incumbent: ExpectedSpeed) -> str:
+    """Why not, if serving with it is expected to be slower; both are in the same unit."""
+    if not candidate.amount < incumbent.amount:
+        return ""
+    return (
+        f"expected {SPEED_WORDS[candidate.unit]} are worse than the incumbent's: {candidate.amount:.2f} at "
+        f"draft length {candidate.num_draft_tokens}, not {incumbent.amount:.2f} at "
+        f"{incumbent.num_draft_tokens}"
+    )
 
 
 def _praise(evidence: dict[str, float]) -> str:

@@ -132,6 +132,7 @@ def operation(statuses: Iterable[ServingStatus], nominal_num_draft_tokens: int) 
         num_draft_tokens=latest.num_draft_tokens or nominal_num_draft_tokens,
         mean_batch_size=max(1.0, latest.mean_batch_size),
         costs=latest.costs,
+        is_draft_length_fixed=latest.is_draft_length_fixed,
     )
 
 

@@ -89,7 +89,7 @@ class LiveComparison:
         return replace(
             self,
             evidence=self.evidence.grown(bet_on_losses(losses), len(losses)),
-            gain_sum=self.gain_sum - float(losses.sum()),
+            gain_sum=self.gain_sum - sum(_lost_acceptance(after, before) for after, before in pairs),
         )
 
     @property
@@ -101,6 +101,7 @@ class LiveComparison:
 
     @property
     def mean_gain(self) -> float:
+        """Acceptance of the new draft less that of the one before, the mean over records."""
         return self.gain_sum / max(1, self.evidence.num_values)
 
 
@@ -162,3 +163,8 @@ def _loss(after: RecordScore, before: RecordScore) -> float:
     num_positions = len(before.expected_N)
     lost = (before.acceptance - after.acceptance) * num_positions / (num_positions + SHORT_RECORD_POSITIONS)
     return float(np.nan_to_num(lost, nan=1.0))
+
+
+def _lost_acceptance(after: RecordScore, before: RecordScore) -> float:
+    """On one record, as people are told it."""
+    return float(np.nan_to_num(before.acceptance - after.acceptance, nan=1.0))

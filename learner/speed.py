@@ -1,4 +1,4 @@
-"""Expected tokens per second of a draft, from its acceptance along real trajectories and measured costs.
+"""Expected speed of a draft, from its acceptance along real trajectories and the engine's own cost model.
 
 Knows no records and no models. No independence is assumed: the chance that a whole run of drafts is
 accepted is the product, along the trajectory, of what the emitted tokens give (see acceptance.py).
@@ -6,11 +6,15 @@ accepted is the product, along the trajectory, of what the emitted tokens give (
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from buffer.records import PassCosts
+from serving.engine.cost_table import CostTable
+
+SpeedUnit = Literal["tokens_per_s", "tokens_per_round"]
 
 
 @dataclass(frozen=True)
@@ -20,38 +24,61 @@ class Operation:
     num_draft_tokens: int
     mean_batch_size: float = 1.0
     costs: PassCosts | None = None
+    is_draft_length_fixed: bool = False
+
+    @property
+    def draft_lengths(self) -> Sequence[int]:
+        """Those that serving would choose from: every measured one, unless there is but the one in use."""
+        if self.costs is None or self.is_draft_length_fixed:
+            return (self.num_draft_tokens,)
+        return range(max(self.costs.token_counts))
 
 
-def output_tokens_per_round(
-    expected_N: NDArray[np.float32], given_emitted_N: NDArray[np.float32], num_draft_tokens: int
+@dataclass(frozen=True)
+class ExpectedSpeed:
+    """Of one draft, at the draft length that serves it best."""
+
+    amount: float
+    unit: SpeedUnit
+    """Tokens a second are those of the whole batch."""
+    num_draft_tokens: int
+
+
+def output_tokens_by_length(
+    expected_N: NDArray[np.float32], given_emitted_N: NDArray[np.float32], longest: int
 ) -> NDArray[np.float64]:
-    """[N]: tokens that a round is expected to emit if it starts at each position of one trajectory,
-    1 to num_draft_tokens + 1; a round never reaches past the end of the trajectory."""
+    """[longest + 1, N]: tokens that a round of each draft length is expected to emit if it starts at each
+    position of one trajectory; a round never reaches past the end of the trajectory."""
     num_positions = len(expected_N)
-    emitted_N = np.ones(num_positions)
+    emitted_LN = np.ones((longest + 1, num_positions))
     run_N = np.ones(num_positions)
-    for depth in range(min(num_draft_tokens, num_positions)):
+    for depth in range(min(longest, num_positions)):
         reach = num_positions - depth
-        emitted_N[:reach] += run_N[:reach] * expected_N[depth:]
+        emitted_LN[depth + 1 :, :reach] += run_N[:reach] * expected_N[depth:]
         run_N[:reach] *= given_emitted_N[depth:]
-    return emitted_N
+    return emitted_LN
 
 
-def tokens_per_s(tokens_per_round: float, operation: Operation) -> float:
-    """Expected output tokens per second over the whole batch; NaN while no costs are known."""
+def expected_speed(tokens_per_round_by_length: Sequence[float], operation: Operation) -> ExpectedSpeed:
+    """At the draft length with the most tokens a second: a better draft may be worth longer proposals.
+    While no costs are known, tokens a round at the length in use."""
     if operation.costs is None:
-        return float("nan")
-    return operation.mean_batch_size * tokens_per_round / round_s(operation, operation.costs)
+        length = operation.num_draft_tokens
+        return ExpectedSpeed(tokens_per_round_by_length[length], "tokens_per_round", length)
+    longest = max(operation.draft_lengths)
+    seconds = round_s_by_length(operation.costs, operation.mean_batch_size, longest)
+    rates = {
+        length: operation.mean_batch_size * tokens_per_round_by_length[length] / seconds[length]
+        for length in operation.draft_lengths
+    }
+    best = max(rates, key=rates.__getitem__)
+    return ExpectedSpeed(rates[best], "tokens_per_s", best)
 
 
-def round_s(operation: Operation, costs: PassCosts) -> float:
-    """Seconds of one round: the draft's passes and one target pass over the verified positions."""
-    num_verified = float(operation.num_draft_tokens + 1)
-    batch = operation.mean_batch_size
-    by_batch = [float(np.interp(num_verified, costs.token_counts, row)) for row in costs.target_pass_s]
-    target_s = _at(batch, costs.batch_sizes, by_batch)
-    return target_s + operation.num_draft_tokens * _at(batch, costs.batch_sizes, costs.draft_pass_s)
-
-
-def _at(batch_size: float, batch_sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    return float(np.interp(batch_size, batch_sizes, seconds))
+def round_s_by_length(costs: PassCosts, batch_size: float, longest: int) -> list[float]:
+    """Seconds of a round by draft length, 0 to `longest`: what the engine that reported the costs reckons."""
+    table = CostTable(
+        costs.batch_sizes, costs.token_counts, costs.target_pass_s, costs.draft_pass_s, costs.draft_start_s
+    )
+    target_s, propose_s = table.seconds_by_length(batch_size, longest)
+    return [verify_s + draft_s for verify_s, draft_s in zip(target_s, propose_s, strict=True)]

@@ -94,7 +94,7 @@ def brought(evidence: Mapping[str, float]) -> str:
     for name, unit, digits in (("tokens_per_round", "tokens a round", 2), ("tokens_per_s", "tokens/s", 0)):
         before_after = [evidence.get(f"{name}_{which}") for which in ("incumbent", "candidate")]
         if None not in before_after:
-            parts.append(" -> ".join(f"{figure:.{digits}f}" for figure in before_after) + f" {unit}")
+            parts.append(" -> ".join(f"{figure:.{digits}f}" for figure in before_after) + f" {unit} expected")
     return ", ".join(parts)
 
 

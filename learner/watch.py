@@ -100,6 +100,6 @@ class LiveWatch:
         if comparison is not None and comparison.verdict == "rollback":
             return (
                 f"worse on live traffic: version {comparison.draft_version} gained "
-                f"{comparison.mean_gain:+.3f} over its parent"
+                f"{comparison.mean_gain:+.3f} of acceptance over its parent"
             )
         return ""

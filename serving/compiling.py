@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from serving.engine.cost_table import CostTable, measure_costs
+from serving.engine.cost_measurement import measure_costs
+from serving.engine.cost_table import CostTable
 from serving.engine.pass_compiler import CompileError, PassCompiler, compile_spec, load_compiled, package_path
 from serving.engine.runner import Runner
 from serving.engine.slot_pass import Pass

@@ -9,7 +9,7 @@ from serving.compiling import CompileChoice, Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import StoppingName, StoppingRule, stopping_rule
-from serving.engine.cost_table import measure_costs
+from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.grouped_attention import use_grouped_attention, use_sdpa

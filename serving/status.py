@@ -31,6 +31,7 @@ def serving_status(
         costs=None if engine.costs is None else _pass_costs(engine.costs),
         mean_batch_size=max(1.0, stats.mean_batch_size),
         num_draft_tokens=stats.num_draft_tokens,
+        is_draft_length_fixed=stats.is_draft_length_fixed,
         num_dropped_records=num_dropped_records,
         num_rerouted_records=num_rerouted_records,
         num_swaps=stats.num_swaps,
@@ -62,4 +63,5 @@ def _pass_costs(costs: CostTable) -> PassCosts:
         token_counts=costs.token_counts,
         target_pass_s=tuple(tuple(s * costs.target_scale for s in row) for row in costs.target_pass_s),
         draft_pass_s=tuple(s * costs.draft_scale for s in costs.draft_pass_s),
+        draft_start_s=tuple(s * costs.draft_scale for s in costs.draft_start_s),
     )

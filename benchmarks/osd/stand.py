@@ -12,7 +12,7 @@ from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.adapted import Adapter, demo_settings
+from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import trainable
 from benchmarks.prompts import domain_prompts
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
@@ -282,10 +282,10 @@ class House:
 
 
 @contextmanager
-def demo_stand(pair: ModelPair, learnt: Adapter) -> Iterator[Stand]:
+def demo_stand(pair: ModelPair, learnt: Adapter, settings: LearnerSettings) -> Iterator[Stand]:
     """On the demo's pair and traffic. The incumbent is a weakened copy of what was learnt, so that there is
     a draft that is truly better."""
-    settings = demo_settings().model_copy(update=STAND_SETTINGS)
+    settings = settings.model_copy(update=STAND_SETTINGS)
     room = PROMPT_TOKENS + MAX_TOKENS
     with build_engine(
         pair, num_slots=8, max_seq_len=room, prefix_cache_mib=0, num_draft_tokens=4, speculation="model"

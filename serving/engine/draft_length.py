@@ -96,6 +96,10 @@ class DraftLengthController:
         return self._current
 
     @property
+    def is_fixed(self) -> bool:
+        return self._fixed is not None
+
+    @property
     def longest(self) -> int:
         """No row is ever asked for more."""
         return self._longest if self._fixed is None else self._fixed
@@ -248,12 +252,7 @@ class DraftLengthController:
             self._seconds.clear()
         known = self._seconds.get(batch_size)
         if known is None:
-            lengths = range(self._longest + 1)
-            target_s = [self._costs.target_s(batch_size, length + 1) for length in lengths]
-            for length in reversed(lengths[:-1]):  # what else ran at start can only have slowed a measurement
-                target_s[length] = min(target_s[length], target_s[length + 1])
-            known = target_s, [self._costs.propose_s(batch_size, length) for length in lengths]
-            self._seconds[batch_size] = known
+            known = self._seconds[batch_size] = self._costs.seconds_by_length(batch_size, self._longest)
         return known
 
 

@@ -205,6 +205,7 @@ class Engine:
                 num_output_tokens=meter.num_output_tokens,
                 draft_versions=self.draft_versions,
                 num_draft_tokens=self._draft.num_draft_tokens,
+                is_draft_length_fixed=self._draft.controller.is_fixed,
                 route_counts=deepcopy(meter.counts),
                 round_s_median=meter.round_s_median,
                 mean_batch_size=meter.mean_batch_size,

@@ -43,6 +43,7 @@ class EngineStats:
     """route -> version that serves, of every route that has a draft of its own."""
     num_draft_tokens: int
     """Draft length in use."""
+    is_draft_length_fixed: bool
     route_counts: dict[str, dict[int, RoundCounters]]
     """By the route of the draft that was loaded and its version, NGRAM_VERSION among them; rounds of draft
     length 0 count there too."""

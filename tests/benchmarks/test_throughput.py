@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.adapted import Adapter, Recipe, adapt
+from benchmarks.commands import app
 from benchmarks.engine_modes import ask_by_clients
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
@@ -17,7 +18,6 @@ from benchmarks.prompts import SHORT_TOKENS, DataError, demo_prompts, folder_pro
 from benchmarks.rows import KEYS, Measured, Setting
 from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
 from benchmarks.throughput_views import plot_throughput, table
-from deploy.cli import app
 from serving.engine import SamplingParams
 from serving.local import load_engine
 from serving.models.loading import ModelPair, load_pair
@@ -193,7 +193,7 @@ def test_a_folder_without_prompts_is_refused(pair: ModelPair, tmp_path: Path) ->
 
 @pytest.mark.parametrize("option", ["--data", "--adapter"])
 def test_the_command_refuses_a_folder_that_holds_nothing(option: str, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["bench", "throughput", "--quick", option, str(tmp_path / "nowhere")])
+    done = CliRunner().invoke(app, ["throughput", "--quick", option, str(tmp_path / "nowhere")])
     assert done.exit_code == 2
     assert done.stderr.startswith(f"error: {option.strip('-')}={tmp_path / 'nowhere'}")
     assert "nothing was measured" in done.stderr

@@ -275,7 +275,7 @@ def status(replica_id: str, at_s: float = START_S) -> ServingStatus:
         at_s=at_s,
         serving_versions={ROUTE: 2},
         counts={ROUTE: {0: VersionCounts(1, 2, 3, 4, 5), 2: VersionCounts()}},
-        costs=PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02)),
+        costs=PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02), (0.0, 0.01)),
     )
 
 

@@ -88,6 +88,7 @@ costs = st.builds(
     token_counts=st.just((1, 5)),
     target_pass_s=st.tuples(st.tuples(numbers, numbers), st.tuples(numbers, numbers)),
     draft_pass_s=st.tuples(numbers, numbers),
+    draft_start_s=st.tuples(numbers, numbers),
 )
 version_counts = st.builds(VersionCounts, *[counts] * 5)
 others = st.one_of(
@@ -212,6 +213,15 @@ def test_a_record_without_an_embedding_is_what_builds_before_it_wrote() -> None:
     body = msgpack.unpackb(encode(make_record())[9:])
     assert "prompt_embedding_H" not in body
     assert decode(GenerationRecord, encode(make_record())).prompt_embedding_H is None
+
+
+def test_a_status_of_a_build_before_the_one_cost_model_is_read() -> None:
+    costs = PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02), (0.0, 0.0))
+    status = ServingStatus("one", 1.0, {}, {}, costs)
+    data = encode(status)
+    body = msgpack.unpackb(data[9:])
+    del body["costs"]["draft_start_s"], body["is_draft_length_fixed"]
+    assert decode(ServingStatus, sealed(data[4], msgpack.packb(body))) == status
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, 65535])

@@ -1,5 +1,6 @@
 """The gate lets the better draft in, and nothing else."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
 
 RULE = GateRule(min_records=8, num_resamples=300)
-COSTS = PassCosts((1, 8), (1, 5), ((0.010, 0.012), (0.02, 0.03)), (0.001, 0.002))
+COSTS = PassCosts((1, 8), (1, 5), ((0.010, 0.012), (0.02, 0.03)), (0.001, 0.002), (0.001, 0.001))
 OPERATION = Operation(num_draft_tokens=3, mean_batch_size=2.0, costs=COSTS)
 
 
@@ -36,10 +37,15 @@ def scores(seed: int, mean: float, num_records: int = 40, noise: float = 0.2) ->
     return found
 
 
-def ask(candidate: list[RecordScore], incumbent: list[RecordScore], fault: str = "") -> GateDecision:
+def ask(
+    candidate: list[RecordScore],
+    incumbent: list[RecordScore],
+    fault: str = "",
+    operation: Operation = OPERATION,
+) -> GateDecision:
     floor = scores(0, 0.3, len(candidate))
     rng = np.random.default_rng(0)
-    return decide(candidate, incumbent, floor, fault=fault, operation=OPERATION, rule=RULE, rng=rng)
+    return decide(candidate, incumbent, floor, fault=fault, operation=operation, rule=RULE, rng=rng)
 
 
 def test_a_truly_better_candidate_is_promoted_with_its_figures() -> None:
@@ -68,11 +74,62 @@ def test_everything_else_is_refused_with_its_reason(decision: object, words: str
     assert words in found.reason
 
 
+NEVER_TWICE = [score(np.tile([1.0, 0.0], 10))] * 10
+"""Accepted more often than the next, but a second draft token is never worth its pass."""
+STEADY = [score(np.repeat([1.0, 0.0], [9, 11]))] * 10
+DEAR = PassCosts((1, 8), (1, 5), ((0.010, 0.010), (0.02, 0.02)), (0.004, 0.004), (0.0, 0.0))
+"""Drafting more than one token pays for neither of the two."""
+
+
+def figures_in(reason: str) -> list[float]:
+    return [float(figure) for figure in re.findall(r"\d+\.\d+", reason)]
+
+
 def test_a_candidate_that_trades_speed_for_acceptance_is_refused() -> None:
-    better_but_never_twice_in_a_row = [score(np.tile([1.0, 0.0], 10))] * 10
-    steady = [score(np.repeat([1.0, 0.0], [9, 11]))] * 10
-    decision = ask(better_but_never_twice_in_a_row, steady)
-    assert "tokens per second" in decision.reason
+    decision = ask(NEVER_TWICE, STEADY)
+    assert "tokens a second are worse" in decision.reason
+
+
+def test_a_better_candidate_whose_rounds_are_cheaper_is_not_refused_for_shorter_ones() -> None:
+    """In use is the incumbent's draft length, at which the candidate emits fewer tokens a round."""
+    operation = Operation(num_draft_tokens=4, costs=DEAR)
+    tokens_a_round = [sum(each.tokens_per_round(4)[4] for each in draft) for draft in (NEVER_TWICE, STEADY)]
+    assert tokens_a_round[0] < tokens_a_round[1]
+    decision = ask(NEVER_TWICE, STEADY, operation=operation)
+    assert decision.promote, decision.reason
+    assert decision.evidence["num_draft_tokens_candidate"] == 1
+    assert decision.evidence["tokens_per_s_candidate"] == pytest.approx(1.5 / 0.014)
+    assert decision.evidence["tokens_per_s_incumbent"] == pytest.approx(1.45 / 0.014)
+
+
+def test_a_slower_candidate_is_refused_although_its_rounds_at_the_length_in_use_are_longer() -> None:
+    """In use is a length of 1; the incumbent would be faster than the candidate at a longer one."""
+    operation = Operation(num_draft_tokens=1, costs=COSTS)
+    tokens_a_round = [sum(each.tokens_per_round(1)[1] for each in draft) for draft in (NEVER_TWICE, STEADY)]
+    assert tokens_a_round[0] > tokens_a_round[1]
+    decision = ask(NEVER_TWICE, STEADY, operation=operation)
+    assert not decision.promote
+    fixed = replace(operation, is_draft_length_fixed=True)
+    assert ask(NEVER_TWICE, STEADY, operation=fixed).promote
+
+
+@pytest.mark.parametrize(
+    ("costs", "unit", "words"),
+    [(COSTS, "tokens_per_s", "tokens a second"), (None, "tokens_per_round", "tokens a round")],
+)
+def test_the_message_says_the_unit_and_the_figures_that_were_compared(
+    costs: PassCosts | None, unit: str, words: str
+) -> None:
+    decision = ask(NEVER_TWICE, STEADY, operation=Operation(4, 2.0, costs))
+    assert not decision.promote
+    assert f"expected {words} are worse" in decision.reason
+    compared = [decision.evidence[f"{unit}_{name}"] for name in ("candidate", "incumbent")]
+    assert figures_in(decision.reason) == pytest.approx(compared, rel=1e-3)
+    assert compared[0] < compared[1]
+    assert {name for name in decision.evidence if name.startswith("tokens")} == {
+        f"{unit}_candidate",
+        f"{unit}_incumbent",
+    }
 
 
 def test_unpaired_scores_are_the_callers_mistake() -> None:

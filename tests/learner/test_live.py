@@ -97,6 +97,12 @@ def test_rare_great_gains_hide_behind_frequent_slight_losses_once_in_a_while() -
     assert sum(number > 0 for number in found) <= 15
 
 
+def test_the_gain_that_people_are_told_is_that_of_acceptance() -> None:
+    """Evidence gives short records less weight; what is said of them does not."""
+    comparison = LiveComparison(2, 0.05, 400).observe([flat(0.3)] * 3, [flat(0.5)] * 3)
+    assert comparison.mean_gain == pytest.approx(-0.2, abs=1e-6)
+
+
 def test_a_score_that_is_not_finite_counts_against_the_candidate() -> None:
     broken = RecordScore(*(np.full(3, np.nan, np.float32),) * 2, *(np.ones(3, np.bool_),) * 2)
     comparison = LiveComparison(1, FALSE_ALARM, 100)

@@ -1,0 +1,174 @@
+"""`everdraft bench`: what this machine makes of it; ratios from one run, modes in turn, medians.
+
+The command line finds `app` by an entry point. A command imports what it measures when it runs, so that
+`--help` is quick.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.options import (
+    DEMO_DRAFT,
+    DEMO_TARGET,
+    RESULTS,
+    AdapterOption,
+    CompileOption,
+    DraftOption,
+    TargetOption,
+    ThreadsOption,
+    cache_folder,
+    demo_settings,
+)
+from benchmarks.osd import commands as osd_commands
+from deploy.commands.console import errors, output, plain_faults
+
+app = typer.Typer(help="Measure everdraft on this machine.", no_args_is_help=True)
+
+
+def engine(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option()] = "float32",
+    threads: ThreadsOption = 1,
+    repeats: Annotated[int, typer.Option(help="Turns of every arm.", min=1)] = 7,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "engine.json",
+) -> None:
+    """Passes and rounds of the engine, in this process: no Ray, Redis or HTTP."""
+    import torch
+
+    from benchmarks.engine import measure, table
+    from deploy.demo.report import write_report
+
+    torch.set_num_threads(threads)
+    metrics = measure(target, draft, device=device, dtype=dtype, repeats=repeats)
+    output().print(table(metrics))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "engine", {"threads": threads, **metrics}, {})
+
+
+def throughput(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Greedy, float32, 1 and 8 requests, short prompts.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .jsonl rows with `prompt`; default: the demo's prompts.")
+    ] = None,
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    compile: CompileOption = "auto",
+    turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
+    tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
+    plot: Annotated[Path | None, typer.Option(help="The picture; default: beside the report.")] = None,
+) -> None:
+    """Tokens a second of our engine and of transformers, on the same work."""
+    import torch
+    from transformers.utils import logging
+
+    from benchmarks.adapted import check_adapter
+    from benchmarks.prompts import check_folder
+    from benchmarks.screen import Screen
+    from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
+    from benchmarks.throughput_views import plot_throughput, table
+    from deploy.demo.report import write_report
+
+    with plain_faults():
+        check_folder(data)
+        check_adapter(adapter)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    plan = Plan(
+        target=target,
+        draft=draft,
+        settings=quick_settings() if quick else full_settings(),
+        turns=turns,
+        num_output_tokens=tokens,
+        data=data,
+        adapter=adapter,
+        cache=cache_folder(),
+        learner=demo_settings(),
+        compile=compile,
+    )
+    report.parent.mkdir(parents=True, exist_ok=True)
+    plot = plot or report.with_suffix(".png")
+    measured = []
+    with Screen(errors(), num_steps=plan.num_steps, num_requests=plan.recipe.num_requests) as screen:
+        for one in measure(plan, on_cycle=screen.on_cycle, tell=screen.tell):
+            measured.append(one)
+            output().print(table(one.rows()), "", sep="\n")
+            metrics, series = figures(plan, measured)
+            write_report(report, "throughput", metrics, series)  # what is known so far
+            plot_throughput(metrics["rows"], plot)
+    output().print(f"figures: {report}", f"picture: {plot}", sep="\n")
+
+
+def overheads(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    pairs: Annotated[int, typer.Option(help="Turns of every comparison.", min=2)] = 16,
+    compile: CompileOption = "auto",
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "overheads.json",
+) -> None:
+    """A round's own time, what capture costs, and a draft that never pays."""
+    import torch
+
+    from benchmarks.adapted import adapter_for, check_adapter
+    from benchmarks.overheads import Work, measure
+    from benchmarks.prompts import demo_prompts
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+    torch.set_num_threads(threads)
+    pair = load_pair(target, draft)
+    learnt = adapter_for(
+        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
+    )
+    if learnt is not None and pair.draft is not None:
+        pair = replace(pair, draft=learnt.merged(pair.draft))
+    work = Work(pair, demo_prompts(pair.tokenizer, 64), pairs, compile, errors().print)
+    metrics = measure(work)
+    output().print_json(data=metrics)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "overheads", {"threads": threads, **metrics}, {})
+
+
+def prefix(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    threads: ThreadsOption = 1,
+    system_tokens: Annotated[int, typer.Option(help="What the prompts share.", min=1)] = 800,
+    turns: Annotated[int, typer.Option(help="Of both arms, warm-up aside.", min=1)] = 15,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "prefix.json",
+) -> None:
+    """Time to the first token after a shared system prompt, with and without prefix reuse."""
+    import torch
+
+    from benchmarks.prefix import measure_modes, table
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    torch.set_num_threads(threads)
+    metrics = measure_modes(load_pair(target, draft), system_tokens=system_tokens, repeats=turns)
+    output().print(table(metrics))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "prefix", {"threads": threads, "turns": turns, **metrics}, {})
+
+
+app.command()(engine)
+app.command()(throughput)
+app.command()(overheads)
+app.command()(prefix)
+app.command()(osd_commands.pair)
+app.command()(osd_commands.osd)
+app.command()(osd_commands.attacks)

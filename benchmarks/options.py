@@ -1,0 +1,40 @@
+"""What several bench commands ask for, how their learner learns, and where results lie."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from deploy.commands.demo import LEARNER, PAIR
+
+if TYPE_CHECKING:
+    from learner.settings import LearnerSettings
+
+RESULTS = Path("benchmarks") / "results"
+DEMO_TARGET, DEMO_DRAFT = str(PAIR / "target"), str(PAIR / "draft")
+
+TargetOption = Annotated[str, typer.Option(help="Path or hub id.")]
+DraftOption = Annotated[str, typer.Option(help="Path or hub id.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="PEFT adapter of the draft; default: learnt here, once.")
+]
+CompileOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
+]
+ThreadsOption = Annotated[int, typer.Option(help="Of one forward pass, the same for all.", min=1)]
+
+
+def demo_settings() -> "LearnerSettings":
+    """The demo's, but never resting, for nothing else runs here; and with more passes over what arrived,
+    since here a record costs more time than a step."""
+    from learner.settings import LearnerSettings
+
+    unhurried = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_record_age_s": 3600.0}
+    return LearnerSettings.model_validate({**LEARNER, **unhurried, "passes_over_fresh": 6.0})
+
+
+def cache_folder() -> Path:
+    """Where what takes long to work out is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everdraft"

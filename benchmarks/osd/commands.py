@@ -1,0 +1,156 @@
+"""`everdraft bench pair, osd, attacks`: online distillation on real domains, and bad drafts against it."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from benchmarks.options import (
+    DEMO_DRAFT,
+    DEMO_TARGET,
+    RESULTS,
+    AdapterOption,
+    DraftOption,
+    TargetOption,
+    ThreadsOption,
+    cache_folder,
+    demo_settings,
+)
+from deploy.commands.console import errors, output, plain_faults
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of gsm8k, spider, mbpp, gpteacher and tldr rows; default: $EVERDRAFT_DATA."),
+]
+
+
+def pair(
+    data: DataOption = None,
+    minutes: Annotated[float, typer.Option(help="Of training the target.", min=0.1)] = 55.0,
+    draft_minutes: Annotated[float, typer.Option(help="Of training the draft.", min=0.1)] = 6.0,
+    layers: Annotated[int, typer.Option(help="Of the target.", min=1)] = 22,
+    width: Annotated[int, typer.Option(help="Of the target; a multiple of 32.", min=32)] = 192,
+    threads: Annotated[int, typer.Option(help="Each with its shard of a batch.", min=1)] = 2,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda; on a GPU take more layers and one thread.")
+    ] = "cpu",
+) -> None:
+    """Train the pair of `bench osd`, outside the tree; a run that was killed goes on."""
+    _trained_pair(
+        data,
+        (layers, width),
+        target_minutes=minutes,
+        draft_minutes=draft_minutes,
+        num_threads=threads,
+        device=device,
+    )
+
+
+def osd(
+    experiment: Annotated[
+        Literal["domain", "shift", "mixture", "ablations", "cost", "deployed"],
+        typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
+    ] = "domain",
+    domain: Annotated[
+        list[str] | None, typer.Option(help="gsm8k, spider, python, chat; may be given again; default: all.")
+    ] = None,
+    records: Annotated[int, typer.Option(help="Requests streamed of each domain.", min=16)] = 2000,
+    seeds: Annotated[int, typer.Option(help="Orders of arrival and starts of the draft.", min=1)] = 3,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="0 or 1; may be given again; default: both.")
+    ] = None,
+    data: DataOption = None,
+    target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
+    turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
+    report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
+) -> None:
+    """Online distillation on real domains: ours, the paper's setting and the offline ceiling."""
+    import torch
+    from transformers.utils import logging
+
+    from benchmarks.osd.corpus import DOMAINS, check_domains
+    from benchmarks.osd.plan import Plan
+    from benchmarks.osd.story import tell_experiment
+    from benchmarks.osd.workshop import Workshop
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    folder = _data_folder(data)
+    with plain_faults():
+        check_domains(folder, domain or DOMAINS)
+        if set(temperature or ()) - {0.0, 1.0}:
+            raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
+        if (target is None) != (draft is None):
+            raise typer.BadParameter("--target and --draft belong together: give both, or neither")
+    if target is None or draft is None:
+        home = _trained_pair(data)
+        target, draft = str(home / "target"), str(home / "draft")
+    workshop = Workshop(target, draft, folder, cache_folder())
+    temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
+    plan = Plan(workshop, tuple(domain or DOMAINS), records, seeds, jobs, errors().print, temperatures)
+    report = report or RESULTS / f"osd_{experiment}.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    tell_experiment(experiment, plan, report, output(), turns=turns)
+
+
+def attacks(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    seeds: Annotated[int, typer.Option(help="Of every attack.", min=1)] = 4,
+    records: Annotated[int, typer.Option(help="Honest ones of every kind of traffic.", min=16)] = 32,
+    family: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "attacks.json",
+) -> None:
+    """Bad drafts, tried on gate, replica and live watch; and good drafts under traffic that shifts."""
+    import logging
+    from dataclasses import asdict
+
+    import torch
+
+    from benchmarks.adapted import adapter_for, check_adapter
+    from benchmarks.osd.attack_views import check_families, metrics, table
+    from benchmarks.osd.attacks import run
+    from benchmarks.osd.stand import demo_stand
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+        check_families(family)
+    torch.set_num_threads(threads)
+    logging.disable(logging.WARNING)  # every refusal is one, and all of them are in the report
+    pair = load_pair(target, draft)
+    learnt = adapter_for(pair, adapter, cache_folder(), demo_settings(), lambda one: errors().print(str(one)))
+    assert learnt is not None, "the demo's traffic always teaches something"
+    with demo_stand(pair, learnt, demo_settings()) as stand:
+        errors().print("honest records are served first")
+        stand.fill(records)
+        outcomes = run(stand, seeds, family, errors().print)
+    figures = metrics(outcomes)
+    output().print(table(figures))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "attacks", figures, {"outcomes": [asdict(outcome) for outcome in outcomes]})
+
+
+def _trained_pair(data: Path | None, shape: tuple[int, int] = (22, 192), **others: Any) -> Path:
+    """The folder of the benchmark's pair, trained first where it is not there yet; `others` of PairPlan."""
+    import torch
+
+    from benchmarks.osd.pair import PairPlan, Shape, train_pair
+
+    torch.set_num_threads(1)
+    layers, width = shape
+    out = cache_folder() / f"osd-pair-{layers}x{width}"
+    with plain_faults():
+        train_pair(PairPlan(_data_folder(data), out, target=Shape(layers, width), **others), errors().print)
+    return out
+
+
+def _data_folder(data: Path | None) -> Path:
+    return data or Path(os.environ.get("EVERDRAFT_DATA") or "data")
