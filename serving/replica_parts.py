@@ -36,8 +36,7 @@ class ReplicaParts:
         feed: AdapterFeed | None,
         replica_id: str,
     ) -> None:
-        """Loads the models. Raises UnsupportedModelError, MemoryPlanError for sizes that do not fit, or
-        OSError for a path that is none."""
+        """Loads the models. Raises UnsupportedModelError, or MemoryPlanError for sizes that do not fit."""
         self._settings, self._replica_id = settings, replica_id
         self._store, self._feed = store, feed
         records = store is not None and settings.records

@@ -15,6 +15,7 @@ from rich.markup import escape
 from buffer.errors import SeamError
 from deploy.errors import DeployError
 from deploy.running import RunningNote, read_learner_snapshot, read_note
+from serving.models.errors import UnsupportedModelError
 
 FAULT = 2
 
@@ -51,7 +52,7 @@ def plain_faults() -> Iterator[None]:
     """Faults with a message of ours end the command with that message and exit code 2."""
     try:
         yield
-    except (DeployError, SeamError) as error:
+    except (DeployError, SeamError, UnsupportedModelError) as error:
         fail(str(error))
 
 
