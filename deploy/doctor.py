@@ -88,11 +88,16 @@ def _python(_: Subject) -> Check:
 def _torch(subject: Subject) -> Check:
     import torch
 
+    from serving.models.errors import UnsupportedModelError
+    from serving.models.refusals import check_device
+
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     found = f"{torch.__version__}, {gpus or 'no'} CUDA device{'' if gpus == 1 else 's'}, {cores} cores"
-    if subject.device.startswith("cuda") and gpus == 0:
-        return Check("torch", "failure", found, f"serving.device={subject.device} cannot be used")
+    try:
+        check_device(subject.device)
+    except UnsupportedModelError as error:
+        return Check("torch", "failure", found, str(error))
     return Check("torch", "ok", found)
 
 

@@ -21,7 +21,7 @@ _MAX_READABLE = 40
 
 
 def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
-    """Load the pair, make its draft trainable. Raises UnsupportedModelError, or OSError for no model.
+    """Load the pair, make its draft trainable. Raises UnsupportedModelError.
 
     The target is needed only for its revision; its weights are let go at once.
     """

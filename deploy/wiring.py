@@ -128,28 +128,21 @@ def _replicas_and_learner(
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse at once what the replicas would refuse later: reads the configurations, no weights.
+    """Refuse at once what the replicas would refuse later: reads the device's name, configurations and the
+    headers of files, no weights. Devices of machines behind a given Ray are looked at there.
 
     Raises ModelPairError.
     """
-    for role, name in (("target", settings.serving.target), ("draft", settings.serving.draft)):
-        if name is None:
-            continue
-        if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-            raise ModelPairError(f"serving.{role}={name!r} is no folder; nothing was started")
-        try:
-            _check_configuration(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelPairError(f"serving.{role}={name!r}: {reason}; nothing was started") from error
+    from serving.models.errors import UnsupportedModelError
+    from serving.models.inspection import inspect_pair
+    from serving.models.refusals import check_device
 
-
-def _check_configuration(name: str) -> None:
-    from transformers import AutoConfig
-
-    from serving.models.loading import check_config
-
-    check_config(name, AutoConfig.from_pretrained(name))
+    serving = settings.serving
+    try:
+        check_device(serving.device, is_here=settings.cluster.ray_address is None)
+        inspect_pair(serving.target, serving.draft, dtype=serving.dtype)
+    except UnsupportedModelError as error:
+        raise ModelPairError(f"serving: {error}; nothing was started") from error
 
 
 def check_memory(settings: Settings) -> "MemoryPlan":

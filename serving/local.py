@@ -19,7 +19,8 @@ from serving.engine.runner import Runner
 from serving.free_memory import FreeMemory, free_memory
 from serving.memory_plan import MemoryPlan, ModelSize
 from serving.models.draft_weights import DraftWeights
-from serving.models.loading import ModelPair, UnsupportedModelError, load_pair
+from serving.models.errors import UnsupportedModelError, refusing
+from serving.models.loading import ModelPair, load_pair
 from serving.route_drafts import RouteDrafts
 from serving.router import PromptRouter
 
@@ -213,14 +214,23 @@ def prepare_runner(runner: Runner, name: str) -> None:
     """Compare slot-cache logits with the model's own on a short text, in two ragged chunks, and choose the
     attention: grouped heads without repeating them where the model allows it, else torch's sdpa.
 
-    Catches what no config reveals: attention that ignores the mask, positions or cache.
+    Catches what no config reveals: attention that ignores the mask, positions or cache, layers that cache
+    other shapes, and finite weights that answer NaN. Raises UnsupportedModelError.
     """
+    with refusing(name, "cannot run through the slot cache, so nothing of it can be served"):
+        _prepare_runner(runner, name)
+
+
+def _prepare_runner(runner: Runner, name: str) -> None:
     num_tokens = min(_CHECK_TOKENS, runner.max_seq_len)
     tokens_1T = torch.arange(num_tokens, device=runner.device)[None] % runner.num_embedded
     expected_TV = runner.fit_vocabulary(runner.model(input_ids=tokens_1T, use_cache=False).logits[0].float())
     expected_TV = expected_TV.clamp(min=_LEAST_LOGIT)
     if not torch.isfinite(expected_TV).all():
-        return
+        raise UnsupportedModelError(
+            f"model {name!r} answers a plain text with logits that are not finite in {runner.dtype}, though "
+            "its weights are finite; nothing that it says could be used. Try another dtype"
+        )
     tolerance = 1e-3 if runner.dtype == torch.float32 else 0.05
     if use_grouped_attention(runner.model):
         if _slot_cache_error(runner, tokens_1T, expected_TV) <= tolerance:

@@ -42,8 +42,7 @@ class ReplicaParts:
         open_feed: OpenFeed | None,
         replica_id: str,
     ) -> None:
-        """Loads the models. Raises UnsupportedModelError, MemoryPlanError for sizes that do not fit, or
-        OSError for a path that is none."""
+        """Loads the models. Raises UnsupportedModelError, or MemoryPlanError for sizes that do not fit."""
         self._settings, self._replica_id = settings, replica_id
         self._store = store
         records = store is not None and settings.records

@@ -16,6 +16,7 @@ from buffer.redaction import redacted
 from deploy.errors import DeployError
 from deploy.running import RunningNote, read_learner_snapshot, read_note
 from deploy.terminal import Terminal, visible
+from serving.models.errors import UnsupportedModelError
 
 FAULT = 2
 
@@ -53,7 +54,7 @@ def plain_faults() -> Iterator[None]:
     """Faults with a message of ours end the command with that message and exit code 2."""
     try:
         yield
-    except (DeployError, SeamError) as error:
+    except (DeployError, SeamError, UnsupportedModelError) as error:
         fail(str(error))
 
 

@@ -1,0 +1,141 @@
+"""A model, or a pair, looked at without its weights: everything that can be refused in a second or two.
+
+Read `inspect_model` for the order of the checks. Invariant: no weight is read and nothing is asked of a
+person; what passes here can still be refused at load, for values that are not finite.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from serving.models.errors import UnsupportedModelError, refusing
+from serving.models.model_files import ModelFiles, find_model
+from serving.models.refusals import (
+    DTYPES,
+    check_account,
+    check_attention,
+    check_code,
+    check_config,
+    check_dtype,
+    quantization,
+)
+
+
+@dataclass(frozen=True)
+class InspectedModel:
+    """What transformers can load, as far as can be told without weights."""
+
+    files: ModelFiles
+    outline: nn.Module
+    """Its shapes, on the meta device."""
+
+
+@dataclass(frozen=True)
+class InspectedPair:
+    """Models whose token ids mean the same words."""
+
+    target: InspectedModel
+    draft: InspectedModel | None
+    tokenizer: Any | None
+    """The target's; None where its folder has none (token ids only)."""
+
+
+def inspect_model(name: str, *, dtype: str = "float32") -> InspectedModel:
+    """Its files, its configuration, its class, and whether the files hold every tensor of the class. Raises
+    UnsupportedModelError."""
+    check_dtype(dtype)
+    files = find_model(name)
+    check_code(name, files.config())
+    with refusing(name, "has a config.json that transformers cannot read"):
+        config = AutoConfig.from_pretrained(files.source, trust_remote_code=False)
+        check_config(name, config)
+    outline = _outline(name, config, dtype, files.outlined_tensors())
+    check_attention(name, outline)
+    return InspectedModel(files, outline)
+
+
+def inspect_pair(target: str, draft: str | None = None, *, dtype: str = "float32") -> InspectedPair:
+    """Both models, and that they share a vocabulary. Raises UnsupportedModelError."""
+    its_target = inspect_model(target, dtype=dtype)
+    its_draft = inspect_model(draft, dtype=dtype) if draft else None
+    tokenizer = load_tokenizer(its_target.files)
+    if its_draft is not None:
+        _check_same_vocabulary(its_target, tokenizer, its_draft)
+    return InspectedPair(its_target, its_draft, tokenizer)
+
+
+def load_tokenizer(files: ModelFiles) -> Any | None:
+    """None for a folder without tokenizer files, which serves token ids only. Raises UnsupportedModelError
+    for files that are broken, or that need code of their own."""
+    if not files.has_tokenizer():
+        return None
+    with refusing(files.name, "has a tokenizer that cannot be loaded, so its text cannot be read or written"):
+        return AutoTokenizer.from_pretrained(files.source, trust_remote_code=False)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's configuration that is about text."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """The class by itself, or loaded from outlines of its tensors as transformers would load these: names
+    are converted, experts stacked and weights tied as they will be."""
+    how: dict[str, Any] = {"dtype": DTYPES[dtype], "attn_implementation": "sdpa"}
+    with refusing(name, "does not fit its class in transformers"), _quiet_transformers():
+        if not tensors or quantization(config) is not None:
+            with torch.device("meta"):
+                outline: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **how)
+            return outline
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        outline, account = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **how,
+        )
+        check_account(name, outline, account)
+    return outline
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its progress bar and its table of missing tensors: ours is one sentence."""
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def _check_same_vocabulary(target: InspectedModel, tokenizer: Any | None, draft: InspectedModel) -> None:
+    """Equal tokenizers, or for lack of them equal sizes. Embedding rows may be padded differently."""
+    target_name, draft_name = target.files.name, draft.files.name
+    draft_tokenizer = load_tokenizer(draft.files)
+    target_size, draft_size = (text_config(model.outline).vocab_size for model in (target, draft))
+    if tokenizer is not None and draft_tokenizer is not None:
+        if tokenizer.get_vocab() != draft_tokenizer.get_vocab():
+            raise UnsupportedModelError(
+                f"draft {draft_name!r} and target {target_name!r} have different vocabularies "
+                f"({len(draft_tokenizer)} and {len(tokenizer)} tokens, not the same words); "
+                "a drafted id would mean another word. Use a draft of the same tokenizer"
+            )
+    elif target_size != draft_size:
+        raise UnsupportedModelError(
+            f"draft {draft_name!r} has vocab_size={draft_size}, target {target_name!r} has {target_size}, "
+            "and no tokenizers to compare; a drafted id would mean another word"
+        )

@@ -1,0 +1,257 @@
+"""What cannot be served, told from a configuration or from transformers' account of a load.
+
+The slot cache needs models whose whole state is keys and values of one size at absolute positions, and an
+attention that takes a boolean mask as it is (sdpa). Each check is a small function that says what is wrong,
+or nothing; read `_CONFIG_CHECKS` for the list.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers import AutoHfQuantizer
+
+from serving.models.errors import UnsupportedModelError, first_few, refusing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEVICE = re.compile(r"cpu|cuda(:(?P<index>\d+))?")
+_UNSAFE_ROPE = ("dynamic", "longrope")
+_OTHER_SENSES = re.compile("vision|audio|image|speech|video")
+_LAYER = re.compile(r"^(?P<stack>.*?)(?P<number>\d+)\.")
+_UNUSED_IN_LAYERS = re.compile(r"rotary|inv_freq|masked_bias|\.(attn|attention)\.bias$|\.[kv]_scale$")
+"""Constants of old checkpoints, which the class makes by itself."""
+
+
+def check_device(device: str, *, is_here: bool = True) -> None:
+    """Refuse a device that is none of ours; `is_here` False: it is another machine's, so only its name."""
+    if (name := _DEVICE.fullmatch(device)) is None:
+        raise UnsupportedModelError(
+            f"device={device!r} is none of cpu, cuda and cuda:N; nothing can run on it"
+        )
+    if device == "cpu" or not is_here:
+        return
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(name["index"] or 0) >= num_devices:
+        raise UnsupportedModelError(
+            f"device={device!r} is not on this machine, where torch sees {num_devices} CUDA devices; "
+            "nothing can run on it"
+        )
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(f"dtype={dtype!r} is none of {sorted(DTYPES)}; nothing was loaded")
+
+
+def check_code(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse, before transformers would ask a person about it, a model that brings its own code or that
+    this transformers does not know. `config` is the parsed config.json."""
+    model_type, auto_map = config.get("model_type"), config.get("auto_map")
+    if str(model_type) in CONFIG_MAPPING:
+        return
+    if auto_map:
+        raise UnsupportedModelError(
+            f"model {name!r} needs code of its own (model_type={model_type!r}, auto_map={auto_map}), which "
+            "is never run: it could do anything on this machine"
+        )
+    if model_type is not None:
+        raise UnsupportedModelError(
+            f"model {name!r} has model_type={model_type!r}, which this transformers does not know, so it "
+            "cannot be loaded"
+        )
+
+
+def check_config(name: str, config: Any) -> None:
+    """Refuse what keys and values at absolute positions cannot represent."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for check in _CONFIG_CHECKS:
+        if (reason := check(config, text)) is not None:
+            raise UnsupportedModelError(f"model {name!r} {reason}")
+    check_quantization(name, config, text)
+
+
+def _other_senses(config: Any, text: Any) -> str | None:
+    parts = [key for key in getattr(config, "sub_configs", {}) if _OTHER_SENSES.search(key)]
+    parts = [key for key in parts if getattr(config, key, None) is not None]
+    if not parts:
+        return None
+    return (
+        f"({config.model_type}) has {first_few(parts)}: it reads more than text, and only models of text "
+        "alone are served"
+    )
+
+
+def _encoder_decoder(config: Any, text: Any) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder; only decoder-only models work"
+    return None
+
+
+def _sliding(config: Any, text: Any) -> str | None:
+    layer_types = _layer_types(text)
+    sliding = "sliding_attention" in layer_types or "chunked_attention" in layer_types
+    if not layer_types and getattr(text, "sliding_window", None):
+        sliding = getattr(text, "use_sliding_window", True)
+    if not sliding:
+        return None
+    return (
+        f"uses sliding-window attention (sliding_window={getattr(text, 'sliding_window', None)}); the "
+        "engine's masks bypass the window, so its text would be wrong. Use a model with full attention"
+    )
+
+
+def _recurrent(config: Any, text: Any) -> str | None:
+    recurrent = _layer_types(text) - {"full_attention"}
+    if not recurrent and getattr(text, "num_attention_heads", None):
+        return None
+    return (
+        f"({config.model_type}) has recurrent or linear-attention layers {sorted(recurrent)}; their state "
+        "cannot be rolled back after a rejected draft"
+    )
+
+
+def _unsafe_rope(config: Any, text: Any) -> str | None:
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+    if rope_type not in _UNSAFE_ROPE:
+        return None
+    return (
+        f"uses rope_type={rope_type!r}, whose frequencies depend on the longest sequence of the batch: batch "
+        "mates would change the text. Disable the scaling"
+    )
+
+
+def _alibi(config: Any, text: Any) -> str | None:
+    attention = getattr(text, "attn_config", None)
+    biased = getattr(text, "alibi", False) or getattr(attention, "alibi", False)
+    if not biased and text.model_type != "bloom" and getattr(text, "position_embedding_type", "") != "alibi":
+        return None
+    return (
+        f"({text.model_type}) tells positions by ALiBi, a bias on attention that the engine's boolean masks "
+        "cannot carry, so its text would be wrong"
+    )
+
+
+def _unequal_heads(config: Any, text: Any) -> str | None:
+    """Multi-head latent attention has key heads of two parts, and value heads of another size."""
+    parts = [getattr(text, key, None) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    usual = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key_dim = sum(parts) if all(isinstance(part, int) for part in parts) else usual
+    value_dim = getattr(text, "v_head_dim", None) or key_dim
+    if key_dim == value_dim == usual:
+        return None
+    return (
+        f"({text.model_type}) has key heads of {key_dim} values and value heads of {value_dim} "
+        f"(v_head_dim), with head_dim={usual}; the slot cache holds heads of one size, so it cannot be served"
+    )
+
+
+def _no_language_model(config: Any, text: Any) -> str | None:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    return f"({config.model_type}) is no causal language model to transformers, so it generates no text"
+
+
+def _no_sdpa(config: Any, text: Any) -> str | None:
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False):
+        return None
+    return (
+        f"({config.model_type}) has no sdpa attention, and eager attention adds a boolean mask instead of "
+        "applying it, which is silently wrong"
+    )
+
+
+_CONFIG_CHECKS: tuple[Callable[[Any, Any], str | None], ...] = (
+    _other_senses,
+    _encoder_decoder,
+    _sliding,
+    _recurrent,
+    _unsafe_rope,
+    _alibi,
+    _unequal_heads,
+    _no_language_model,
+    _no_sdpa,
+)
+"""In this order, of the configuration and of its part for text; the first that objects is told."""
+
+
+def _layer_types(text: Any) -> set[str]:
+    return set(getattr(text, "layer_types", None) or ())
+
+
+def quantization(config: Any) -> Any:
+    """How the weights are packed; None for plain ones."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+
+
+def check_quantization(name: str, config: Any, text: Any) -> None:
+    """Refuse packed weights whose library is not installed or does not run here."""
+    packing = quantization(config)
+    if packing is None:
+        return
+    method = packing.get("quant_method") if isinstance(packing, dict) else packing.quant_method
+    with refusing(name, f"has quantization_config with quant_method={method!r}, which cannot be loaded here"):
+        quantizer = AutoHfQuantizer.from_config(packing, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+
+
+def check_attention(name: str, model: nn.Module) -> None:
+    """Refuse any attention but sdpa, e.g. eager, which would add the boolean mask."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    implementation = getattr(text, "_attn_implementation", None)
+    if implementation != "sdpa":
+        raise UnsupportedModelError(
+            f"model {name!r} runs attn_implementation={implementation!r}; only 'sdpa' applies the engine's "
+            "boolean mask as it is (eager adds it, silently wrong). Load it with sdpa"
+        )
+
+
+def check_account(name: str, model: nn.Module, account: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that does not fit the class: `account` is transformers' `output_loading_info`, in
+    which tied weights and constants that a class expects or ignores are settled already."""
+    if missing := account["missing_keys"]:
+        raise UnsupportedModelError(
+            f"model {name!r} lacks {len(missing)} of its tensors: {first_few(missing)}; they would be random "
+            "numbers, others at each load. Complete its weights' files"
+        )
+    if mismatched := sorted(account["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise UnsupportedModelError(
+            f"model {name!r} has {len(mismatched)} tensors of other shapes than its config.json says: "
+            f"{key!r} is {list(found)}, not {list(expected)}; they would be random numbers. Give the right "
+            "config.json"
+        )
+    if unplaced := _unplaced(model, account["unexpected_keys"]):
+        raise UnsupportedModelError(
+            f"model {name!r} has {len(unplaced)} tensors in its layers that {type(model).__name__} with "
+            f"num_hidden_layers={_num_layers(model)} has no place for: {first_few(unplaced)}; what they "
+            "compute would be left out, silently wrong. Give the right config.json"
+        )
+
+
+def _unplaced(model: nn.Module, unexpected: set[str]) -> set[str]:
+    """Those within the decoder's own layers; other towers and layers that predict further tokens do not
+    change the text, and transformers logs that they are left out."""
+    config: Any = model.config
+    stacks = {found["stack"] for key in model.state_dict() if (found := _LAYER.match(key))}
+    stacks |= {stack.removeprefix(f"{model.base_model_prefix}.") for stack in stacks}
+    first = _num_layers(model)
+    further = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    return {
+        key
+        for key in unexpected
+        if (found := _LAYER.match(key))
+        and found["stack"] in stacks
+        and int(found["number"]) not in further
+        and not _UNUSED_IN_LAYERS.search(key)
+    }
+
+
+def _num_layers(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.num_hidden_layers)
