@@ -102,7 +102,8 @@ def _check_address(url: str) -> None:
         if scheme == "redis+sentinel":
             _sentinel_address(url)
         else:
-            parse_url(f"{scheme.partition('+')[0]}://{rest}")
+            untyped: Any = parse_url
+            untyped(f"{scheme.partition('+')[0]}://{rest}")
     except ValueError:
         form = "host:port,host:port/service" if scheme == "redis+sentinel" else "host:port/number or a path"
         raise ValueError(f"Redis URL {redacted_url(url)!r} is not {form}; not used") from None
