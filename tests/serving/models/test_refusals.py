@@ -156,7 +156,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a pickle is cut": (lambda f: truncate(pickle_weights(f)), ["pytorch_model.bin is cut short"]),
     "a pickle holds code": (
         lambda f: pickle_weights(f, {"x": print}),
-        ["asks for builtins.print", "never run"],
+        ["asks for print", "never run"],
     ),
     "weights are a pointer": (
         lambda f: (f / "model.safetensors").write_text(POINTER),
