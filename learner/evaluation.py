@@ -38,7 +38,8 @@ class RecordScore:
 
     def tokens_per_round(self, longest: int) -> NDArray[np.float64]:
         """By draft length, 0 to `longest`: the mean over where a round might start."""
-        return output_tokens_by_length(self.expected_N, self.given_emitted_N, longest).mean(axis=1)
+        by_length_LN = output_tokens_by_length(self.expected_N, self.given_emitted_N, longest)
+        return np.asarray(by_length_LN.mean(axis=1), np.float64)
 
 
 def score_records(
