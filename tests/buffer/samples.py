@@ -1,12 +1,15 @@
 """Small valid records and manifests, and a clock that only a test moves."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from buffer.records import AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
+from buffer.codec import SCHEMA_VERSION
+from buffer.records import MODEL_DRAFTER, AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
 from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 
@@ -15,6 +18,11 @@ STATUS_TTL_S = 0.3
 
 OpenStore = Callable[..., RecordStore]
 """Bounds -> a store with them."""
+
+
+def sealed(kind: int, body: bytes, schema_version: int = SCHEMA_VERSION) -> bytes:
+    """Any body behind a valid header, so that the checksum does not hide what lies behind it."""
+    return struct.pack("<2sHBI", b"ed", schema_version, kind, zlib.crc32(body)) + body
 
 
 @dataclass
@@ -39,6 +47,8 @@ def make_round(*, num_drafted: int = 4, num_kept: int = 32, start: int = 8, seed
 
     return RoundTrace(
         start=start,
+        drafter_id=MODEL_DRAFTER,
+        draft_route="default",
         draft_version=3,
         num_accepted=num_accepted,
         num_attempted=num_attempted,
