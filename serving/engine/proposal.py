@@ -15,7 +15,8 @@ from serving.engine.sequence import Batch
 from serving.engine.transfer import to_device
 
 FLOOR_VERSION = 0
-"""The draft as it was loaded, on every route."""
+"""The draft as it was loaded, on every route. This and the names below are those of `buffer.records`, which
+the engine does not import; a test compares them."""
 
 MODEL_DRAFTER = "draft"
 """`drafter_id` of a draft model, whose weights have versions."""
