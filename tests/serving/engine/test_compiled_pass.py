@@ -172,8 +172,9 @@ def test_a_pass_that_becomes_ready_during_a_round_is_not_used_before_the_round_e
         handle = engine.submit(GenerationRequest("r", tuple(PROMPTS[0]), GREEDY))
         assert drafter.entered.wait(60)
         compiling.start(engine)
-        [thread] = (each for each in threading.enumerate() if each.name == "everdraft-compile")
-        thread.join(300)
+        for thread in threading.enumerate():
+            if thread.name == "everdraft-compile":
+                thread.join(300)
         during = (compiling.state, target.compiled, joined.compiled)
         drafter.let_go.set()
         generation = handle.result(60)
