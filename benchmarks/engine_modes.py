@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Outcome, Rounds
 from serving.compiling import CompileChoice
 from serving.engine.engine import Engine
-from serving.engine.proposal import NGRAM_VERSION
+from serving.engine.proposal import COPIED
 from serving.engine.request import Generation, GenerationRequest, SamplingParams, TokenEvent
 from serving.local import Speculation, build_engine
 from serving.models.loading import ModelPair
@@ -97,7 +97,7 @@ class EngineMode:
         self._engine.close()
 
     def _num_copied(self) -> int:
-        counters = self._engine.stats().counts.get(NGRAM_VERSION)
+        counters = self._engine.stats().counts.get(COPIED)
         return 0 if counters is None else counters.num_drafted
 
 

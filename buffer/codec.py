@@ -3,6 +3,10 @@
 Layout: magic, schema version, kind, checksum of the body; then the body, msgpack with raw
 little-endian arrays. It knows nothing of where the bytes live. Invariant: `decode` returns what was
 encoded or raises a SeamError, whatever bytes it is given.
+
+Schema 2 is written, schema 1 is read too (see `schema1`). Builds of schema 1 refuse schema 2, so the learner
+is upgraded before the replicas: an old replica keeps the drafts it has and goes on writing records that the
+new learner reads, whereas an old learner drops new records unread.
 """
 
 import struct
@@ -20,8 +24,9 @@ from buffer.plain import from_plain, to_plain
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_state import RouteState
 from buffer.route_table import RouteTable, table_from_plain, table_to_plain
+from buffer.schema1 import KINDS_1, from_schema_1
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _MAGIC = b"ed"
 _PREFIX = struct.Struct("<2sH")
@@ -32,9 +37,12 @@ _KINDS: dict[type, int] = {
     AdapterManifest: 2,
     AdapterEvent: 3,
     ServingStatus: 5,
-    RouteState: 5,
     RouteTable: 6,
+    RouteState: 7,
 }
+"""No number twice, and none again: 4 was a status of a shape before the first release, 5 in schema 1 a route
+state too."""
+KINDS_BY_SCHEMA = {1: {**_KINDS, **KINDS_1}, SCHEMA_VERSION: _KINDS}
 _RECORD_HINTS = get_type_hints(GenerationRecord)
 _TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
 _EMBEDDING = "prompt_embedding_H"
@@ -55,9 +63,11 @@ def decode(cls: type[T], data: bytes) -> T:
     """The `cls` that was encoded; its arrays are read-only views.
 
     Raises SchemaVersionError for another schema version, CorruptRecordError for anything else."""
-    body = _checked_body(cls, data)
+    version, body = _checked_body(cls, data)
     try:
         plain = msgpack.unpackb(body, strict_map_key=False)
+        if version == 1:
+            plain = from_schema_1(cls, plain)
         value = _FROM_PLAIN[cls](plain) if cls in _FROM_PLAIN else from_plain(cls, plain)
     except Exception as error:  # foreign bytes may fail in any way; callers handle exactly one
         raise _corrupt(cls, data, str(error)) from error
@@ -65,24 +75,27 @@ def decode(cls: type[T], data: bytes) -> T:
     return value
 
 
-def _checked_body(cls: type, data: bytes) -> bytes:
+def _checked_body(cls: type, data: bytes) -> tuple[int, bytes]:
+    """Schema version and body."""
     if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
         raise _corrupt(cls, data, "no header")
     version = _PREFIX.unpack_from(data)[1]
-    if version != SCHEMA_VERSION:
+    if version not in KINDS_BY_SCHEMA:
+        readable = " and ".join(map(str, KINDS_BY_SCHEMA))
         raise SchemaVersionError(
-            f"{cls.__name__} has schema version {version}, this build reads {SCHEMA_VERSION}: "
+            f"{cls.__name__} has schema version {version}, this build reads {readable}: "
             "nothing was decoded; run the build that wrote it, or discard it"
         )
     if len(data) < _HEADER.size:
         raise _corrupt(cls, data, "truncated header")
     _, _, kind, checksum = _HEADER.unpack_from(data)
     body = data[_HEADER.size :]
-    if kind != _KINDS[cls]:
-        raise _corrupt(cls, data, f"kind is {kind}, not {_KINDS[cls]}")
+    expected = KINDS_BY_SCHEMA[version][cls]
+    if kind != expected:
+        raise _corrupt(cls, data, f"kind is {kind}, not {expected}")
     if zlib.crc32(body) != checksum:
         raise _corrupt(cls, data, "checksum does not match")
-    return body
+    return version, body
 
 
 def _corrupt(cls: type, data: bytes, why: str) -> CorruptRecordError:

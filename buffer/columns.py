@@ -1,11 +1,13 @@
 """The rounds of a record as columns: each array concatenated over the rounds, raw little-endian.
 
 A position costs 6 K bytes of top-K, 8 of re-tempering and emitted log-probability, 12 when drafted;
-a round adds 28 of layout. It knows nothing of headers, checksums or versions: that is `codec`.
+a round adds 28 of layout. Who drafted is named once a record, and by place in each round. It knows
+nothing of headers, checksums or schema versions: that is `codec`.
 Invariant: `decode_rounds(encode_rounds(rounds))` is bit-identical, NaN payloads and infinities included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -13,10 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from buffer.plain import from_plain, to_plain
 from buffer.records import RoundTrace
 
 LAYOUT = "layout"
-"""int32 [rounds, 7]: start, draft_version, num_accepted, num_attempted, G, C, K."""
+"""int32 [rounds, 7]: start, place in DRAFTERS, num_accepted, num_attempted, G, C, K."""
+
+DRAFTERS = "drafters"
+"""Every DraftedBy of the rounds, once."""
 
 _DTYPES = {
     "drafted_token_ids_G": "<i4",
@@ -31,35 +37,61 @@ _DTYPES = {
 Shape = tuple[int, ...]
 
 
-def encode_rounds(rounds: Sequence[RoundTrace]) -> dict[str, bytes]:
-    """Column name -> bytes. Raises ValueError for a round whose arrays do not fit each other."""
+@dataclass(frozen=True)
+class DraftedBy:
+    """Fields of a RoundTrace that few of a record's rounds do not share."""
+
+    drafter_id: str
+    draft_route: str | None
+    draft_version: int | None
+
+    def __post_init__(self) -> None:
+        if self.draft_version is not None and self.draft_version < 0:
+            raise ValueError(f"draft_version={self.draft_version} is negative; it names no version")
+
+
+def encode_rounds(rounds: Sequence[RoundTrace]) -> dict[str, Any]:
+    """Column name -> bytes, and the drafters. Raises ValueError for a round whose arrays do not fit each
+    other, or whose version is none."""
     sizes = [_checked_sizes(index, trace) for index, trace in enumerate(rounds)]
+    places: dict[DraftedBy, int] = {}
     layout = [
-        (t.start, t.draft_version, t.num_accepted, t.num_attempted, *size)
+        (t.start, places.setdefault(_drafted_by(t), len(places)), t.num_accepted, t.num_attempted, *size)
         for t, size in zip(rounds, sizes, strict=True)
     ]
-    columns = {LAYOUT: np.array(layout, dtype="<i4").tobytes()}
+    columns = {LAYOUT: np.array(layout, dtype="<i4").tobytes(), DRAFTERS: to_plain(list(places))}
     for name, dtype in _DTYPES.items():
         parts = (np.ascontiguousarray(getattr(trace, name), dtype=dtype) for trace in rounds)
         columns[name] = b"".join(part.tobytes() for part in parts)
     return columns
 
 
-def decode_rounds(columns: Mapping[str, bytes]) -> tuple[RoundTrace, ...]:
+def decode_rounds(columns: Mapping[str, Any]) -> tuple[RoundTrace, ...]:
     """Rounds whose arrays are read-only views of the columns. Raises ValueError if they do not fit."""
-    if columns.keys() != {LAYOUT, *_DTYPES}:
+    if columns.keys() != {LAYOUT, DRAFTERS, *_DTYPES}:
         raise ValueError(f"columns are {sorted(columns)}")
+    drafters = from_plain(tuple[DraftedBy, ...], columns[DRAFTERS])
     layout = [list(map(int, row)) for row in np.frombuffer(columns[LAYOUT], "<i4").reshape(-1, 7)]
     if any(size < 0 for row in layout for size in row[4:]):
         raise ValueError("a round has a negative size")
+    if any(not 0 <= row[1] < len(drafters) for row in layout):
+        raise ValueError(f"a round's drafter is none of {len(drafters)}")
     shapes = [_shapes(*row[4:]) for row in layout]
     split = {name: _split(name, columns[name], [by_name[name] for by_name in shapes]) for name in _DTYPES}
-    return tuple(_round(row, {name: next(arrays) for name, arrays in split.items()}) for row in layout)
+    return tuple(
+        _round(row, drafters[row[1]], {name: next(arrays) for name, arrays in split.items()})
+        for row in layout
+    )
 
 
-def _round(row: Sequence[int], arrays: dict[str, Any]) -> RoundTrace:
-    start, draft_version, num_accepted, num_attempted = row[:4]
-    return RoundTrace(start, draft_version, num_accepted, num_attempted, **arrays)
+def _round(row: Sequence[int], by: DraftedBy, arrays: dict[str, Any]) -> RoundTrace:
+    start, _, num_accepted, num_attempted = row[:4]
+    identity = (by.drafter_id, by.draft_route, by.draft_version)
+    return RoundTrace(start, *identity, num_accepted, num_attempted, **arrays)
+
+
+def _drafted_by(trace: RoundTrace) -> DraftedBy:
+    return DraftedBy(trace.drafter_id, trace.draft_route, trace.draft_version)
 
 
 def _shapes(num_drafted: int, num_emitted: int, num_kept: int) -> dict[str, Shape]:

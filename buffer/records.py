@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 FLOOR_VERSION = 0
 """The draft as it was loaded, never adapted; always one step away."""
 
-NGRAM_VERSION = -1
-"""Stands for a draft_version where no draft drafted: the round copied from the text before it."""
+MODEL_DRAFTER = "draft"
+"""`drafter_id` of the draft model, whose weights have versions, counted by route."""
 
-BORROWED_VERSION = -2
-"""The same where another route's draft drafted: versions are counted by route."""
+NGRAM_DRAFTER = "ngram"
+"""`drafter_id` of what copies from the text before it: no weights, no version, no route's."""
 
 DEFAULT_ROUTE = "default"
 
@@ -32,9 +32,15 @@ class RoundTrace:
     """
 
     start: int
-    draft_version: int
-    """Whose drafts these are; NGRAM_VERSION if they were copied from the text, BORROWED_VERSION if the
-    record's route has no draft of its own and another's served."""
+    drafter_id: str
+    """Who drafted, by name. A name that a reader does not know speaks of no draft model. A round of draft
+    length 0 names the draft that was loaded."""
+    draft_route: str | None
+    """The route whose weights drafted: not the record's own where that has no draft. None where the drafter
+    has no weights that are learnt."""
+    draft_version: int | None
+    """Of these weights, counted by route. None where they have no versions, and in rounds of schema 1 that
+    another route's draft drafted: those did not say which."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
@@ -54,6 +60,16 @@ class RoundTrace:
     @property
     def num_drafted(self) -> int:
         return len(self.drafted_token_ids_G)
+
+    @property
+    def is_by_draft(self) -> bool:
+        """Whether a draft model drafted, of whatever route and version."""
+        return self.drafter_id == MODEL_DRAFTER
+
+    def is_by(self, route: str, draft_version: int) -> bool:
+        """Whether this version of the route's draft drafted. The floor is one and the same on all routes."""
+        own = self.draft_route == route or draft_version == FLOOR_VERSION
+        return self.is_by_draft and own and self.draft_version == draft_version
 
 
 @dataclass(frozen=True)
@@ -161,14 +177,24 @@ class PassCosts:
 
 
 @dataclass(frozen=True)
-class VersionCounts:
-    """Counters of the rounds that one draft version took part in, since the replica started."""
+class DrafterCounts:
+    """Counters of the rounds that one drafter took part in, with one version of its weights, since the
+    replica started."""
 
+    drafter_id: str
+    route: str
+    """Of the draft that was loaded, also where another drafter drafted in its place."""
+    draft_version: int | None
+    """None where the drafter's weights have no versions."""
     num_rounds: int = 0
     num_drafted: int = 0
     num_attempted: int = 0
     num_accepted: int = 0
     num_output_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draft_version is not None and self.draft_version < 0:
+            raise ValueError(f"draft_version={self.draft_version} is negative; it names no version")
 
 
 @dataclass(frozen=True)
@@ -179,8 +205,8 @@ class ServingStatus:
     at_s: float
     serving_versions: Mapping[str, int]
     """route -> draft_version that serves now, of every route that has a draft of its own."""
-    counts: Mapping[str, Mapping[int, VersionCounts]]
-    """route of the draft -> draft_version -> counters; under NGRAM_VERSION rounds that copied theirs."""
+    counts: tuple[DrafterCounts, ...]
+    """No two of the same drafter, route and version."""
     costs: PassCosts | None = None
     mean_batch_size: float = 1.0
     num_draft_tokens: int = 0

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from buffer.records import (
     DEFAULT_ROUTE,
-    FLOOR_VERSION,
     AdapterEvent,
     AdapterManifest,
     GenerationRecord,
@@ -62,9 +61,9 @@ class StreamSize:
 
 
 def is_bound_to_its_route(record: GenerationRecord) -> bool:
-    """Whether its route has a draft of its own: versions are counted by route, so the record would lie in any
-    other. Such routes are few, for replicas have room for few drafts."""
-    return any(trace.draft_version >= FLOOR_VERSION for trace in record.rounds)
+    """Whether its route has a draft of its own, which drafted. Such routes are few: replicas have room for few
+    drafts."""
+    return any(trace.draft_route == record.route for trace in record.rounds)
 
 
 def default_stream(key: StreamKey) -> StreamKey:

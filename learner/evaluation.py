@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import NGRAM_VERSION, GenerationRecord
+from buffer.records import GenerationRecord
 from learner.acceptance import position_acceptance
 from learner.batch import collate, pack
 from learner.draft import AdapterState, TrainableDraft
@@ -86,5 +86,5 @@ def observed_rates(records: Sequence[GenerationRecord]) -> list[float]:
 def observed_acceptance(records: Sequence[GenerationRecord]) -> tuple[int, int]:
     """(accepted, attempted) tokens of drafts, as serving counted them; copied tokens left out."""
     rounds = (trace for record in records for trace in record.rounds)
-    traces = [trace for trace in rounds if trace.draft_version != NGRAM_VERSION]
+    traces = [trace for trace in rounds if trace.is_by_draft]
     return sum(trace.num_accepted for trace in traces), sum(trace.num_attempted for trace in traces)

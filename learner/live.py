@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import NGRAM_VERSION, GenerationRecord
+from buffer.records import GenerationRecord
 from learner.evaluation import RecordScore
 
 BETS = (0.05, 0.1, 0.2, 0.4)
@@ -153,9 +153,10 @@ class SwapCheck:
 
 
 def drafted_by(record: GenerationRecord, draft_version: int) -> bool:
-    """Did this version draft every round that drafted anything? Rounds that copied speak of no draft."""
-    versions = {trace.draft_version for trace in record.rounds if trace.num_drafted}
-    return versions - {NGRAM_VERSION} == {draft_version}
+    """Did this version of the record's route draft every round that drafted anything? Rounds that copied
+    speak of no draft."""
+    by_draft = [trace for trace in record.rounds if trace.num_drafted and trace.is_by_draft]
+    return bool(by_draft) and all(trace.is_by(record.route, draft_version) for trace in by_draft)
 
 
 def _loss(after: RecordScore, before: RecordScore) -> float:

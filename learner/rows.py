@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling, RoundTrace
+from buffer.records import GenerationRecord, RecordSampling, RoundTrace
 
 NO_TOKEN = -1
 """Emitted token of an off-trajectory position, and id of a padded kept entry."""
@@ -158,7 +158,7 @@ def _sequence(record: GenerationRecord) -> NDArray[np.int64]:
 
 def _rejection(trace: RoundTrace, sequence_T: NDArray[np.int64]) -> int | None:
     """Index in the round of the draft's rejected token; None for a full or cut round, or one that copied."""
-    if trace.draft_version == NGRAM_VERSION:
+    if not trace.is_by_draft:
         return None
     index = trace.num_accepted
     position = trace.start + index
@@ -199,7 +199,6 @@ def _positions(
 ) -> Positions:
     """Verified positions `index_N` of one round; past a rejection none is attempted or accepted."""
     position_N = trace.start + index_N.astype(np.int64)
-    by_draft = trace.draft_version != NGRAM_VERSION
     return Positions(
         position_N=position_N,
         topk_token_ids_NK=trace.topk_token_ids_EK[index_N].astype(np.int64),
@@ -207,8 +206,8 @@ def _positions(
         retemper_N=trace.retemper_E[index_N].astype(np.float32),
         emitted_token_id_N=emitted(position_N),
         emitted_logprob_N=emitted_logprobs_C[index_N].astype(np.float32),
-        attempted_N=(index_N < trace.num_attempted) & by_draft,
-        accepted_N=(index_N < trace.num_accepted) & by_draft,
+        attempted_N=(index_N < trace.num_attempted) & trace.is_by_draft,
+        accepted_N=(index_N < trace.num_accepted) & trace.is_by_draft,
         first_rejected_N=index_N == rejected,
     )
 

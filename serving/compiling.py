@@ -8,6 +8,7 @@ they disagree with the model's own code "on" fails and "auto" serves eagerly.
 
 import logging
 import shutil
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +44,10 @@ class Compiling:
         self._compiled = self._runners if embedder is None else [*self._runners, embedder]
         self._compiler: PassCompiler | None = None
         self._joined: weakref.WeakSet[Runner] = weakref.WeakSet()
+        """Further drafts that take the first one's package with it."""
+        self._has_package = False
+        """Whoever joins from now on takes the package at once."""
+        self._lock = threading.Lock()
         if target.device.type == "cuda" and choice != "off":
             self._capture(choice)
             return
@@ -68,13 +73,9 @@ class Compiling:
         def on_ready(passes: Sequence[Pass]) -> None:
             before, after = self._measure([]), self._measure(passes)
             if after.round_s(1, 0) < before.round_s(1, 0):
-                engine.use_passes(list(zip(self._compiled, passes, strict=True)), after)
-                self.state = "compiled"
-                for runner in list(self._joined):
-                    self._use_package(runner)
+                self._hand_over(engine, passes, after)
             else:
-                self.state = "eager (compiled passes were not faster)"
-            _log.info("passes: %s", self.state)
+                self._say("eager (compiled passes were not faster)")
 
         def on_failure(reason: str) -> None:
             self.state = f"eager ({reason})"
@@ -84,9 +85,12 @@ class Compiling:
     def join(self, runner: Runner) -> None:
         """One more draft runs its passes as the first does, at once or when that one can; its cache must be
         idle. Where it cannot, it stays eager."""
-        self._joined.add(runner)
-        if self.state == "compiled":
-            self._use_package(runner)
+        with self._lock:
+            has_package = self._has_package
+            if not has_package:
+                self._joined.add(runner)
+        if has_package:
+            runner.compiled = self._package(runner)
         elif self.state == "captured":
             try:
                 self._use_static(runner)
@@ -97,6 +101,19 @@ class Compiling:
         """End a compilation under way."""
         if self._compiler is not None:
             self._compiler.close()
+
+    def _hand_over(self, engine: "Engine", passes: Sequence[Pass], costs: CostTable) -> None:
+        """To the engine's thread, which takes all of them between two rounds: nothing is set here."""
+        with self._lock:
+            self._has_package = True
+            joined = list(self._joined)
+        ready = list(zip(self._compiled, passes, strict=True))
+        ready += [(runner, package) for runner in joined if (package := self._package(runner)) is not None]
+        engine.use_passes(ready, costs).add_done_callback(lambda _: self._say("compiled"))
+
+    def _say(self, state: str) -> None:
+        self.state = state
+        _log.info("passes: %s", state)
 
     def _capture(self, choice: CompileChoice) -> None:
         """Static passes for all runners, or for none."""
@@ -122,12 +139,13 @@ class Compiling:
             raise CompileError(f"static passes disagree with the model (relative error {error:.2g})")
         runner.static = static
 
-    def _use_package(self, runner: Runner) -> None:
-        """The package that was made for the first draft, on this one's weights."""
+    def _package(self, runner: Runner) -> Pass | None:
+        """What was made for the first draft, on this one's weights; None where it does not fit."""
         try:
-            runner.compiled = load_compiled(runner, package_path(compile_spec(runner)))
+            return load_compiled(runner, package_path(compile_spec(runner)))
         except CompileError as error:
             _log.warning("passes of one more draft stay eager: %s", error)
+            return None
 
     def _objection(self) -> str:
         """Why passes cannot be compiled here, or nothing."""
@@ -149,7 +167,7 @@ class Compiling:
     def _bind(self, passes: Sequence[Pass]) -> None:
         for runner, compiled in zip(self._compiled, passes, strict=True):
             runner.compiled = compiled
-        self.state = "compiled"
+        self.state, self._has_package = "compiled", True
 
     def _measure(self, passes: Sequence[Pass]) -> CostTable:
         """Costs over caches of its own: the engine's are in use."""

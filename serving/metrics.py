@@ -65,7 +65,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "draft_swaps": ("Drafts swapped in.", lambda s: s.num_swaps),
     "draft_swaps_under_load": ("Drafts swapped in while sequences ran.", lambda s: s.num_swaps_under_load),
 }
-_BY_VERSION = {
+_BY_DRAFTER = {
     "spec_decode_num_drafts": ("num_rounds", "Rounds, each one target pass, those of draft length 0 too."),
     "spec_decode_num_draft_tokens": ("num_drafted", "Draft tokens proposed."),
     "spec_decode_num_attempted_tokens": (
@@ -180,7 +180,7 @@ class ServingMetrics(Collector):
         if self._exporter is not None:
             yield from self._of_records(self._exporter)
         yield self._by_route(stats)
-        yield from self._by_version(stats)
+        yield from self._by_drafter(stats)
 
     def _of_records(self, exporter: RecordExporter) -> Iterator[Metric]:
         yield self._counter(
@@ -207,14 +207,15 @@ class ServingMetrics(Collector):
             versions.add_metric([self._replica_id, route], version)
         return versions
 
-    def _by_version(self, stats: EngineStats) -> Iterator[Metric]:
+    def _by_drafter(self, stats: EngineStats) -> Iterator[Metric]:
+        """`draft_version` is empty where the drafter's weights have none."""
         by_draft = [
-            ([self._replica_id, route, str(version)], counters)
-            for route, by_version in sorted(stats.route_counts.items())
-            for version, counters in sorted(by_version.items())
+            ([self._replica_id, route, by.drafter_id, self._version_label(by.draft_version)], counters)
+            for route, by_drafter in sorted(stats.route_counts.items())
+            for by, counters in by_drafter.items()
         ]
-        labels = ["replica", "route", "draft_version"]
-        for name, (field, text) in _BY_VERSION.items():
+        labels = ["replica", "route", "drafter", "draft_version"]
+        for name, (field, text) in _BY_DRAFTER.items():
             family = CounterMetricFamily(f"everdraft_{name}", text, labels=labels)
             for draft, counters in by_draft:
                 family.add_metric(draft, getattr(counters, field))
@@ -228,6 +229,10 @@ class ServingMetrics(Collector):
             for position, count in enumerate(counters.accepted_by_position):
                 per_position.add_metric([*draft, str(position)], count)
         yield per_position
+
+    @staticmethod
+    def _version_label(draft_version: int | None) -> str:
+        return "" if draft_version is None else str(draft_version)
 
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         family = CounterMetricFamily(f"everdraft_{name}", text, labels=["replica"])

@@ -133,6 +133,8 @@ def _record_sampling(sampling: SamplingParams) -> RecordSampling:
 def _trace(captured: CapturedRound) -> RoundTrace:
     return RoundTrace(
         start=captured.start,
+        drafter_id=captured.drafter_id,
+        draft_route=captured.draft_route,
         draft_version=captured.draft_version,
         num_accepted=captured.num_accepted,
         num_attempted=captured.num_attempted,

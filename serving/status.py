@@ -1,11 +1,11 @@
 """What a replica says about itself, from the engine's own counters. Pure; a snapshot at one time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
-from buffer.records import DEFAULT_ROUTE, PassCosts, ServingStatus, VersionCounts
+from buffer.records import DrafterCounts, PassCosts, ServingStatus
 from serving.engine.cost_table import CostTable
-from serving.engine.counters import RoundCounters
 from serving.engine.engine import Engine
+from serving.engine.stats import EngineStats
 
 
 def serving_status(
@@ -24,10 +24,7 @@ def serving_status(
         replica_id=replica_id,
         at_s=at_s,
         serving_versions=stats.draft_versions,
-        counts={
-            route: _version_counts(stats.route_counts.get(route, {}))
-            for route in {DEFAULT_ROUTE, *stats.route_counts}
-        },
+        counts=tuple(_drafter_counts(stats)),
         costs=None if engine.costs is None else _pass_costs(engine.costs),
         mean_batch_size=max(1.0, stats.mean_batch_size),
         num_draft_tokens=stats.num_draft_tokens,
@@ -43,17 +40,19 @@ def serving_status(
     )
 
 
-def _version_counts(counts: Mapping[int, RoundCounters]) -> dict[int, VersionCounts]:
-    return {
-        version: VersionCounts(
-            num_rounds=counters.num_rounds,
-            num_drafted=counters.num_drafted,
-            num_attempted=counters.num_attempted,
-            num_accepted=counters.num_accepted,
-            num_output_tokens=counters.num_output_tokens,
-        )
-        for version, counters in counts.items()
-    }
+def _drafter_counts(stats: EngineStats) -> Iterator[DrafterCounts]:
+    for route, by_drafter in stats.route_counts.items():
+        for by, counters in by_drafter.items():
+            yield DrafterCounts(
+                drafter_id=by.drafter_id,
+                route=route,
+                draft_version=by.draft_version,
+                num_rounds=counters.num_rounds,
+                num_drafted=counters.num_drafted,
+                num_attempted=counters.num_attempted,
+                num_accepted=counters.num_accepted,
+                num_output_tokens=counters.num_output_tokens,
+            )
 
 
 def _pass_costs(costs: CostTable) -> PassCosts:

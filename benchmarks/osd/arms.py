@@ -21,7 +21,7 @@ from benchmarks.osd.held_out import HeldOut
 from benchmarks.osd.replay import Replay, Replayed, chunks
 from benchmarks.osd.told import Told
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import BORROWED_VERSION, DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import StreamKey
 from learner.distill import build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft, build_draft, import_weights
@@ -117,7 +117,8 @@ def ours(material: Material, settings: LearnerSettings) -> Outcome:
         serving.evaluate(outcome, material)
         for part in chunks(material.stream, REQUESTS_PER_TURN):
             for route, asked in serving.by_route(part).items():
-                replayed = replay.play(serving.draft_of(route), serving.version(route), asked, route)
+                draft, by = serving.draft_of(route), serving.answering(route)
+                replayed = replay.play(draft, serving.version(by), asked, route, by)
                 outcome.served(replayed)
                 store.append(StreamKey(revision, route), [one.record for one in replayed])
             began_s = time.thread_time()
@@ -160,14 +161,12 @@ class _Serving:
         return Counter(map(self.route_of, told))
 
     def version(self, route: str) -> int:
-        """As a record of the route names it."""
-        if self._answering(route) != route and self._versions.get(DEFAULT_ROUTE, FLOOR_VERSION):
-            return BORROWED_VERSION
+        """That serves, of the route's own draft."""
         return self._versions.get(route, FLOOR_VERSION)
 
     def draft_of(self, route: str) -> TrainableDraft:
         """The draft that answers for the route, loaded."""
-        self._draft.load(self.states[self._answering(route)])
+        self._draft.load(self.states[self.answering(route)])
         return self._draft
 
     def follow(self) -> int:
@@ -190,7 +189,8 @@ class _Serving:
             value = prompts.acceptance(self.draft_of(route))
             outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
 
-    def _answering(self, route: str) -> str:
+    def answering(self, route: str) -> str:
+        """The route whose draft it is."""
         return route if self._versions.get(route, FLOOR_VERSION) else DEFAULT_ROUTE
 
 

@@ -18,13 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.osd.told import Told
-from buffer.records import DEFAULT_ROUTE, GenerationRecord, RecordSampling, RoundTrace
+from buffer.records import (
+    DEFAULT_ROUTE,
+    FLOOR_VERSION,
+    MODEL_DRAFTER,
+    GenerationRecord,
+    RecordSampling,
+    RoundTrace,
+)
 from learner.batch import collate, pack
 from learner.draft import TrainableDraft
 from learner.rows import trajectory_row
 from serving.engine.noise import gumbel_noise, noise_key
 
 Kept = TypeVar("Kept", bound=np.generic)
+Served = tuple[str, int]
+"""Route and version of a draft."""
 RECORD_TTL_S = 24 * 3600.0
 _TOKENS_PER_PASS, _POSITIONS_PER_PASS = 8192, 2048
 
@@ -47,13 +56,18 @@ class Replay:
         self.num_draft_tokens = num_draft_tokens
 
     def play(
-        self, draft: TrainableDraft, draft_version: int, told: Sequence[Told], route: str = DEFAULT_ROUTE
+        self,
+        draft: TrainableDraft,
+        draft_version: int,
+        told: Sequence[Told],
+        route: str = DEFAULT_ROUTE,
+        draft_route: str | None = None,
     ) -> list[Replayed]:
-        """What the draft, as it stands, would have done; one a request, in order."""
-        chosen = self.chosen(draft, told)
+        """What the draft, as it stands, would have done; one a request, in order. `draft_route`: whose draft
+        it is; None: the route's own."""
+        chosen, served = self.chosen(draft, told), (draft_route or route, draft_version)
         return [
-            self._replayed(one, choice_N, draft_version, route)
-            for one, choice_N in zip(told, chosen, strict=True)
+            self._replayed(one, choice_N, served, route) for one, choice_N in zip(told, chosen, strict=True)
         ]
 
     def chosen(self, draft: TrainableDraft, told: Sequence[Told]) -> list[NDArray[np.int64]]:
@@ -75,9 +89,10 @@ class Replay:
     def bare_record(self, told: Told, route: str = DEFAULT_ROUTE) -> GenerationRecord:
         """Everything that was told as one round without drafts."""
         nothing_G = np.zeros(0, np.int64)
-        return self._record(told, (_trace(told, 0, told.num_tokens, 0, nothing_G, 0),), route)
+        served = route, FLOOR_VERSION
+        return self._record(told, (_trace(told, 0, told.num_tokens, 0, nothing_G, served),), route)
 
-    def _replayed(self, told: Told, choice_N: NDArray[np.int64], draft_version: int, route: str) -> Replayed:
+    def _replayed(self, told: Told, choice_N: NDArray[np.int64], served: Served, route: str) -> Replayed:
         hits_N = choice_N == told.token_ids_N
         rounds, start = [], 0
         while start < told.num_tokens:
@@ -86,7 +101,7 @@ class Replay:
             accepted = int(room if hits.all() else hits.argmin())
             drafted_G = choice_N[start : start + min(room, accepted + 1)]
             num_emitted = min(accepted + 1, told.num_tokens - start)
-            rounds.append(_trace(told, start, num_emitted, accepted, drafted_G, draft_version))
+            rounds.append(_trace(told, start, num_emitted, accepted, drafted_G, served))
             start += num_emitted
         return Replayed(
             self._record(told, tuple(rounds), route),
@@ -129,7 +144,7 @@ def _trace(
     num_emitted: int,
     num_accepted: int,
     drafted_G: NDArray[np.int64],
-    draft_version: int,
+    served: Served,
 ) -> RoundTrace:
     """A round that emitted the told tokens from `start` on."""
     span = slice(start, start + num_emitted)
@@ -138,7 +153,9 @@ def _trace(
     empty_G = np.zeros(num_drafted, np.float32)
     return RoundTrace(
         start=len(told.prompt_token_ids) + start,
-        draft_version=draft_version,
+        drafter_id=MODEL_DRAFTER,
+        draft_route=served[0],
+        draft_version=served[1],
         num_accepted=num_accepted,
         num_attempted=num_drafted,
         drafted_token_ids_G=drafted_G.astype(np.int32),

@@ -153,7 +153,7 @@ class House:
             draft_weights,
             self.feed,
             replica_id="replica",
-            status=lambda: ServingStatus("replica", self.now_s, {}, {}),
+            status=lambda: ServingStatus("replica", self.now_s, {}, ()),
             watch_interval_s=1.0,
             status_interval_s=1.0,
         )

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from buffer.records import FLOOR_VERSION, NGRAM_VERSION, ServingStatus, VersionCounts
+from buffer.records import FLOOR_VERSION, NGRAM_DRAFTER, DrafterCounts, ServingStatus
 from buffer.store import AdapterFeed, RecordStore
 from deploy.commands.console import (
     DEFAULT_STATE_DIR,
@@ -29,7 +29,8 @@ from deploy.commands.words import ago, milliseconds, percentage
 from deploy.running import RunningNote
 from deploy.terminal import visible
 
-_NAMES = {FLOOR_VERSION: "0 (floor)", NGRAM_VERSION: "copied"}
+_WITHOUT_VERSION = {NGRAM_DRAFTER: "copied"}
+_SUMMED = ("num_rounds", "num_drafted", "num_attempted", "num_accepted", "num_output_tokens")
 
 
 def status(
@@ -164,11 +165,11 @@ def _drafts(statuses: list[ServingStatus]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("route", "draft", "acceptance", "tokens per target pass", "output tokens"):
         table.add_column(heading, justify="left" if heading == "route" else "right", no_wrap=True)
-    for (route, version), counts in sorted(_summed(statuses).items()):
+    for counts in _summed(statuses):
         per_pass = f"{counts.num_output_tokens / counts.num_rounds:.2f}" if counts.num_rounds else "-"
         table.add_row(
-            route,
-            _NAMES.get(version, str(version)),
+            counts.route,
+            _drafter(counts),
             percentage(counts.num_accepted, counts.num_attempted),
             per_pass,
             str(counts.num_output_tokens),
@@ -176,16 +177,21 @@ def _drafts(statuses: list[ServingStatus]) -> Table:
     return table
 
 
-def _summed(statuses: list[ServingStatus]) -> dict[tuple[str, int], VersionCounts]:
-    """Counters by (route, draft_version) over all replicas."""
-    total: dict[tuple[str, int], VersionCounts] = {}
-    for status in statuses:
-        for route, by_version in status.counts.items():
-            for version, counts in by_version.items():
-                before = asdict(total.get((route, version), VersionCounts()))
-                after = asdict(counts)
-                total[route, version] = VersionCounts(**{name: before[name] + after[name] for name in before})
-    return total
+def _summed(statuses: list[ServingStatus]) -> list[DrafterCounts]:
+    """Over all replicas, one of each route, drafter and version, in this order."""
+    total: dict[tuple[str, str, int], DrafterCounts] = {}
+    for each in (counts for status in statuses for counts in status.counts):
+        identity = each.route, each.drafter_id, each.draft_version or 0
+        before = total.get(identity)
+        sums = {name: getattr(each, name) + getattr(before, name, 0) for name in _SUMMED}
+        total[identity] = replace(each, **sums)
+    return [total[identity] for identity in sorted(total)]
+
+
+def _drafter(counts: DrafterCounts) -> str:
+    if counts.draft_version is None:
+        return _WITHOUT_VERSION.get(counts.drafter_id, counts.drafter_id)
+    return "0 (floor)" if counts.draft_version == FLOOR_VERSION else str(counts.draft_version)
 
 
 def _named(version: int) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.drafters.stopping import LimitOnly, StoppingRule
-from serving.engine.proposal import Proposal
+from serving.engine.proposal import MODEL_DRAFTER, Proposal
 from serving.engine.runner import Runner
 from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
 from serving.engine.sequence import Batch
@@ -27,6 +27,8 @@ takes much longer than its neighbours."""
 
 class ModelDrafter:
     """Drafts with a causal language model that shares the target's vocabulary."""
+
+    drafter_id = MODEL_DRAFTER
 
     def __init__(
         self,

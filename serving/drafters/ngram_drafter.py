@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.proposal import NGRAM_VERSION, Proposal
+from serving.engine.proposal import FLOOR_VERSION, NGRAM_DRAFTER, Proposal
 from serving.engine.sequence import Batch
 
 _SIZES = (4, 3, 2)
@@ -45,7 +45,8 @@ class _SlotIndex:
 class NgramDrafter:
     """Max-gram lookup over prompt and output, incremental by token."""
 
-    draft_version = NGRAM_VERSION
+    drafter_id = NGRAM_DRAFTER
+    draft_version = FLOOR_VERSION
 
     def __init__(self, num_slots: int) -> None:
         self._indexes = [_SlotIndex() for _ in range(num_slots)]

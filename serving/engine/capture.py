@@ -11,13 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from serving.engine.proposal import (
-    BORROWED_VERSION,
-    FLOOR_VERSION,
-    NGRAM_VERSION,
-    Proposal,
-    ServingDraft,
-)
+from serving.engine.proposal import MODEL_DRAFTER, Proposal, ServingDraft
 from serving.engine.request import CapturedRound
 from serving.engine.sequence import Advance, Batch
 from serving.engine.transfer import HostArrays
@@ -45,13 +39,16 @@ class RoundCapture:
         names = [each.name for each in fields(cls) if each.name != "drafts_B"]
         return cls(drafts_B, **{name: arrays[name] for name in names})
 
-    def of(self, row: int, route: str, start: int, advance: Advance) -> CapturedRound:
-        """Row `row`, of this route, cut to its own draft length and the tokens it emitted. Copies: views
+    def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
+        """Row `row`, cut to its own draft length and the tokens it emitted. Copies: views
         would keep the rows of its batch mates for as long as it runs, beyond what memory was planned for."""
         num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
+        drafter_id, draft_version = self.drafts_B[row].drafted(advance.num_matched)
         return CapturedRound(
             start=start,
-            draft_version=NGRAM_VERSION if advance.num_matched else _version_on(route, self.drafts_B[row]),
+            drafter_id=drafter_id,
+            draft_route=self.drafts_B[row].route if drafter_id == MODEL_DRAFTER else None,
+            draft_version=draft_version,
             num_accepted=advance.num_accepted,
             num_attempted=advance.num_attempted,
             drafted_token_ids_G=self.drafted_token_ids_BG[row, :num_drafted].copy(),
@@ -101,13 +98,6 @@ def capture_tensors(
             1, num_accepted_B[:, None], next_target_B.float()[:, None]
         ),
     }
-
-
-def _version_on(route: str, draft: ServingDraft) -> int:
-    """As whoever learns for the route counts: another route's versions mean nothing there, but for the floor,
-    which is all routes' own."""
-    own = draft.route == route or draft.draft_version == FLOOR_VERSION
-    return draft.draft_version if own else BORROWED_VERSION
 
 
 def _retemper(batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor) -> Tensor:

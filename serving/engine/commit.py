@@ -78,7 +78,7 @@ def commit(
         )
         sequence.count(advance, drafts_B[row].draft_version)
         if capture is not None and sequence.request.capture:
-            sequence.captured_rounds.append(capture.of(row, sequence.route, start, advance))
+            sequence.captured_rounds.append(capture.of(row, start, advance))
         advances.append(advance)
     return advances
 

@@ -165,9 +165,10 @@ class Engine:
         held here. Raises EngineClosedError."""
         return self._ask(lambda: self._close_draft(route), f"the draft of route {route} was not closed")
 
-    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
-        """Run these runners' passes by other code from the next round on, at newly measured costs."""
-        self._commands.put(lambda: self._use_passes(passes, costs))
+    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> "Future[None]":
+        """Run these runners' passes by other code from the next round on, at newly measured costs. Raises
+        EngineClosedError."""
+        return self._ask(lambda: self._use_passes(passes, costs), "passes stay as they are")
 
     def seed(self, seed: int) -> None:
         """Make unseeded sampling repeatable from here on; only for a lone caller."""

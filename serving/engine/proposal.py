@@ -15,13 +15,25 @@ from serving.engine.sequence import Batch
 from serving.engine.transfer import to_device
 
 FLOOR_VERSION = 0
-"""The draft as it was loaded, on every route."""
+"""The draft as it was loaded, on every route. This and the names below are those of `buffer.records`, which
+the engine does not import; a test compares them."""
 
-NGRAM_VERSION = -1
-"""Stands where a draft_version would, for what n-gram lookup drafted: no draft may be credited with it."""
+MODEL_DRAFTER = "draft"
+"""`drafter_id` of a draft model, whose weights have versions."""
 
-BORROWED_VERSION = -2
-"""The same, in a captured round, for what another route's draft drafted."""
+NGRAM_DRAFTER = "ngram"
+"""`drafter_id` of what copies from the text: no draft may be credited with it."""
+
+
+class DrafterVersion(NamedTuple):
+    """What a round of a sequence counts for."""
+
+    drafter_id: str
+    draft_version: int | None
+    """None where the drafter's weights have no versions."""
+
+
+COPIED = DrafterVersion(NGRAM_DRAFTER, None)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,14 @@ class Drafter(Protocol):
     """Proposes tokens for the rows of a batch (row = slot) and keeps its own state by slot."""
 
     @property
-    def draft_version(self) -> int: ...
+    def drafter_id(self) -> str:
+        """What it is, by name; leaves the process in records and counters."""
+        ...
+
+    @property
+    def draft_version(self) -> int:
+        """Of its weights; FLOOR_VERSION where they have no versions."""
+        ...
 
     def propose(
         self,
@@ -125,6 +144,10 @@ class ServingDraft(NamedTuple):
     route: str
     """The one it was trained for; not the row's own where that has no draft."""
     draft_version: int
+
+    def drafted(self, num_matched: int) -> DrafterVersion:
+        """Who drafted for such a row, given how many context tokens its drafts continue."""
+        return COPIED if num_matched else DrafterVersion(MODEL_DRAFTER, self.draft_version)
 
 
 @dataclass(frozen=True)

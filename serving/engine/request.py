@@ -181,7 +181,9 @@ class CapturedRound:
     """Raw material of a buffer RoundTrace; same fields, same legend, see there."""
 
     start: int
-    draft_version: int
+    drafter_id: str
+    draft_route: str | None
+    draft_version: int | None
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]

@@ -17,7 +17,7 @@ from torch import Tensor
 from serving.engine.capture import RoundCapture, capture_tensors
 from serving.engine.commit import commit, outcome_tensors
 from serving.engine.noise import gumbel_noise
-from serving.engine.proposal import NGRAM_VERSION, DraftPlan, Proposal, ServingDraft, Share, combine
+from serving.engine.proposal import NGRAM_DRAFTER, DraftPlan, Proposal, ServingDraft, Share, combine
 from serving.engine.runner import Runner
 from serving.engine.sampling import draw_uniforms, law_logprobs
 from serving.engine.sequence import Advance, Batch
@@ -130,7 +130,7 @@ def _propose(
     except Exception:  # a draft may cost speed, never an answer
         _log.exception("drafting failed; this round goes without")
         proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
-        num_broken = 0 if drafter.draft_version == NGRAM_VERSION else len(batch)
+        num_broken = 0 if drafter.drafter_id == NGRAM_DRAFTER else len(batch)
         return replace(proposal, num_broken_rows=num_broken)
 
 

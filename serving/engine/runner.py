@@ -43,7 +43,8 @@ class Runner:
             device=self.device,
         )
         self.compiled: Pass | None = None
-        """Runs the passes instead of the model's own code, once there is one. Set between two rounds."""
+        """Runs the passes instead of the model's own code, once there is one. Set between two rounds, by the
+        thread that runs them."""
         self.static: StaticPass | None = None
         """Runs the passes that it holds, before all others; its logits are valid until the next one."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)

@@ -1,6 +1,6 @@
 """What the engine counts: rounds by draft (its route and version), round times, swaps and their pauses.
 
-A sequence's round that copied its drafts counts under NGRAM_VERSION, so that no draft is credited with it.
+A sequence's round that copied its drafts counts as COPIED, so that no draft is credited with it.
 """
 
 import statistics
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from serving.engine.counters import RoundCounters
 from serving.engine.prefix_cache import PrefixCacheStats
-from serving.engine.proposal import NGRAM_VERSION
+from serving.engine.proposal import DrafterVersion
 from serving.engine.request import DEFAULT_ROUTE
 from serving.engine.round import RoundReport
 
@@ -44,9 +44,9 @@ class EngineStats:
     num_draft_tokens: int
     """Draft length in use."""
     is_draft_length_fixed: bool
-    route_counts: dict[str, dict[int, RoundCounters]]
-    """By the route of the draft that was loaded and its version, NGRAM_VERSION among them; rounds of draft
-    length 0 count there too."""
+    route_counts: dict[str, dict[DrafterVersion, RoundCounters]]
+    """By the route of the draft that was loaded, and by who drafted; rounds of draft length 0 count for the
+    draft that was loaded."""
     round_s_median: float
     mean_batch_size: float
     num_swaps: int
@@ -63,8 +63,8 @@ class EngineStats:
         return self.draft_versions[DEFAULT_ROUTE]
 
     @property
-    def counts(self) -> dict[int, RoundCounters]:
-        """By version, of the default route's draft."""
+    def counts(self) -> dict[DrafterVersion, RoundCounters]:
+        """Of the default route's draft, and of what drafted in its place."""
         return self.route_counts.get(DEFAULT_ROUTE, {})
 
 
@@ -73,7 +73,7 @@ class Meter:
     """Gathers what rounds and swaps report; the engine thread writes, anyone reads through `lock`."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    counts: dict[str, dict[int, RoundCounters]] = field(default_factory=dict)
+    counts: dict[str, dict[DrafterVersion, RoundCounters]] = field(default_factory=dict)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_swaps: int = 0
@@ -93,8 +93,8 @@ class Meter:
             self._swap_s_before_round = None
             self._rounds.append((*kind, round_s))
             for draft, advance in zip(report.drafts_B, report.advances, strict=True):
-                version = NGRAM_VERSION if advance.num_matched else draft.draft_version
-                self.counts.setdefault(draft.route, {}).setdefault(version, RoundCounters()).add_round(
+                by = draft.drafted(advance.num_matched)
+                self.counts.setdefault(draft.route, {}).setdefault(by, RoundCounters()).add_round(
                     drafted=advance.num_drafted,
                     attempted=advance.num_attempted,
                     accepted=advance.num_accepted,

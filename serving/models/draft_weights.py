@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from serving.models.adapter import AdapterRejectedError, merge_adapter
 
 FLOOR_VERSION = 0
+"""As in `buffer.records`, which this room does not import; a test compares them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from torch import Tensor
 
@@ -168,7 +169,7 @@ def _read_json(name: str, file: Path) -> dict[str, Any]:
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Opening compares the header with the length of the file."""
-    with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+    with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118 (no mapping)
             yield key, torch.empty(opened.get_slice(key).get_shape(), device="meta")
 

@@ -1,12 +1,15 @@
 """Small valid records and manifests, and a clock that only a test moves."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from buffer.records import BORROWED_VERSION, AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
+from buffer.codec import SCHEMA_VERSION
+from buffer.records import MODEL_DRAFTER, AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
 from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 
@@ -15,6 +18,11 @@ STATUS_TTL_S = 0.3
 
 OpenStore = Callable[..., RecordStore]
 """Bounds -> a store with them."""
+
+
+def sealed(kind: int, body: bytes, schema_version: int = SCHEMA_VERSION) -> bytes:
+    """Any body behind a valid header, so that the checksum does not hide what lies behind it."""
+    return struct.pack("<2sHBI", b"ed", schema_version, kind, zlib.crc32(body)) + body
 
 
 @dataclass
@@ -39,6 +47,8 @@ def make_round(*, num_drafted: int = 4, num_kept: int = 32, start: int = 8, seed
 
     return RoundTrace(
         start=start,
+        drafter_id=MODEL_DRAFTER,
+        draft_route="default",
         draft_version=3,
         num_accepted=num_accepted,
         num_attempted=num_attempted,
@@ -67,14 +77,15 @@ def make_record(
         created_at_s=START_S,
         expires_at_s=START_S + 3600.0,
     )
-    return replace(record, **changes)
+    record = replace(record, **changes)
+    own = tuple(replace(trace, draft_route=record.route) for trace in record.rounds)
+    return replace(record, rounds=record.rounds if "rounds" in changes else own)
 
 
 def borrowed(record_id: str, **changes: Any) -> GenerationRecord:
-    """Of a route without a draft of its own."""
+    """Of a route without a draft of its own: `default`'s drafted."""
     record = make_record(record_id, **changes)
-    rounds = tuple(replace(trace, draft_version=BORROWED_VERSION) for trace in record.rounds)
-    return replace(record, rounds=rounds)
+    return replace(record, rounds=tuple(replace(trace, draft_route="default") for trace in record.rounds))
 
 
 def make_manifest(draft_version: int, parent_version: int = 0, *, route: str = "default") -> AdapterManifest:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from buffer.errors import UnknownVersionError, VersionConflictError
-from buffer.records import AdapterEvent, PassCosts, ServingStatus, VersionCounts
+from buffer.records import AdapterEvent, DrafterCounts, PassCosts, ServingStatus
 from buffer.store import AdapterFeed
 from tests.buffer.samples import START_S, STATUS_TTL_S, FakeClock, make_manifest, make_table
 
@@ -274,7 +274,7 @@ def status(replica_id: str, at_s: float = START_S) -> ServingStatus:
         replica_id=replica_id,
         at_s=at_s,
         serving_versions={ROUTE: 2},
-        counts={ROUTE: {0: VersionCounts(1, 2, 3, 4, 5), 2: VersionCounts()}},
+        counts=(DrafterCounts("draft", ROUTE, 2, 1, 2, 3, 4, 5), DrafterCounts("ngram", ROUTE, None)),
         costs=PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02), (0.0, 0.01)),
     )
 

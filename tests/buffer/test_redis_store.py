@@ -75,7 +75,7 @@ def every_call(url: str) -> dict[str, Callable[[], Any]]:
         "add_event": lambda: feed.add_event(event),
         "history": lambda: feed.history("default"),
         "routes": feed.routes,
-        "report": lambda: feed.report(ServingStatus("one", START_S, {}, {})),
+        "report": lambda: feed.report(ServingStatus("one", START_S, {}, ())),
         "statuses": feed.statuses,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from buffer.records import AdapterEvent, AdapterManifest, ServingStatus, VersionCounts
+from buffer.records import AdapterEvent, AdapterManifest, DrafterCounts, ServingStatus
 from buffer.redis_server import EmbeddedRedis
 from buffer.store import AdapterFeed
 from deploy.cli import app
@@ -165,8 +165,9 @@ def test_an_unknown_version_is_a_fault_and_changes_nothing(
 
 
 def test_status_sums_the_counters_of_all_replicas(server: EmbeddedRedis, feed: AdapterFeed) -> None:
-    counts = VersionCounts(
-        num_rounds=10, num_drafted=40, num_attempted=40, num_accepted=24, num_output_tokens=34
+    drafted, copied = (
+        DrafterCounts(drafter_id, "default", version, 10, 40, 40, num_accepted, 10 + num_accepted)
+        for drafter_id, version, num_accepted in (("draft", 3, 24), ("ngram", None, 8))
     )
     for name in ("a", "b"):
         feed.report(
@@ -174,15 +175,20 @@ def test_status_sums_the_counters_of_all_replicas(server: EmbeddedRedis, feed: A
                 replica_id=name,
                 at_s=time.time(),
                 serving_versions={"default": 3},
-                counts={"default": {3: counts}},
+                counts=(copied, drafted),
             )
         )
     shown = run(server, "status")
     assert shown.exit_code == 0, shown.output
-    row = next(line for line in shown.output.splitlines() if line.startswith("default"))
-    assert row.split() == ["default", "3", "60", "%", "3.40", "68"]
-    as_json = run(server, "status", "--json")
-    assert [replica["replica_id"] for replica in json.loads(as_json.output)["replicas"]] == ["a", "b"]
+    rows = [line.split() for line in shown.output.splitlines() if line.startswith("default")]
+    assert rows == [
+        ["default", "3", "60", "%", "3.40", "68"],
+        ["default", "copied", "20", "%", "1.80", "36"],
+    ]
+    replicas = json.loads(run(server, "status", "--json").output)["replicas"]
+    assert [replica["replica_id"] for replica in replicas] == ["a", "b"]
+    names = [[each["drafter_id"], each["route"], each["draft_version"]] for each in replicas[0]["counts"]]
+    assert names == [["ngram", "default", None], ["draft", "default", 3]]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from benchmarks.screen import Screen as BenchScreen
 from benchmarks.throughput_views import table as throughput_table
-from buffer.records import AdapterEvent, AdapterManifest, ServingStatus, VersionCounts
+from buffer.records import AdapterEvent, AdapterManifest, DrafterCounts, ServingStatus
 from buffer.redis_server import EmbeddedRedis
 from deploy.cli import app
 from deploy.commands.console import fail
@@ -58,12 +58,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         feed.publish(manifest(1), b"weights")
         feed.add_event(AdapterEvent("refused", ALL, 1, ALL, time.time()))
         feed.pin(ALL, 1, ALL)
-        counts = VersionCounts(num_rounds=2, num_attempted=8, num_accepted=4, num_output_tokens=6)
+        counts = DrafterCounts(
+            "draft", ALL, 1, num_rounds=2, num_attempted=8, num_accepted=4, num_output_tokens=6
+        )
         status = ServingStatus(
             replica_id=ALL,
             at_s=time.time(),
             serving_versions={ALL: 1},
-            counts={ALL: {1: counts}},
+            counts=(counts,),
             last_error=ALL,
         )
         feed.report(status)

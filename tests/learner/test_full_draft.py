@@ -160,7 +160,7 @@ def test_an_engine_drafts_with_exactly_the_published_weights_and_says_the_same_t
             engine.draft_weights,
             feed,
             replica_id="r0",
-            status=lambda: ServingStatus("r0", 0, {}, {}),
+            status=lambda: ServingStatus("r0", 0, {}, ()),
             watch_interval_s=1.0,
             status_interval_s=1.0,
         )

@@ -1,11 +1,12 @@
 """The two live tests: a loser and a broken swap are caught, and innocents are left alone."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling
+from buffer.records import FLOOR_VERSION, NGRAM_DRAFTER, GenerationRecord, RecordSampling
 from learner.evaluation import RecordScore
 from learner.live import LiveComparison, SwapCheck, drafted_by
 from learner.trainer import Trainer
@@ -160,5 +161,18 @@ def test_a_record_counts_for_a_version_only_if_it_drafted_every_round(served: li
     assert drafted_by(record, 1)
     assert not drafted_by(record, 2)
     first, *others = record.rounds
-    assert not drafted_by(replace(record, rounds=(replace(first, draft_version=2), *others)), 1)
-    assert drafted_by(replace(record, rounds=(replace(first, draft_version=NGRAM_VERSION), *others)), 1)
+
+    def counts_if_the_first_was(**by: Any) -> bool:
+        return drafted_by(replace(record, rounds=(replace(first, **by), *others)), 1)
+
+    assert not counts_if_the_first_was(draft_version=2)
+    assert counts_if_the_first_was(drafter_id=NGRAM_DRAFTER, draft_route=None, draft_version=None)
+    assert not counts_if_the_first_was(draft_route="another"), "versions are counted by route"
+    assert not counts_if_the_first_was(draft_route="another", draft_version=None)
+
+
+def test_the_floor_is_every_routes_own(served: list[GenerationRecord]) -> None:
+    floor = {"draft_route": "another", "draft_version": FLOOR_VERSION}
+    record = replace(served[0], rounds=tuple(replace(trace, **floor) for trace in served[0].rounds))
+    assert drafted_by(record, FLOOR_VERSION)
+    assert not drafted_by(record, 1)

@@ -341,11 +341,11 @@ def test_what_no_replica_will_serve_is_taken_back_and_the_tracker_hears_why(
     version = house.learn_until_promoted(traffic).draft_version
     refusal = AdapterEvent("rejected_by_replica", "default", version, "replica-1: corrupted", NOW_S)
     house.feed.add_event(refusal)
-    house.feed.report(ServingStatus("replica-2", NOW_S, {"default": version}, {}))
+    house.feed.report(ServingStatus("replica-2", NOW_S, {"default": version}, ()))
     house.learner.run_cycle()
     assert house.feed.latest("default") is not None, "another replica serves it"
     assert house.tracker.decisions[-1] == "rejected_by_replica: replica-1: corrupted"
-    house.feed.report(ServingStatus("replica-2", NOW_S + 60, {"default": 0}, {}))
+    house.feed.report(ServingStatus("replica-2", NOW_S + 60, {"default": 0}, ()))
     house.learner.run_cycle()
     assert house.feed.latest("default") is None
     assert house.tracker.decisions[-1].startswith("rolled_back: refused by replicas")

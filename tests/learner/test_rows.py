@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.records import NGRAM_VERSION, GenerationRecord, RecordSampling
+from buffer.records import NGRAM_DRAFTER, GenerationRecord, RecordSampling
 from learner.batch import collate, pack
 from learner.evaluation import observed_acceptance
 from learner.rows import NO_TOKEN, record_fault, rejected_suffix_rows, trajectory_row
@@ -126,7 +126,7 @@ def test_a_round_that_copied_teaches_what_the_target_said_and_speaks_of_no_draft
     records: list[GenerationRecord],
 ) -> None:
     drawn = records[0]
-    traces = tuple(replace(trace, draft_version=NGRAM_VERSION) for trace in drawn.rounds)
+    traces = tuple(replace(trace, drafter_id=NGRAM_DRAFTER, draft_version=None) for trace in drawn.rounds)
     copied = replace(drawn, rounds=traces)
     assert list(rejected_suffix_rows(drawn, 64, 8, 1.0, np.random.default_rng(0))) != []
     assert list(rejected_suffix_rows(copied, 64, 8, 1.0, np.random.default_rng(0))) == []

@@ -209,7 +209,9 @@ def test_the_status_tells_counts_costs_and_drops(engine: LocalEngine) -> None:
     watcher.close()
     [status] = feed.statuses()
     assert (status.replica_id, status.num_dropped_records) == ("r0", 3)
-    assert status.counts["default"][0].num_output_tokens == 10
+    [counts] = status.counts
+    assert (counts.drafter_id, counts.route, counts.draft_version) == ("draft", "default", 0)
+    assert counts.num_output_tokens == 10
     assert status.costs is not None
     assert len(status.costs.target_pass_s) == len(status.costs.batch_sizes)
     assert all(len(row) == len(status.costs.token_counts) for row in status.costs.target_pass_s)

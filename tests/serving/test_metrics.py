@@ -9,6 +9,7 @@ from buffer.exporter import RecordExporter
 from buffer.memory_store import MemoryRecordStore
 from buffer.store import Bounds, StreamKey
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.proposal import MODEL_DRAFTER, DrafterVersion
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
 from tests.buffer.samples import START_S, borrowed
@@ -60,14 +61,15 @@ def test_names_are_those_that_dashboards_know(engine: LocalEngine) -> None:
 
 def test_acceptance_is_counted_by_draft_version(engine: LocalEngine) -> None:
     engine.generate([[5, 6]], SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
-    metrics, counters = new_metrics(engine), engine.stats().counts[0]
+    metrics, counters = new_metrics(engine), engine.stats().counts[DrafterVersion(MODEL_DRAFTER, 0)]
     for name, expected in (
         ("spec_decode_num_drafts_total", counters.num_rounds),
         ("spec_decode_num_draft_tokens_total", counters.num_drafted),
         ("spec_decode_num_attempted_tokens_total", counters.num_attempted),
         ("spec_decode_num_accepted_tokens_total", counters.num_accepted),
     ):
-        assert value(metrics, name, route="default", draft_version="0") == expected
+        labels = {"route": "default", "drafter": "draft", "draft_version": "0"}
+        assert value(metrics, name, **labels) == expected
     assert value(metrics, "route_draft_version", route="default") == 0
     assert counters.num_drafted > 0
 

@@ -6,14 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from buffer import records
 from buffer.codec import decode, encode
-from buffer.records import GenerationRecord
+from buffer.records import NGRAM_DRAFTER, GenerationRecord, ServingStatus
 from buffer.store import StreamKey
 from serving import recorder as recorder_module
-from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.drafters.ngram_drafter import NgramDrafter
+from serving.engine import Generation, GenerationRequest, SamplingParams, proposal, request
 from serving.engine.engine import Engine
 from serving.local import load_engine
+from serving.metrics import ServingMetrics
+from serving.models import draft_weights
 from serving.recorder import Recorder
+from serving.status import serving_status
+from tests.support.table_engine import table_engine
+from tests.support.table_model import TableModel
 
 
 class ListSink:
@@ -76,6 +83,38 @@ def test_a_record_says_what_was_generated_and_how(engine: Engine) -> None:
     assert len(record.rounds) == generation.num_rounds
     assert sum(trace.num_accepted for trace in record.rounds) == generation.num_accepted
     assert encode(decode(GenerationRecord, encode(record))) == encode(record)
+
+
+def test_what_copied_is_named_in_records_status_and_metrics_and_has_no_version() -> None:
+    table, sink = TableModel(3, seed=4, sharpness=2.0), ListSink()
+    with table_engine(table, None, num_draft_tokens=3, ngram=NgramDrafter(4)) as engine:
+        asked = GenerationRequest("r", (1, 2, 0, 1, 2), SamplingParams(max_tokens=30), capture=True)
+        generation = engine.submit(asked).result(30)
+        status = serving_status(engine, replica_id="r0", at_s=1.0, num_dropped_records=0)
+        metrics = ServingMetrics(
+            engine.stats, replica_id="r0", num_rejected=lambda: 0, num_dropped_records=lambda: 0
+        )
+        lines = metrics.render().decode().splitlines()
+    new_recorder(sink).record(generation)
+    [(_, record)] = sink.submitted
+    traces = [trace for trace in decode(GenerationRecord, encode(record)).rounds if trace.num_drafted]
+    assert {(trace.drafter_id, trace.draft_route, trace.draft_version) for trace in traces} == {
+        (NGRAM_DRAFTER, None, None)
+    }
+    found = decode(ServingStatus, encode(status))
+    [counts] = (each for each in found.counts if each.num_drafted)
+    assert (counts.drafter_id, counts.route, counts.draft_version) == (NGRAM_DRAFTER, "default", None)
+    assert counts.num_accepted == generation.num_accepted > 0
+    name = "everdraft_spec_decode_num_accepted_tokens_total"
+    labels = '{draft_version="",drafter="ngram",replica="r0",route="default"}'
+    assert f"{name}{labels} {float(generation.num_accepted)}" in lines
+
+
+def test_the_engines_names_are_those_of_records() -> None:
+    """Rooms that may not import `buffer` have a definition of their own."""
+    assert proposal.FLOOR_VERSION == draft_weights.FLOOR_VERSION == records.FLOOR_VERSION
+    assert (proposal.MODEL_DRAFTER, proposal.NGRAM_DRAFTER) == (records.MODEL_DRAFTER, records.NGRAM_DRAFTER)
+    assert request.DEFAULT_ROUTE == records.DEFAULT_ROUTE
 
 
 @pytest.mark.parametrize(

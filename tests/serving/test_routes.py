@@ -225,15 +225,19 @@ def test_status_and_metrics_tell_versions_and_counts_by_route(
     watcher.report()
     [status] = feed.statuses()
     assert status.serving_versions == {"default": 0, "sql": 3}
-    assert status.counts["sql"][3].num_attempted == sql.num_attempted
-    assert status.counts["default"][0].num_attempted == other.num_attempted
+    attempted = {
+        (each.drafter_id, each.route, each.draft_version): each.num_attempted for each in status.counts
+    }
+    assert attempted["draft", "sql", 3] == sql.num_attempted
+    assert attempted["draft", "default", 0] == other.num_attempted
     metrics = ServingMetrics(
         engine.stats, replica_id="r0", num_rejected=lambda: 0, num_dropped_records=lambda: 0
     )
     lines = metrics.render().decode().splitlines()
     assert 'everdraft_route_draft_version{replica="r0",route="sql"} 3.0' in lines
     name = "everdraft_spec_decode_num_accepted_tokens_total"
-    assert f'{name}{{draft_version="3",replica="r0",route="sql"}} {float(sql.num_accepted)}' in lines
+    labels = '{draft_version="3",drafter="draft",replica="r0",route="sql"}'
+    assert f"{name}{labels} {float(sql.num_accepted)}" in lines
 
 
 def test_without_room_for_routes_one_draft_serves_all_and_nothing_is_embedded(

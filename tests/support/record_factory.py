@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from buffer.records import GenerationRecord, RecordSampling, RoundTrace
+from buffer.records import MODEL_DRAFTER, GenerationRecord, RecordSampling, RoundTrace
 from serving.engine.sampling import SamplingLaw, law_logprobs
 
 GREEDY = RecordSampling(temperature=0.0, mode="greedy")
@@ -156,6 +156,8 @@ class RecordFactory:
         retemper_E = logits_EV.logsumexp(-1) / temperature - (logits_EV / temperature).logsumexp(-1)
         trace = RoundTrace(
             start=start,
+            drafter_id=MODEL_DRAFTER,
+            draft_route=self.route,
             draft_version=draft_version,
             num_accepted=num_accepted,
             num_attempted=num_attempted,

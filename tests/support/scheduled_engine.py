@@ -21,7 +21,7 @@ from serving.engine.engine import Engine
 from serving.engine.handle import GenerationHandle
 from serving.engine.live_draft import StagedWeights
 from serving.engine.prefix_cache import PrefixCache
-from serving.engine.proposal import Drafter, LookupDrafter, Proposal
+from serving.engine.proposal import MODEL_DRAFTER, Drafter, LookupDrafter, Proposal
 from serving.engine.runner import Runner
 from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.sequence import Batch
@@ -57,6 +57,8 @@ class ScriptedLength(DraftLengthController):
 
 class ArbitraryDrafter:
     """Draws from laws that have nothing to do with any model, as many tokens as it likes, and says so."""
+
+    drafter_id = MODEL_DRAFTER
 
     def __init__(self, vocab_size: int, seed: int) -> None:
         self.draft_version = 0

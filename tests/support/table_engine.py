@@ -130,7 +130,7 @@ class ScriptedDrafter(NgramDrafter):
         tokens_BG = tokens_BG.view(len(rows), width)
         counts = tuple(map(len, rows))
         matched = tuple(int(count > 0) for count in counts)
-        return Proposal(-1, tokens_BG, counts, None, torch.zeros(tokens_BG.shape), matched)
+        return Proposal(self.draft_version, tokens_BG, counts, None, torch.zeros(tokens_BG.shape), matched)
 
     def clear(self, slot: int) -> None: ...
     def move(self, source: int, destination: int) -> None: ...

@@ -1,18 +1,24 @@
 """Compiled passes say what the model says, see swapped weights, and cost nothing where they cannot be had."""
 
 import copy
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from serving.compiling import Compiling
+from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.compiled_pass import CompiledPass, agrees
+from serving.engine.draft_length import DraftLengthController
+from serving.engine.engine import Engine
 from serving.engine.pass_compiler import CompileError, compile_spec, load_compiled, package_path
+from serving.engine.proposal import Proposal
 from serving.engine.runner import Runner
 from serving.engine.slot_pass import SlotPass
 from serving.local import LocalEngine, load_engine, prepare_runner
@@ -136,6 +142,52 @@ def test_serving_starts_eagerly_and_takes_the_package_when_it_is_ready(model: st
                 time.sleep(0.05)
             assert engine.compiling.state in ("compiled", "eager (compiled passes were not faster)")
             assert texts(engine) == first
+
+
+class HeldDrafter(ModelDrafter):
+    """Stays in the first round's proposal until it is let go."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner)
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    def propose(self, *args: Any) -> Proposal:
+        self.entered.set()
+        assert self.let_go.wait(300)
+        return super().propose(*args)
+
+
+def made_slow(runner: Runner) -> Runner:
+    """The model's own code does work that no package has, so that compiled passes are faster for certain."""
+    burden = torch.ones(500, 500)
+    runner.model.register_forward_pre_hook(lambda *_: [burden @ burden for _ in range(8)] and None)
+    return runner
+
+
+def test_a_pass_that_becomes_ready_during_a_round_is_not_used_before_the_round_ends(
+    model: str, package: Path
+) -> None:
+    aside = package.rename(package.with_suffix(".aside"))
+    target, joined = made_slow(runner_of(model)), runner_of(model)
+    compiling = Compiling(target, None, "auto")
+    assert compiling.state == "eager (compiling)"
+    compiling.join(joined)
+    drafter = HeldDrafter(joined)
+    aside.rename(package)
+    with Engine(target, drafter, controller=DraftLengthController(None, fixed=3)) as engine:
+        handle = engine.submit(GenerationRequest("r", tuple(PROMPTS[0]), GREEDY))
+        assert drafter.entered.wait(60)
+        compiling.start(engine)
+        for thread in threading.enumerate():
+            if thread.name == "everdraft-compile":
+                thread.join(300)
+        during = (compiling.state, target.compiled, joined.compiled)
+        drafter.let_go.set()
+        generation = handle.result(60)
+        assert during == ("eager (compiling)", None, None)
+        assert compiling.state == "compiled"
+        assert target.compiled is not None and joined.compiled is not None
+        assert generation.num_accepted == generation.num_attempted > 0
 
 
 def test_without_a_compiler_auto_serves_eagerly_and_on_refuses(

@@ -8,12 +8,14 @@ from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
-from serving.engine.proposal import NGRAM_VERSION, Proposal
+from serving.engine.proposal import COPIED, MODEL_DRAFTER, NGRAM_DRAFTER, DrafterVersion, Proposal
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
 from serving.local import Speculation, load_engine
 from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
+
+FLOOR = DrafterVersion(MODEL_DRAFTER, 0)
 
 
 def _sequence(tokens: list[int]) -> Sequence:
@@ -81,8 +83,8 @@ def test_greedy_and_seeded_text_is_the_same_with_copying_and_without() -> None:
         generations = engine.generate(prompts, params)
         counts = engine.stats().counts
     assert [generation.output_token_ids for generation in generations] == expected
-    assert counts[NGRAM_VERSION].num_accepted > 0
-    assert counts.get(0) is None or counts[0].num_drafted == 0
+    assert counts[COPIED].num_accepted > 0
+    assert FLOOR not in counts or counts[FLOOR].num_drafted == 0
     assert {span.draft_version for generation in generations for span in generation.draft_versions} == {0}
 
 
@@ -92,17 +94,19 @@ def test_a_captured_round_that_copied_names_no_draft() -> None:
         request = GenerationRequest("r", (1, 2, 0, 1, 2), SamplingParams(max_tokens=30), capture=True)
         rounds = engine.submit(request).result(30).captured_rounds
     copied = [trace for trace in rounds if len(trace.drafted_token_ids_G)]
-    assert copied and {trace.draft_version for trace in copied} == {NGRAM_VERSION}
+    named = {(trace.drafter_id, trace.draft_route, trace.draft_version) for trace in copied}
+    assert named == {(NGRAM_DRAFTER, None, None)}
     assert all((trace.drafted_draft_logprobs_G == 0).all() for trace in copied)
-    assert all(trace.draft_version == 0 for trace in rounds if not len(trace.drafted_token_ids_G))
+    rest = [trace for trace in rounds if not len(trace.drafted_token_ids_G)]
+    assert all((trace.drafter_id, trace.draft_version) == FLOOR for trace in rest)
 
 
 @pytest.mark.parametrize(
-    ("speculation", "versions", "knows_the_draft"),
-    [("auto", {0}, True), ("model", {0}, True), ("ngram", {NGRAM_VERSION}, False), ("off", set(), False)],
+    ("speculation", "drafters", "knows_the_draft"),
+    [("auto", {FLOOR}, True), ("model", {FLOOR}, True), ("ngram", {COPIED}, False), ("off", set(), False)],
 )
 def test_an_operator_chooses_who_drafts(
-    tiny_pair: tuple[str, str], speculation: Speculation, versions: set[int], knows_the_draft: bool
+    tiny_pair: tuple[str, str], speculation: Speculation, drafters: set[DrafterVersion], knows_the_draft: bool
 ) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     with load_engine(
@@ -111,7 +115,7 @@ def test_an_operator_chooses_who_drafts(
         engine.generate([[5, 6, 5, 6, 5]], params)
         counts = engine.stats().counts
         assert (engine.draft_weights is not None) is knows_the_draft
-    assert {version for version, counters in counts.items() if counters.num_drafted} == versions
+    assert {drafter for drafter, counters in counts.items() if counters.num_drafted} == drafters
 
 
 def test_copying_takes_over_from_a_draft_that_broke_until_another_is_swapped_in() -> None:
@@ -119,15 +123,15 @@ def test_copying_takes_over_from_a_draft_that_broke_until_another_is_swapped_in(
     params = SamplingParams(temperature=0.0, max_tokens=20)
     with table_engine(target, draft, num_draft_tokens=2, ngram=NgramDrafter(4)) as engine:
         expected = engine.generate([[1, 2, 0, 1, 2]], params)[0].output_token_ids
-        assert NGRAM_VERSION not in engine.stats().counts
+        assert COPIED not in engine.stats().counts
         engine.swap(StagedTable(1, draft, torch.full_like(draft.table, torch.nan))).result(5)
         assert engine.generate([[1, 2, 0, 1, 2]] * 2, params)[1].output_token_ids == expected
-        copied = engine.stats().counts[NGRAM_VERSION].num_accepted
+        copied = engine.stats().counts[COPIED].num_accepted
         assert copied > 0 and engine.stats().draft_disabled_reason
         engine.swap(StagedTable(2, draft, TableModel(3, seed=5).table)).result(5)
         assert engine.generate([[1, 2, 0, 1, 2]], params)[0].output_token_ids == expected
-        assert engine.stats().counts[NGRAM_VERSION].num_accepted == copied
-        assert engine.stats().counts[2].num_drafted > 0
+        assert engine.stats().counts[COPIED].num_accepted == copied
+        assert engine.stats().counts[DrafterVersion(MODEL_DRAFTER, 2)].num_drafted > 0
 
 
 class _RaisingCopier(NgramDrafter):

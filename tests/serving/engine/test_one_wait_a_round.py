@@ -5,7 +5,7 @@ import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import BORROWED_VERSION, DraftPlan, ServingDraft, Share
+from serving.engine.proposal import DraftPlan, ServingDraft, Share
 from serving.engine.round import run_round
 from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
@@ -81,8 +81,10 @@ def test_a_round_in_which_several_drafts_draft_waits_for_its_device_once(kind: s
     assert reads.num_host_calls == 1
     assert report.draft_passes == (3, 3)
     assert [advance.num_drafted for advance in report.advances] == [3] * len(batch)
-    versions = [sequence.captured_rounds[0].draft_version for sequence in batch.sequences]
-    assert versions == [0, BORROWED_VERSION, 0][: len(batch)]
+    captured = [sequence.captured_rounds[0] for sequence in batch.sequences]
+    assert [(each.draft_route, each.draft_version) for each in captured] == [
+        (f"r{row % 2}", row % 2) for row in range(len(batch))
+    ]
 
 
 def test_catching_up_by_chunks_waits_for_nothing_more() -> None:

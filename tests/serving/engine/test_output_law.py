@@ -11,7 +11,7 @@ import pytest
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.engine import Engine
-from serving.engine.proposal import NGRAM_VERSION
+from serving.engine.proposal import COPIED
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.table_engine import (
     CopyingAsIfDrawnDrafter,
@@ -79,7 +79,7 @@ def test_copied_tokens_of_any_kind_leave_the_law_as_it_is(name: str, seeded: boo
             SamplingParams(max_tokens=NUM_TOKENS, seed=seed if seeded else None) for seed in range(2500)
         ]
         outputs = _outputs(engine, params)
-        assert engine.stats().counts[NGRAM_VERSION].num_accepted > 100
+        assert engine.stats().counts[COPIED].num_accepted > 100
     assert fit_p_value(outputs, target.output_law(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
 
 

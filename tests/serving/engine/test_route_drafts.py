@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from buffer.records import BORROWED_VERSION
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.live_draft import BrokenDraftError
+from serving.engine.proposal import MODEL_DRAFTER, DrafterVersion
 from serving.engine.runner import Runner
 from tests.support.table_engine import MAX_LEN, StagedTable
 from tests.support.table_model import TableModel
@@ -103,21 +103,25 @@ def test_counters_are_told_by_the_route_whose_draft_it_was(routed: Routed) -> No
     sql, none, chat = routed.run("sql", None, "chat")
     counts = routed.engine.stats().route_counts
     assert counts.keys() == {"sql", "default"}
-    assert counts["sql"].keys() == {5} and counts["default"].keys() == {0}
-    assert counts["sql"][5].num_accepted == sql.num_accepted
-    assert counts["default"][0].num_attempted == none.num_attempted + chat.num_attempted
+    own, floor = DrafterVersion(MODEL_DRAFTER, 5), DrafterVersion(MODEL_DRAFTER, 0)
+    assert counts["sql"].keys() == {own} and counts["default"].keys() == {floor}
+    assert counts["sql"][own].num_accepted == sql.num_accepted
+    assert counts["default"][floor].num_attempted == none.num_attempted + chat.num_attempted
 
 
-def test_a_captured_round_names_the_version_of_its_own_routes_draft(routed: Routed) -> None:
-    """Default's versions mean nothing on another route, but for the floor, which is the same on all."""
+def test_a_captured_round_names_the_route_and_version_of_the_draft_that_drafted(routed: Routed) -> None:
+    """Versions are counted by route: the same number on another route is another draft."""
     routed.open("sql", like_target=True)
 
-    def captured(*routes: str | None) -> list[set[int]]:
-        return [{trace.draft_version for trace in each.captured_rounds} for each in routed.run(*routes)]
+    def captured(*routes: str | None) -> list[set[tuple[str | None, int | None]]]:
+        return [
+            {(trace.draft_route, trace.draft_version) for trace in each.captured_rounds}
+            for each in routed.run(*routes)
+        ]
 
-    assert captured("sql", None, "chat") == [{5}, {0}, {0}]
+    assert captured("sql", None, "chat") == [{("sql", 5)}, {("default", 0)}, {("default", 0)}]
     routed.swap("default", 5, routed.target.table)
-    assert captured("sql", None, "chat") == [{5}, {5}, {BORROWED_VERSION}]
+    assert captured("sql", None, "chat") == [{("sql", 5)}, {("default", 5)}, {("default", 5)}]
     assert {span.draft_version for span in routed.run("chat")[0].draft_versions} == {5}
 
 
