@@ -88,7 +88,7 @@ def from_validation(faults: Sequence[Any]) -> ApiError:
     location = [part for part in fault["loc"] if part != "body"]
     param = _field_name([*location, named] if named else location)
     message = str(fault["msg"]).removeprefix("Value error, ")
-    if location and not named:
+    if location and not named and fault["type"] not in _CLEAR_FAULTS:
         message = _SHAPES.get(str(location[0]), message)
     return bad_request(f"{param}: {message}" if param else message, param)
 
@@ -98,6 +98,7 @@ _SHAPES = {
     "stop": "must be a text or a list of at most 16 texts, none of them empty",
 }
 """Fields that take several shapes: what is wrong with one of them would mislead."""
+_CLEAR_FAULTS = {"too_long", "string_too_long"}
 
 
 def _field_name(location: Sequence[str | int]) -> str | None:
