@@ -1,7 +1,8 @@
 """How much one request may ask for, however idle the replica is.
 
-What all of them together may have waiting is `admission`. Without it one body of a few kilobytes could queue thousands of generations, and everybody else would be
-refused. Knows sizes only; checked before anything is tokenised at length, planned or queued.
+What all of them together may have waiting is `admission`. Without these bounds one body of a few kilobytes
+could queue thousands of generations, and everybody else would be refused. Knows sizes only; checked before
+anything is tokenised at length, planned or queued.
 """
 
 from dataclasses import dataclass
@@ -58,6 +59,6 @@ class RequestLimits:
         return ApiError(
             413,
             f"The body is larger than {self.max_body_bytes} bytes, which hold the {self.max_prompt_tokens} "
-            "prompt tokens that one request may bring (a quarter of max_queued_prompt_tokens, or one context). "
-            "It was not read.",
+            "prompt tokens that one request may bring (a quarter of max_queued_prompt_tokens, or one "
+            "context). It was not read.",
         )
