@@ -5,22 +5,11 @@ Invariant: an unknown key is an error, never a silent default.
 """
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from learner.settings import LearnerSettings
 from serving.settings import ServingSettings
-
-
-def _check_address(text: str) -> str:
-    """An empty one would mean something else to whoever connects: every interface, or another server."""
-    if not text.strip():
-        raise ValueError("is empty; leave it out for its default, or give a value")
-    return text
-
-
-Address = Annotated[str, AfterValidator(_check_address)]
 
 
 class RedisSettings(BaseModel):
@@ -28,7 +17,7 @@ class RedisSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: Address | None = None
+    url: str | None = None
     """`redis://`, `rediss://` or `unix://`; None starts a server of our own."""
 
 
@@ -38,7 +27,7 @@ class MlflowSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
-    tracking_uri: Address | None = None
+    tracking_uri: str | None = None
     """None: SQLite in the state folder, artifacts beside it."""
 
 
@@ -47,10 +36,10 @@ class ClusterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ray_address: Address | None = None
+    ray_address: str | None = None
     """A running Ray (`auto`, `host:port`); None starts one of our own on loopback."""
-    namespace: Address = "everdraft"
-    host: Address = "127.0.0.1"
+    namespace: str = "everdraft"
+    host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     state_dir: Path = Path(".everdraft")
     """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs."""

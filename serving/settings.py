@@ -81,13 +81,6 @@ class ServingSettings(BaseModel):
     boot_timeout_s: float = Field(default=5.0, ge=0)
     """How long a starting replica tries to fetch the latest draft before it serves on the floor."""
 
-    @field_validator("draft", "model_name", "device")
-    @classmethod
-    def _means_something(cls, value: str | None) -> str | None:
-        if value is not None and not value.strip():
-            raise ValueError("is empty; leave it out for its default, or give a value")
-        return value
-
     @field_validator("api_keys", mode="before")
     @classmethod
     def _is_a_list_of_keys(cls, value: Any) -> Any:

@@ -108,10 +108,19 @@ def test_a_key_that_guards_nothing_is_refused_at_start(
 
 @pytest.mark.parametrize(
     "setting",
-    ["redis.url", "mlflow.tracking_uri", "cluster.host", "cluster.ray_address", "cluster.namespace"],
+    [
+        "serving.target",
+        "serving.draft",
+        "serving.device",
+        "redis.url",
+        "mlflow.tracking_uri",
+        "cluster.host",
+        "cluster.ray_address",
+        "cluster.state_dir",
+    ],
 )
 @pytest.mark.parametrize("text", ["", " "])
-def test_an_address_that_is_empty_is_refused(setting: str, text: str) -> None:
+def test_a_text_that_is_empty_is_refused(setting: str, text: str) -> None:
     """An unset variable of a compose file; taken for a value, it would listen on every interface."""
     variable = "EVERDRAFT__" + setting.upper().replace(".", "__")
     with pytest.raises(SettingsError, match=f"{variable}: {setting}=.* is empty; leave it out"):
