@@ -95,7 +95,7 @@ def from_validation(faults: Sequence[Any]) -> ApiError:
 
 _SHAPES = {
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of lists of token ids",
-    "stop": "must be a text or a list of at most 16 texts, none of them empty",
+    "stop": "must be a text of 1 to 1024 characters, or a list of at most 16 of them",
 }
 """Fields that take several shapes: what is wrong with one of them would mislead."""
 _CLEAR_FAULTS = {"too_long", "string_too_long"}

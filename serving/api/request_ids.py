@@ -43,7 +43,7 @@ class ProxyHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             kept = [pair for pair in scope["headers"] if _name(pair[0]) not in _SERVE_ORDERS]
-            scope = scope | {"headers": kept}
+            scope = {**scope, "headers": kept}
             MutableHeaders(scope=scope)[REQUEST_ID_HEADER] = request_id_of(Headers(scope=scope))
         await self._app(scope, receive, send)
 

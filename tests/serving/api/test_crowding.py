@@ -20,7 +20,8 @@ DEFAULT_QUEUE = 256
 
 
 def completion(**fields: object) -> Attack:
-    return lambda client: client.post("/v1/completions", json={"max_tokens": 1, **fields})
+    content = json.dumps({"max_tokens": 1, **fields}).encode()
+    return lambda client: client.post("/v1/completions", content=content, headers=JSON)
 
 
 def chunked(byte: bytes, num_chunks: int) -> Attack:
@@ -56,6 +57,7 @@ async def attack_until(stop: asyncio.Event, url: str, attack: Attack) -> int:
             with contextlib.suppress(TimeoutError, httpx.HTTPError):
                 await asyncio.wait_for(attack(client), 0.2)
         times += 1
+        await asyncio.sleep(0.1)
     return times
 
 
@@ -133,7 +135,7 @@ async def test_many_bodies_just_under_the_bound_leave_room_for_others(server: Li
         ({"prompt": [5] * 40_000, "n": 2}, "prompt"),
         ({"prompt": "fox " * 20_000, "n": 64}, "prompt"),
         ({"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(5000)), 1)}, "logit_bias"),
-        ({"prompt": "a", "stop": ["x" * 2000]}, "stop[0]"),
+        ({"prompt": "a", "stop": ["x" * 2000]}, "stop"),
         ({"prompt": "a", "metadata": dict.fromkeys(map(str, range(17)), "")}, "metadata"),
     ],
 )
@@ -145,7 +147,7 @@ def test_what_asks_for_too_much_is_refused_by_name_before_anything_is_queued(
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
     assert error["param"] == param
-    assert param.partition("[")[0] in error["message"]
+    assert param in error["message"]
     assert server.parts.context.admission.num_rejected == rejected
     nothing_is_left(server)
 
