@@ -74,7 +74,7 @@ async def ask_for_health(stop: asyncio.Event, url: str) -> list[float]:
 
 
 async def ordinary_traffic(url: str, num_requests: int) -> list[int]:
-    """Statuses, four clients at a time."""
+    """Statuses, twenty clients at a time."""
     statuses: list[int] = []
 
     async def client_of(share: int) -> None:
@@ -83,7 +83,7 @@ async def ordinary_traffic(url: str, num_requests: int) -> list[int]:
                 body = {"prompt": "ordinary", "max_tokens": 1 + number % 3}
                 statuses.append((await client.post("/v1/completions", json=body)).status_code)
 
-    await asyncio.gather(*(client_of(num_requests // 4) for _ in range(4)))
+    await asyncio.gather(*(client_of(num_requests // 20) for _ in range(20)))
     return statuses
 
 
@@ -119,7 +119,7 @@ async def test_no_ordinary_request_is_refused_beside_any_attack(server: LiveServ
 async def test_clients_of_many_generations_that_stay_leave_room_for_others(server: LiveServer) -> None:
     """Five such requests fill the places of the queue and all slots exactly; six clients ask for them."""
     num_places = DEFAULT_QUEUE + server.parts.engine.stats().num_slots
-    large = completion(prompt=[[5]] * (num_places // 5), max_tokens=10, ignore_eos=True)
+    large = completion(prompt=[[5]] * (num_places // 5), max_tokens=4, ignore_eos=True)
     answered: list[int] = []
 
     async def counted(client: httpx.AsyncClient) -> httpx.Response:
