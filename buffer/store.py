@@ -61,8 +61,8 @@ class StreamSize:
 
 
 def is_bound_to_its_route(record: GenerationRecord) -> bool:
-    """Whether its route has a draft of its own, which drafted. Such routes are few: replicas have room for few
-    drafts."""
+    """Whether its route has a draft of its own, which drafted. Such routes are few: replicas have room for
+    few drafts."""
     return any(trace.draft_route == record.route for trace in record.rounds)
 
 

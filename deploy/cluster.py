@@ -25,6 +25,7 @@ from buffer.redaction import redacted
 from deploy import ray_guard
 from deploy.errors import ClusterError
 from deploy.settings import ClusterSettings
+from serving.api.request_ids import SERVE_PROXY_ENVIRONMENT
 
 APPLICATION = "everdraft"
 _ANSWER_S = 30.0
@@ -59,6 +60,7 @@ def own_ray(
     _require_token()
     _share_accelerators()
     _prefer_serving()
+    _guard_headers()
     with _guarded_folder(locks) as folder:
         try:
             ray.init(
@@ -162,6 +164,13 @@ def _prefer_serving() -> None:
     """Ray starts its workers at niceness 15, where the learner's own niceness counts for nothing: replicas
     run at 0, so that the learner gives way to them."""
     os.environ.setdefault("RAY_worker_niceness", "0")
+
+
+def _guard_headers() -> None:
+    """A Ray that is joined must have this in its nodes' environment; without it Serve's proxy there answers
+    500 to a request id that is no UTF-8."""
+    for name, value in SERVE_PROXY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _share_accelerators() -> None:

@@ -56,7 +56,9 @@ def load_settings(
     for path, value in _leaves(overrides or {}, Settings):
         if value is not None:
             given[path] = Given(value, "the command line")
-    faults = [fault for path, origin in given.items() if (fault := _unknown(path, origin))]
+    faults = [
+        fault for path, origin in given.items() if (fault := _unknown(path, origin) or _empty(path, origin))
+    ]
     if faults:
         raise SettingsError("\n".join(faults))
     try:
@@ -148,6 +150,14 @@ def _unknown(path: KeyPath, given: Given) -> str | None:
     if model is not None:
         return f"{given.at(path)} is a section, not a value; {CONSEQUENCE}"
     return None
+
+
+def _empty(path: KeyPath, given: Given) -> str | None:
+    """An unset variable of a compose file arrives as an empty text, which some would take for a value: a host
+    that is every interface, a folder that is this one. Of an empty key its own section says what to do."""
+    if not isinstance(given.value, str) or given.value.strip() or SECRET.search(path[-1]):
+        return None
+    return f"{given.at(path)} is empty; leave it out for its default, or give a value; {CONSEQUENCE}"
 
 
 def _unknown_key(path: KeyPath, depth: int, model: type[BaseModel], given: Given) -> str:

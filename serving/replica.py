@@ -35,7 +35,7 @@ class Replica:
         self._parts = open_parts(settings, redis_url, serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
-        return create_app(self._parts.context)
+        return create_app(self._parts.context, sends_request_id=False)  # Serve's proxy does
 
     def target_revision(self) -> str:
         """Of the target that was loaded here."""

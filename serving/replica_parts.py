@@ -15,6 +15,7 @@ from serving.adapter_watcher import AdapterWatcher
 from serving.api.admission import Admission
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
+from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
@@ -107,6 +108,10 @@ class ReplicaParts:
             version=software_version(),
             started_at=int(time.time()),
             admission=admission,
+            limits=RequestLimits(
+                max_generations=settings.generations_per_request,
+                max_prompt_tokens=settings.prompt_tokens_per_request,
+            ),
             keys=KeyRing(settings.revealed_api_keys(), settings.revealed_admin_key()),
             metrics=ServingMetrics(
                 engine.stats,

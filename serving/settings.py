@@ -4,17 +4,18 @@ Starts nothing and reads no file. Invariant: a secret is a SecretStr and is neve
 """
 
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from buffer.store import Bounds
+from serving.api.keys import check_key
 
 
 class ServingSettings(BaseModel):
     """Settings of every replica. Only `target` has no default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     target: str = Field(min_length=1)
     """Path or hub id of the model that is served."""
@@ -52,14 +53,18 @@ class ServingSettings(BaseModel):
     num_replicas: int = Field(default=1, ge=1)
 
     api_keys: tuple[SecretStr, ...] = ()
-    """Bearer keys of clients; none leaves the endpoint open."""
+    """Bearer keys of clients, 8 characters or more each; none leaves the endpoint open."""
     admin_key: SecretStr | None = None
-    """Bearer key of `/admin`, which no client key opens; None keeps `/admin` shut."""
+    """Bearer key of `/admin`, 8 characters or more, which no client key opens; None keeps `/admin` shut."""
 
     max_queued_requests: int = Field(default=256, ge=0)
-    """Requests that may wait for a slot in a replica; over it 429. `n` counts n."""
+    """Requests that may wait for a slot in a replica; over it 429. `n` counts n. The last quarter is kept for
+    requests of one generation."""
     max_queued_prompt_tokens: int = Field(default=262_144, ge=1)
-    """Prompt tokens that may wait for a slot in a replica; over it 429."""
+    """Prompt tokens that may wait for a slot in a replica; over it 429. The last quarter is kept for requests
+    of one generation; a single request may bring a quarter, or one prompt that fills `max_seq_len`."""
+    max_generations_per_request: int | None = Field(default=None, ge=1)
+    """Prompts times `n` of one request; over it 400. None: a quarter of `max_queued_requests`."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """A request that takes longer is cancelled with 408."""
     drain_timeout_s: float = Field(default=20.0, ge=0)
@@ -84,6 +89,56 @@ class ServingSettings(BaseModel):
     """Between two reports to the learner and the operator."""
     boot_timeout_s: float = Field(default=5.0, ge=0)
     """How long a starting replica tries to fetch the latest draft before it serves on the floor."""
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _is_a_list_of_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                'is no list of keys; write ["KEY"] (in the environment as JSON), or unset it to leave the '
+                "endpoint open"
+            )
+        return value
+
+    @field_validator("api_keys", "admin_key")
+    @classmethod
+    def _guards_something(
+        cls, value: tuple[SecretStr, ...] | SecretStr | None, info: ValidationInfo
+    ) -> tuple[SecretStr, ...] | SecretStr | None:
+        remedy = "unset it to keep /admin shut" if info.field_name == "admin_key" else "take it out"
+        for key in value if isinstance(value, tuple) else (value,):
+            try:
+                if key is not None:
+                    check_key(key.get_secret_value())
+            except ValueError as error:
+                raise ValueError(f"a key {error}; {remedy}, or give another") from None
+        return value
+
+    @model_validator(mode="after")
+    def _no_client_key_opens_admin(self) -> Self:
+        if self.admin_key is not None and self.admin_key in self.api_keys:
+            raise ValueError("admin_key is one of api_keys, so that every client could open /admin")
+        return self
+
+    @model_validator(mode="after")
+    def _one_request_fits_the_queue(self) -> Self:
+        asked, bound = self.max_generations_per_request, max(1, self.max_queued_requests)
+        if asked is not None and asked > bound:
+            raise ValueError(
+                f"max_generations_per_request={asked} is more than max_queued_requests="
+                f"{self.max_queued_requests}: such a request could never be queued"
+            )
+        return self
+
+    @property
+    def generations_per_request(self) -> int:
+        """At most, of one request."""
+        return self.max_generations_per_request or max(1, self.max_queued_requests // 4)
+
+    @property
+    def prompt_tokens_per_request(self) -> int:
+        """At most, of one request; a single prompt that fits the context always may."""
+        return max(self.max_seq_len, self.max_queued_prompt_tokens // 4)
 
     @property
     def served_name(self) -> str:

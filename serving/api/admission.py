@@ -1,7 +1,9 @@
 """Bounds on what may wait: requests and prompt tokens. Over a bound the client is told when to come back.
 
 Knows neither HTTP nor the engine; `num_slots` requests run, the others wait. A ticket is a request's place:
-it is taken before the engine sees the request and given back exactly once. Called on one thread.
+it is taken before the engine sees the request and given back exactly once. Called on one thread. Invariant:
+requests of many generations leave a quarter of every bound to those of one, so that no few of them can take
+the service from everybody else.
 """
 
 import math
@@ -62,13 +64,16 @@ class Admission:
         self.num_rejected = 0
 
     def admit(self, num_requests: int, num_prompt_tokens: int) -> Ticket:
-        """A ticket, or QueueFullError. What is alone is always admitted, however large."""
-        alone = self.num_in_flight == 0
-        if not alone and self.num_in_flight + num_requests > self._max_requests:
+        """A ticket, or QueueFullError. How large one request may be at all is not decided here (`limits`); a
+        prompt longer than all that may wait is admitted while no other waits."""
+        shared = num_requests > 1 and self.num_in_flight > 0
+        kept_requests = self._max_queued_requests // 4 if shared else 0
+        kept_tokens = self._max_waiting_tokens // 4 if shared else 0
+        if self.num_in_flight + num_requests > self._max_requests - kept_requests:
             self._refuse(f"max_queued_requests={self._max_queued_requests} reached", num_requests)
         if (
             self._num_waiting_tokens
-            and self._num_waiting_tokens + num_prompt_tokens > self._max_waiting_tokens
+            and self._num_waiting_tokens + num_prompt_tokens > self._max_waiting_tokens - kept_tokens
         ):
             self._refuse(f"max_queued_prompt_tokens={self._max_waiting_tokens} reached", num_requests)
         self.num_in_flight += num_requests

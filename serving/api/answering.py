@@ -5,8 +5,9 @@ Knows neither endpoint: a Renderer gives the answer its shape.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,7 +19,7 @@ from serving.api.errors import ApiError, internal_error
 from serving.api.figures import metrics, usage
 from serving.api.plan import Plan
 from serving.api.response_schema import Body, Metrics, Usage
-from serving.api.run import Run, start_run
+from serving.api.run import Run, open_run
 
 _log = logging.getLogger(__name__)
 
@@ -46,21 +47,27 @@ class Renderer(Protocol):
 
 async def respond(context: AppContext, request: Request, plan: Plan, renderer: Renderer) -> Response:
     """Raises ApiError if the request cannot start, or if it fails and is not streamed."""
-    run = start_run(context, plan)
+    with ExitStack() as ends:
+        run = open_run(context, plan)
+        ends.callback(run.close)
+        response = await _unless_client_leaves(request, _begun(run, plan, renderer))
+        if isinstance(response, sse.EventStream):
+            ends.pop_all()  # from here on the stream closes the run, and notices a client that leaves
+        return response or Response(status_code=CLIENT_LEFT)
+
+
+async def _begun(run: Run, plan: Plan, renderer: Renderer) -> Response:
+    """Everything submitted, and the answer, or the stream that it will come by."""
+    await run.submit()
     if plan.body.stream:
         return sse.EventStream(_events(run, plan, renderer), on_close=run.close)
-    try:
-        body = await _unless_client_leaves(request, run, plan, renderer)
-    finally:
-        run.close()
-    if body is None:
-        return Response(status_code=CLIENT_LEFT)
+    body = await _whole(run, plan, renderer)
     return Response(body.to_json(), media_type="application/json")
 
 
-async def _unless_client_leaves(request: Request, run: Run, plan: Plan, renderer: Renderer) -> Body | None:
+async def _unless_client_leaves(request: Request, begun: Coroutine[Any, Any, Response]) -> Response | None:
     """None when the client left first. A task each; neither outlives the call."""
-    answer = asyncio.ensure_future(_whole(run, plan, renderer))
+    answer = asyncio.ensure_future(begun)
     left = asyncio.ensure_future(_client_left(request))
     try:
         await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)

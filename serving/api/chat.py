@@ -16,6 +16,7 @@ from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import check_model, route_of
 from serving.api.logprobs import chat_logprobs
+from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.plan import Plan, fit_max_tokens, sampling_of
 from serving.api.request_schema import ChatBody, ChatMessage
 from serving.api.response_schema import (
@@ -35,12 +36,14 @@ from serving.api.token_codec import TokenCodec
 def chat_routes(context: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATION_ANSWERS)
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         check_model(context, body.model)
+        context.limits.check_generations(1, body.n)
         prompt = await chat_token_ids(
             context.codec, body.messages, body.add_generation_prompt, body.chat_template_kwargs
         )
+        context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
         plan = _plan(context, body, request, prompt)
         return await respond(context, request, plan, ChatRenderer(context.codec, plan))
 

@@ -1,5 +1,6 @@
 """`POST /v1/completions`: prompts as text or token ids, continued."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import check_model, encode, route_of
 from serving.api.logprobs import completion_logprobs
+from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.plan import Plan, fit_max_tokens, sampling_of
 from serving.api.request_schema import CompletionBody
 from serving.api.response_schema import Completion, CompletionChoice, Metrics, Usage
@@ -25,29 +27,33 @@ DEFAULT_MAX_TOKENS = 16
 def completion_routes(context: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=Completion)
+    @router.post("/v1/completions", response_model=Completion, responses=GENERATION_ANSWERS)
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         check_model(context, body.model)
-        prompts = await _prompts(context.codec, body)
+        prompts = await _prompts(context, body)
         plan = _plan(context, body, request, prompts)
-        renderer = CompletionRenderer(context.codec, plan, _echoes(context.codec, body, prompts))
+        renderer = CompletionRenderer(context.codec, plan, await _echoes(context.codec, body, prompts))
         return await respond(context, request, plan, renderer)
 
     return router
 
 
-async def _prompts(codec: TokenCodec, body: CompletionBody) -> list[list[int]]:
-    """Token ids of every prompt. Raises ApiError for one without tokens."""
-    prompts = [
-        await encode(codec, prompt, add_special_tokens=body.add_special_tokens)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in _each_prompt(body)
-    ]
-    for number, prompt in enumerate(prompts):
+async def _prompts(context: AppContext, body: CompletionBody) -> list[list[int]]:
+    """Token ids of every prompt. Raises ApiError for one without tokens, and for more than one request may
+    ask for: before the first text is tokenised, or as soon as the texts so far have too many tokens."""
+    given = _each_prompt(body)
+    context.limits.check_generations(len(given), body.n)
+    prompts: list[list[int]] = []
+    num_tokens = 0
+    for number, prompt in enumerate(given):
+        if isinstance(prompt, str):
+            prompt = await encode(context.codec, prompt, add_special_tokens=body.add_special_tokens)
         if not prompt:
-            name = "prompt" if len(prompts) == 1 else f"prompt[{number}]"
+            name = "prompt" if len(given) == 1 else f"prompt[{number}]"
             raise bad_request(f"{name} has no tokens; there is nothing to complete", "prompt")
+        prompts.append(prompt)
+        num_tokens += len(prompt)
+        context.limits.check_prompt_tokens(num_tokens, body.n, "prompt")
     return prompts
 
 
@@ -60,12 +66,16 @@ def _each_prompt(body: CompletionBody) -> list[str] | list[list[int]] | list[str
     return [item for item in prompt if not isinstance(item, int)]
 
 
-def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
+async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
     """What `echo` puts before each prompt's choices: the text as it was given, or its decoding."""
     if not body.echo:
         return [""] * len(prompts)
-    given = zip(_each_prompt(body), prompts, strict=True)
-    return [prompt if isinstance(prompt, str) else codec.decode(tokens) for prompt, tokens in given]
+
+    def echoes() -> list[str]:
+        given = zip(_each_prompt(body), prompts, strict=True)
+        return [prompt if isinstance(prompt, str) else codec.decode(tokens) for prompt, tokens in given]
+
+    return await asyncio.to_thread(echoes)
 
 
 def _plan(context: AppContext, body: CompletionBody, request: Request, prompts: list[list[int]]) -> Plan:

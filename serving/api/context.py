@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from buffer.records import ServingStatus
 from serving.api.admission import Admission
 from serving.api.keys import KeyRing
+from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
 from serving.engine.engine import Engine
 from serving.metrics import ServingMetrics
@@ -27,6 +28,7 @@ class AppContext:
     started_at: int
     """Unix time."""
     admission: Admission
+    limits: RequestLimits
     keys: KeyRing
     metrics: ServingMetrics
     recorder: Recorder | None

@@ -1,37 +1,37 @@
 """The outermost layer of the app: request ids, keys, and an answer for what nobody else caught.
 
 A plain ASGI layer, so that bodies are not read before the key is checked and streams are never buffered.
-Invariant: every HTTP answer carries X-Request-Id, the client's own if it sent a usable one.
+Invariant: every HTTP answer carries X-Request-Id exactly once (see `request_ids`).
 """
 
 import logging
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api.errors import ApiError, internal_error
 from serving.api.keys import KeyRing, realm_of
-
-REQUEST_ID_HEADER = "X-Request-Id"
-_MAX_REQUEST_ID_LEN = 128
+from serving.api.request_ids import REQUEST_ID_HEADER, request_id_of
 
 _log = logging.getLogger(__name__)
 
 
 class Door:
-    """Wraps the app. Needs to be added last, so that it is the first to see a request."""
+    """Wraps the app. Needs to be added last, so that it is the first to see a request.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    `sends_request_id` False: whatever is in front of the app puts the id on the answer."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, *, sends_request_id: bool = True) -> None:
         self._app = app
         self._keys = keys
+        self._sends_request_id = sends_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers.get(REQUEST_ID_HEADER))
+        request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
 
@@ -39,7 +39,8 @@ class Door:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                if self._sends_request_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         refusal = self._refusal(_route_path(scope), headers.get("authorization"))
@@ -60,11 +61,6 @@ class Door:
         key = "admin key" if realm == "admin" else "API key"
         message = f"A valid {key} is needed: send it as 'Authorization: Bearer KEY'."
         return ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
-
-
-def _request_id(given: str | None) -> str:
-    usable = given is not None and 0 < len(given) <= _MAX_REQUEST_ID_LEN
-    return given if given is not None and usable and given.isprintable() else uuid.uuid4().hex
 
 
 def _route_path(scope: Scope) -> str:

@@ -88,16 +88,17 @@ def from_validation(faults: Sequence[Any]) -> ApiError:
     location = [part for part in fault["loc"] if part != "body"]
     param = _field_name([*location, named] if named else location)
     message = str(fault["msg"]).removeprefix("Value error, ")
-    if location and not named:
+    if location and not named and fault["type"] not in _CLEAR_FAULTS:
         message = _SHAPES.get(str(location[0]), message)
     return bad_request(f"{param}: {message}" if param else message, param)
 
 
 _SHAPES = {
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of lists of token ids",
-    "stop": "must be a text or a list of at most 16 texts, none of them empty",
+    "stop": "must be a text of 1 to 1024 characters, or a list of at most 16 of them",
 }
 """Fields that take several shapes: what is wrong with one of them would mislead."""
+_CLEAR_FAULTS = {"too_long", "string_too_long"}
 
 
 def _field_name(location: Sequence[str | int]) -> str | None:

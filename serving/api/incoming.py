@@ -1,6 +1,8 @@
 """What every endpoint asks of a request first: the model it means, its tokens, its route."""
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -9,8 +11,10 @@ from serving.api.errors import ApiError, bad_request
 from serving.api.token_codec import TokenCodec
 from serving.router import ROUTE_HEADER, choose_route
 
-_INLINE_CHARS = 2048
+_INLINE_SIZE = 2048
 """A longer text is tokenised in a thread: it would hold up every other stream."""
+
+T = TypeVar("T")
 
 
 def check_model(context: AppContext, name: str | None) -> None:
@@ -22,9 +26,12 @@ def check_model(context: AppContext, name: str | None) -> None:
 
 async def encode(codec: TokenCodec, text: str, *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text; long ones off the event loop."""
-    if len(text) <= _INLINE_CHARS:
-        return codec.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(codec.encode, text, add_special_tokens=add_special_tokens)
+    return await off_loop(lambda: codec.encode(text, add_special_tokens=add_special_tokens), len(text))
+
+
+async def off_loop(work: Callable[[], T], size: int) -> T:
+    """What takes long (`size` in characters or tokens) in a thread, the rest at once."""
+    return work() if size <= _INLINE_SIZE else await asyncio.to_thread(work)
 
 
 def route_of(request: Request, metadata: dict[str, str] | None) -> str | None:

@@ -1,6 +1,7 @@
 """Who may do what: client keys open the API, one admin key opens what changes weights or learning.
 
-Keeps sha256 digests only and compares all of them in constant time. Knows no HTTP framework.
+Keeps sha256 digests only and compares all of them in constant time. Knows no HTTP framework. Invariant: what
+carries no key opens nothing that asks for one, whatever the keys are.
 """
 
 import hashlib
@@ -10,8 +11,24 @@ from typing import Literal
 
 Realm = Literal["open", "client", "admin"]
 
+MIN_KEY_CHARS = 8
+
 _CLIENT_PREFIXES = ("/v1", "/tokenize", "/detokenize")
 _ADMIN_PREFIXES = ("/admin",)
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for one that guards nothing, or that no header could carry; never shows the key."""
+    if not key:
+        raise ValueError("is empty, which would guard nothing")
+    if key != key.strip():
+        raise ValueError("begins or ends with whitespace, which no client sends")
+    if len(key) < MIN_KEY_CHARS:
+        raise ValueError(
+            f"has {len(key)} characters, which can be guessed; it must have {MIN_KEY_CHARS} or more"
+        )
+    if not all("!" <= char <= "~" for char in key):
+        raise ValueError("holds whitespace or characters outside ASCII, which a header cannot carry")
 
 
 def realm_of(path: str) -> Realm:
@@ -26,20 +43,28 @@ def _is_under(path: str, prefixes: Sequence[str]) -> bool:
 
 
 class KeyRing:
-    """Answers whether an Authorization header opens a realm."""
+    """Answers whether an Authorization header opens a realm. Raises ValueError for a key that is none."""
 
     def __init__(self, api_keys: Sequence[str] = (), admin_key: str | None = None) -> None:
+        for key in (*api_keys, *(() if admin_key is None else (admin_key,))):
+            check_key(key)
         self._clients = tuple(_digest(key) for key in api_keys)
         self._admin = () if admin_key is None else (_digest(admin_key),)
 
     def opens(self, realm: Realm, authorization: str | None) -> bool:
         """Without client keys the API is open; without an admin key `/admin` is shut."""
-        if realm == "open" or (realm == "client" and not self._clients):
+        if not self.asks(realm):
             return True
-        given = _digest(_bearer(authorization))
+        given = _bearer(authorization)
+        if not given:
+            return False
         known = self._admin if realm == "admin" else self._clients
-        matches = [secrets.compare_digest(given, digest) for digest in known]
+        matches = [secrets.compare_digest(_digest(given), digest) for digest in known]
         return any(matches)
+
+    def asks(self, realm: Realm) -> bool:
+        """Whether a key is needed there."""
+        return realm == "admin" or (realm == "client" and bool(self._clients))
 
 
 def _bearer(authorization: str | None) -> str:

@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from serving.api.chat import chat_token_ids
 from serving.api.context import AppContext
 from serving.api.errors import ApiError
-from serving.api.incoming import check_model, encode
+from serving.api.incoming import check_model, encode, off_loop
+from serving.api.openapi import answers_as, errors
 from serving.api.request_schema import DetokenizeBody, TokenizeBody
 from serving.api.response_schema import ModelCard, ModelList, Text, Tokens
 from serving.metrics import CONTENT_TYPE
@@ -19,14 +20,14 @@ def health_routes(context: AppContext) -> APIRouter:
     """Open to all: they say nothing about requests."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", responses=errors(503))
     async def health() -> Response:
         """Liveness: the engine thread runs."""
         if not context.engine.is_alive:
             raise ApiError(503, "The engine has stopped; the replica must be restarted.")
         return JSONResponse({"status": "ok"})
 
-    @router.get("/ready")
+    @router.get("/ready", responses=errors(503))
     async def ready() -> Response:
         if not context.is_ready:
             raise ApiError(503, "Not ready: loading, draining or stopped.")
@@ -36,7 +37,7 @@ def health_routes(context: AppContext) -> APIRouter:
     async def version() -> dict[str, str]:
         return {"version": context.version}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses=answers_as(CONTENT_TYPE))
     def metrics() -> Response:
         return Response(context.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
@@ -50,7 +51,7 @@ def model_routes(context: AppContext) -> APIRouter:
     async def list_models() -> ModelList:
         return ModelList(object="list", data=[_card(context)])
 
-    @router.get("/v1/models/{model_id:path}", response_model_exclude_unset=True)
+    @router.get("/v1/models/{model_id:path}", response_model_exclude_unset=True, responses=errors(404))
     async def retrieve_model(model_id: str) -> ModelCard:
         check_model(context, model_id)
         return _card(context)
@@ -61,23 +62,28 @@ def model_routes(context: AppContext) -> APIRouter:
 def token_routes(context: AppContext) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", response_model_exclude_unset=True)
-    async def tokenize(body: TokenizeBody) -> Tokens:
+    @router.post("/tokenize", response_model=Tokens, responses=errors(400, 404, 413))
+    async def tokenize(body: TokenizeBody) -> Response:
         check_model(context, body.model)
         codec = context.codec
         if body.messages is not None:
             tokens = await chat_token_ids(codec, body.messages, body.add_generation_prompt, {})
         else:
-            text = body.prompt or ""
-            tokens = await encode(codec, text, add_special_tokens=body.add_special_tokens)
-        answer = Tokens(count=len(tokens), max_model_len=context.engine.max_seq_len, tokens=tokens)
-        if not body.return_token_strs:
-            return answer
-        return answer.model_copy(update={"token_strs": [codec.token_text(token) for token in tokens]})
+            tokens = await encode(codec, body.prompt or "", add_special_tokens=body.add_special_tokens)
 
-    @router.post("/detokenize")
+        def rendered() -> str:
+            answer = Tokens(count=len(tokens), max_model_len=context.engine.max_seq_len, tokens=tokens)
+            if body.return_token_strs:
+                texts = [codec.token_text(token) for token in tokens]
+                answer = answer.model_copy(update={"token_strs": texts})
+            return answer.to_json()
+
+        return Response(await off_loop(rendered, len(tokens)), media_type="application/json")
+
+    @router.post("/detokenize", responses=errors(400, 404, 413))
     def detokenize(body: DetokenizeBody) -> Text:
         check_model(context, body.model)
+        context.limits.check_tokens(len(body.tokens))
         return Text(prompt=context.codec.decode(body.tokens))
 
     return router

@@ -1,20 +1,35 @@
 """The bodies that clients send, validated strictly. Knows no tokenizer and no engine.
 
 Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported,
-is refused by name unless its value is the neutral one; null means unset everywhere.
+is refused by name unless its value is the neutral one; null means unset everywhere. Every list is checked up
+to its first fault only: a body of a megabyte may hold a hundred thousand, and they are told one at a time.
 """
 
 import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_PROMPTS = 4096
+MAX_MESSAGES = 4096
+MAX_BIASES = 4096
+MAX_METADATA = 16
 
 _TEMPLATE_CONTROLS = frozenset(
     "add_generation_prompt chat_template continue_final_message conversation documents max_length messages "
@@ -22,8 +37,9 @@ _TEMPLATE_CONTROLS = frozenset(
     "truncation".split()
 )
 
-NonEmpty = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
@@ -48,6 +64,36 @@ def refuse_broken_text(data: Any) -> None:
                 raise PydanticCustomError("everdraft", "a text holds half of a surrogate pair") from None
 
 
+def at_most(num_entries: int) -> BeforeValidator:
+    """For mappings: more entries are refused before the first of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > num_entries:
+            raise ValueError(f"has {len(value)} entries; at most {num_entries} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
+def prompt_shape(prompt: Any) -> str | None:
+    """Which of its shapes a prompt has, by its first item; None: none of them."""
+    if isinstance(prompt, str):
+        return "str"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    return "list[str]" if isinstance(first, str) else "list[list]" if isinstance(first, list) else "list[int]"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("list[str]")]
+    | Annotated[list[TokenId], Field(fail_fast=True), Tag("list[int]")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("list[list]")],
+    Discriminator(prompt_shape),
+]
+
+
 class StrictBody(BaseModel):
     """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
 
@@ -58,7 +104,6 @@ class StrictBody(BaseModel):
     def _refuse_what_would_be_ignored(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        refuse_broken_text(data)
         given = {name: value for name, value in data.items() if value is not None}
         return {name: value for name, value in given.items() if not cls._may_drop(name, value)}
 
@@ -78,18 +123,28 @@ class StrictBody(BaseModel):
         raise fault(str(name), f"is no field that is known here{hint}; the request was not started")
 
 
+class RequestBody(StrictBody):
+    """A whole body, in which every text is one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_broken_text(cls, data: Any) -> Any:
+        refuse_broken_text(data)
+        return data
+
+
 class StreamOptions(StrictBody):
     include_usage: bool = False
 
 
-class GenerationBody(StrictBody):
+class GenerationBody(RequestBody):
     """What both generation endpoints share."""
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] = Field(
-        default_factory=list
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] = (
+        Field(default_factory=list)
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -98,20 +153,24 @@ class GenerationBody(StrictBody):
     top_p: float = Field(default=1.0, gt=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_BIASES)] = Field(
+        default_factory=dict
+    )
     """Token id to what its logit gains. -100 as good as bans a token, but is finite like any other;
     `allowed_token_ids` is strict."""
     user: str | None = None
     store: bool | None = None
-    metadata: dict[str, str] | None = Field(default=None, max_length=16)
+    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = None
 
     top_k: int = Field(default=0, ge=-1, lt=2**31)
     """0 and -1 are off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)] | None = None
     min_tokens: int = Field(default=0, ge=0)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=128)
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] = Field(
+        default_factory=list, max_length=128
+    )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     return_token_ids: bool = False
@@ -145,7 +204,7 @@ class GenerationBody(StrictBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1)
@@ -169,7 +228,7 @@ class ContentPart(StrictBody):
 
 class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] = ""
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -182,7 +241,9 @@ class ChatMessage(StrictBody):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(
+        min_length=1, max_length=MAX_MESSAGES
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -191,7 +252,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise fault("top_logprobs", "needs logprobs to be true")
         return self
 
@@ -210,12 +271,14 @@ class ChatBody(GenerationBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TokenizeBody(StrictBody):
+class TokenizeBody(RequestBody):
     """`POST /tokenize`: a text, or messages as chat would see them."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -227,8 +290,8 @@ class TokenizeBody(StrictBody):
         return self
 
 
-class DetokenizeBody(StrictBody):
+class DetokenizeBody(RequestBody):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -1,9 +1,11 @@
 """The generations of one API request while they run: from engine events to deltas, and an end in any case.
 
 Invariant: after `close` nothing of the request runs in the engine for longer than one round, and its place in
-the queue is free. Everything but `_Listener` lives on the event loop.
+the queue is free. Everything but `_Listener` lives on the event loop, which a submission leaves to others
+after every few generations.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -17,8 +19,11 @@ from serving.api.plan import Plan
 from serving.api.text_stream import TextStream
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
-from serving.engine.request import Generation, TokenEvent
+from serving.engine.request import Generation, GenerationRequest, TokenEvent
 from serving.recorder import Recorder
+
+_SLICE = 8
+"""Generations submitted before others have their turn on the event loop."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class _Listener:
 
 
 class Run:
-    """Made by `start_run`; must be closed."""
+    """Made by `open_run`; must be closed."""
 
     def __init__(self, context: AppContext, plan: Plan, ticket: Ticket, began_s: float) -> None:
         self._context, self._plan, self._ticket = context, plan, ticket
@@ -63,12 +68,23 @@ class Run:
         self.generations: list[Generation] = []
         """Those that ended, in the order of their ends."""
 
-    def submit(self) -> None:
+    async def submit(self) -> None:
+        """Every choice, to the engine; once. Raises ApiError; `close` ends what had begun by then."""
+        try:
+            for index, request in enumerate(self._plan.requests()):
+                if index and index % _SLICE == 0:
+                    await asyncio.sleep(0)
+                self._submit(index, request)
+        except ValueError as error:
+            raise from_value_error(error) from None
+        except EngineClosedError:
+            raise ApiError(503, "The server is shutting down; the request was not started.") from None
+
+    def _submit(self, index: int, request: GenerationRequest) -> None:
         body = self._plan.body
         eager = body.stream or bool(body.stop_strings)
-        for index, request in enumerate(self._plan.requests()):
-            listener = _Listener(index, self._inbox, self._context.recorder, eager)
-            self._handles.append(self._context.engine.submit(request, listener))
+        listener = _Listener(index, self._inbox, self._context.recorder, eager)
+        self._handles.append(self._context.engine.submit(request, listener))
 
     @property
     def num_output_tokens(self) -> int:
@@ -130,8 +146,8 @@ class Run:
         return ChoiceState(index, stream, include_stop=include_stop)
 
 
-def start_run(context: AppContext, plan: Plan) -> Run:
-    """Take a place in the queue and submit every choice. If it raises (ApiError as a rule), nothing runs."""
+def open_run(context: AppContext, plan: Plan) -> Run:
+    """Take a place in the queue. Raises ApiError; then none was taken."""
     began_s = time.monotonic()
     if not context.is_ready:
         raise ApiError(503, "The server is not ready: it is loading or shutting down.")
@@ -139,16 +155,4 @@ def start_run(context: AppContext, plan: Plan) -> Run:
         ticket = context.admission.admit(plan.num_choices, plan.num_prompt_tokens * plan.body.n)
     except QueueFullError as error:
         raise queue_full(error) from None
-    run = Run(context, plan, ticket, began_s)
-    try:
-        run.submit()
-    except ValueError as error:
-        run.close()
-        raise from_value_error(error) from None
-    except EngineClosedError:
-        run.close()
-        raise ApiError(503, "The server is shutting down; the request was not started.") from None
-    except Exception:
-        run.close()
-        raise
-    return run
+    return Run(context, plan, ticket, began_s)

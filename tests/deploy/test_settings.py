@@ -82,11 +82,56 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
 
 def test_a_secret_never_appears_in_a_message(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
-        load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": "sesame"})
+        load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": "open-sesame"})
     assert "sesame" not in str(caught.value)
-    settings = load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": '["sesame"]'})
-    assert settings.serving.revealed_api_keys() == ("sesame",)
+    settings = load_settings(environment={**TARGET, "EVERDRAFT__SERVING__API_KEYS": '["open-sesame"]'})
+    assert settings.serving.revealed_api_keys() == ("open-sesame",)
     assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("ADMIN_KEY", "", "unset it to keep /admin shut, or give another"),
+        ("ADMIN_KEY", "sesame", "unset it to keep /admin shut, or give another"),
+        ("API_KEYS", "", "unset it to leave the endpoint open"),
+        ("API_KEYS", '[""]', "take it out, or give another"),
+        ("API_KEYS", '["open-sesame", "sesame"]', "take it out, or give another"),
+    ],
+)
+def test_a_key_that_guards_nothing_is_refused_at_start(
+    tmp_path: Path, name: str, text: str, remedy: str
+) -> None:
+    variable, setting = f"EVERDRAFT__SERVING__{name}", f"serving.{name.lower()}"
+    file = written(tmp_path, "a.yaml", f"serving: {{target: a, {name.lower()}: {text or repr('')}}}\n")
+    for place, sources in ((variable, (None, {**TARGET, variable: text})), (str(file), (file, {}))):
+        with pytest.raises(SettingsError) as caught:
+            load_settings(*sources)
+        message = str(caught.value)
+        assert message.startswith(f"{place}: {setting}=(hidden): ")
+        assert remedy in message and "nothing was started" in message
+        assert "sesame" not in message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "serving.target",
+        "serving.draft",
+        "serving.device",
+        "redis.url",
+        "mlflow.tracking_uri",
+        "cluster.host",
+        "cluster.ray_address",
+        "cluster.state_dir",
+    ],
+)
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_text_that_is_empty_is_refused(setting: str, text: str) -> None:
+    """An unset variable of a compose file; taken for a value, it would listen on every interface."""
+    variable = "EVERDRAFT__" + setting.upper().replace(".", "__")
+    with pytest.raises(SettingsError, match=f"{variable}: {setting}=.* is empty; leave it out"):
+        load_settings(environment={**TARGET, variable: text})
 
 
 def test_a_missing_target_says_how_to_give_it() -> None:

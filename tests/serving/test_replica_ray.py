@@ -1,5 +1,6 @@
 """The deployment on a real Ray Serve with a real Redis: two replicas, one endpoint."""
 
+import os
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ from ray import serve
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
+from serving.api.request_ids import SERVE_PROXY_ENVIRONMENT
 from serving.models.loading import load_pair
 from serving.replica import build_deployment
 from serving.settings import ServingSettings
@@ -58,6 +60,7 @@ def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
         status_interval_s=0.2,
     )
     port = free_port()
+    os.environ.update(SERVE_PROXY_ENVIRONMENT)
     ray.init(
         num_cpus=4,
         include_dashboard=False,
@@ -72,6 +75,8 @@ def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
     finally:
         serve.shutdown()
         ray.shutdown()
+        for name in SERVE_PROXY_ENVIRONMENT:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,61 @@ def test_the_official_client_is_answered_whole_and_streamed(client: openai.OpenA
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**request, frequency_penalty=2.1)
     assert refused.value.param == "frequency_penalty"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], False),
+        ([b"mine-1"], True),
+        ([b"mine-1", b"mine-2"], True),
+        ([b"\xff"], False),
+        (["東京".encode()], False),
+        ([b""], False),
+        ([b"x" * 500], False),
+    ],
+)
+def test_a_request_id_is_sent_once_and_whatever_it_is_the_request_is_answered(
+    endpoint: str, given: list[bytes], kept: bool
+) -> None:
+    headers = [(b"X-Request-Id", value) for value in given]
+    for path in ("/health", "/v1/nothing"):
+        answer = httpx.get(endpoint + path, headers=headers)
+        assert answer.status_code == (200 if path == "/health" else 404)
+        [sent] = answer.headers.get_list("x-request-id")
+        assert (sent == "mine-1") == kept and len(sent) == (6 if kept else 32)
+
+
+def test_the_official_client_reads_its_own_request_id(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="a", extra_headers={"X-Request-Id": "mine-3"})
+    assert answer._request_id == "mine-3"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in (
+            b"Serve-Multiplexed-Model-Id",
+            b"X-Session-Id",
+            b"X-Request-Timeout-Seconds",
+            b"X-Request-Disconnect-Disabled",
+            b"Authorization",
+            b"traceparent",
+        )
+        for value in (b"\xff", b"0.00001")
+    ],
+)
+def test_no_header_reaches_what_is_in_front_of_the_app(endpoint: str, name: bytes, value: bytes) -> None:
+    assert httpx.get(f"{endpoint}/health", headers=[(name, value)]).status_code == 200
+
+
+def test_a_body_too_large_is_refused_through_the_proxy_too(endpoint: str) -> None:
+    for body in (b" " * 2_000_000, iter([b" " * 100_000] * 20)):
+        answer = httpx.post(
+            f"{endpoint}/v1/completions", content=body, headers={"content-type": "application/json"}
+        )
+        assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
 def test_requests_of_both_replicas_are_recorded(client: openai.OpenAI, redis_url: str) -> None:

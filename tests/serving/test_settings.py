@@ -27,6 +27,9 @@ def test_a_secret_is_never_printed() -> None:
         {"speculation": "draft"},
         {"stopping": "never"},
         {"stopping_threshold": -1.0},
+        {"max_generations_per_request": 0},
+        {"max_generations_per_request": 257},
+        {"max_generations_per_request": 2, "max_queued_requests": 0},
     ],
 )
 def test_a_wrong_value_or_an_unknown_key_is_refused(wrong: dict[str, object]) -> None:
@@ -45,3 +48,37 @@ def test_a_wrong_value_or_an_unknown_key_is_refused(wrong: dict[str, object]) ->
 )
 def test_clients_call_the_model_by_its_name_or_its_folder(given: dict[str, str], name: str) -> None:
     assert ServingSettings.model_validate(given).served_name == name
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", "       ", "hush-hu", " hush-hush", "hush-hush\n", "hush hush", "hüsch-hüsch"]
+)
+def test_a_key_that_guards_nothing_is_refused_by_name_and_never_shown(key: str) -> None:
+    for name, given in (("admin_key", key), ("api_keys", [key]), ("api_keys", ["good-enough", key])):
+        with pytest.raises(ValidationError) as refused:
+            ServingSettings.model_validate({"target": "t", name: given})
+        assert name in str(refused.value)
+        assert not key.strip() or key.strip() not in str(refused.value)
+
+
+def test_no_client_key_is_the_admin_key() -> None:
+    with pytest.raises(ValidationError, match="every client could open /admin"):
+        ServingSettings.model_validate({"target": "t", "api_keys": ["hush-hush"], "admin_key": "hush-hush"})
+
+
+@pytest.mark.parametrize(
+    ("given", "num_generations", "num_tokens"),
+    [
+        ({}, 64, 65_536),
+        ({"max_queued_requests": 0}, 1, 65_536),
+        ({"max_queued_requests": 1, "max_seq_len": 100_000}, 1, 100_000),
+        ({"max_generations_per_request": 256}, 256, 65_536),
+        ({"max_queued_prompt_tokens": 1, "max_seq_len": 64}, 64, 64),
+    ],
+)
+def test_one_request_may_ask_for_a_quarter_of_the_queue_and_any_one_prompt(
+    given: dict[str, int], num_generations: int, num_tokens: int
+) -> None:
+    settings = ServingSettings.model_validate({"target": "t"} | given)
+    assert settings.generations_per_request == num_generations
+    assert settings.prompt_tokens_per_request == num_tokens

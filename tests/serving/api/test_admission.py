@@ -52,10 +52,29 @@ def test_prompt_tokens_that_wait_are_bounded_and_started_ones_do_not_wait() -> N
     bound.admit(1, 20)
 
 
-def test_a_request_larger_than_a_bound_is_admitted_when_alone() -> None:
+def test_a_prompt_longer_than_all_that_may_wait_is_admitted_while_no_other_waits() -> None:
     bound = admission(tokens=10)
-    bound.admit(100, 1000).release()
+    bound.admit(1, 1000).release()
     assert bound.num_in_flight == 0
+
+
+def test_more_generations_than_there_are_places_are_refused_even_when_alone() -> None:
+    with pytest.raises(QueueFullError, match="max_queued_requests=2"):
+        admission().admit(5, 5)
+
+
+def test_the_last_quarter_of_each_bound_is_for_requests_of_one_generation() -> None:
+    bound = admission(num_slots=1, requests=8, tokens=80)
+    bound.admit(4, 40)
+    with pytest.raises(QueueFullError):
+        bound.admit(4, 4)
+    with pytest.raises(QueueFullError):
+        bound.admit(2, 21)
+    bound.admit(3, 20)
+    bound.admit(1, 10)
+    bound.admit(1, 10)
+    with pytest.raises(QueueFullError):
+        bound.admit(1, 0)
 
 
 def test_retry_after_follows_the_rate_of_ends() -> None:
@@ -89,5 +108,5 @@ def test_whatever_comes_and_goes_nothing_is_counted_twice(steps: list[tuple[int,
                 assert 1 <= refused.retry_after_s <= 30
     for ticket in held:
         ticket.release()
-    assert bound.num_in_flight >= 0
-    bound.admit(1000, 1000)
+    assert bound.num_in_flight == 0
+    bound.admit(4, 1000)

@@ -61,6 +61,13 @@ def test_logprobs_come_as_content_with_bytes(client: openai.OpenAI) -> None:
     assert chat(client).choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("logprobs", [{"logprobs": False}, {}])
+def test_no_top_logprobs_of_no_logprobs_is_nothing_asked_for(
+    client: openai.OpenAI, logprobs: dict[str, bool]
+) -> None:
+    assert chat(client, top_logprobs=0, **logprobs).choices[0].logprobs is None
+
+
 def test_choices_of_one_seed_differ(client: openai.OpenAI) -> None:
     answer = chat(client, seed=1, n=3)
     assert len({choice.message.content for choice in answer.choices}) == 3

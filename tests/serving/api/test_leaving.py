@@ -7,7 +7,12 @@ import time
 import httpx
 import openai
 import pytest
+from fastapi import Request
 
+from serving.api.answering import CLIENT_LEFT, respond
+from serving.api.completions import CompletionRenderer
+from serving.api.plan import Plan, sampling_of
+from serving.api.request_schema import CompletionBody
 from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
 
@@ -46,6 +51,42 @@ async def test_a_client_that_leaves_frees_its_slot(server: LiveServer, stream: b
     assert server.parts.engine.stats().num_output_tokens - tokens_before < MANY * 230 // 2
     assert aborted(server) >= before + MANY // 2
     assert server.parts.context.admission.num_in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.asyncio
+async def test_a_client_that_leaves_ends_the_submission_of_its_request(
+    server: LiveServer, stream: bool
+) -> None:
+    """No generation is submitted once it has left, and before that others have their turns."""
+    context, turns = server.parts.context, 0
+
+    async def receive() -> dict[str, str]:
+        """It leaves when the event loop has come round twice."""
+        nonlocal turns
+        while turns < 2:
+            turns += 1
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http", "headers": []}, receive)
+    body = CompletionBody.model_validate(LONG | {"n": 64, "stream": stream})
+    plan = Plan(
+        api_id="cmpl-test",
+        created=0,
+        model="tiny",
+        body=body,
+        prompts=((5,),),
+        sampling=sampling_of(body, 230, None),
+        route=None,
+        capture=False,
+    )
+    before = aborted(server)
+    response = await respond(context, request, plan, CompletionRenderer(context.codec, plan, [""]))
+    assert response.status_code == CLIENT_LEFT
+    assert 0 < aborted(server) - before < 64
+    assert context.admission.num_in_flight == 0
+    server.wait_until_idle(timeout_s=5.0)
 
 
 def test_a_deadline_ends_the_request_with_408(tiny_pair: tuple[str, str]) -> None:

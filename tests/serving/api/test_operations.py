@@ -20,7 +20,7 @@ def locked(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
         draft=tiny_pair[1],
         num_slots=1,
         max_seq_len=64,
-        api_keys=(SecretStr("sk-one"), SecretStr("sk-two")),
+        api_keys=(SecretStr("sk-one-1"), SecretStr("sk-two-2")),
         admin_key=SecretStr("sk-admin"),
         capture_rate=0.0,
     )
@@ -69,13 +69,13 @@ def test_health_and_version_are_open_and_the_api_is_not(locked: LiveServer) -> N
         assert refused.json()["error"]["code"] == "invalid_api_key"
     body = "no json"
     assert httpx.post(f"{locked.url}/v1/completions", content=body).status_code == 401
-    for key in ("sk-one", "sk-two"):
+    for key in ("sk-one-1", "sk-two-2"):
         assert httpx.get(f"{locked.url}/v1/models", headers=bearer(key)).status_code == 200
 
 
 def test_only_the_admin_key_opens_the_status(locked: LiveServer, server: LiveServer) -> None:
     url = f"{locked.url}/admin/status"
-    assert httpx.get(url, headers=bearer("sk-one")).status_code == 401
+    assert httpx.get(url, headers=bearer("sk-one-1")).status_code == 401
     status = httpx.get(url, headers=bearer("sk-admin")).json()
     assert status["replica_id"] == "replica-0"
     assert status["serving_versions"] == {"default": 0}
@@ -84,7 +84,7 @@ def test_only_the_admin_key_opens_the_status(locked: LiveServer, server: LiveSer
 
 
 def test_a_capture_rate_of_zero_records_nothing(locked: LiveServer) -> None:
-    answer = httpx.post(f"{locked.url}/v1/completions", json={"prompt": "a"}, headers=bearer("sk-one"))
+    answer = httpx.post(f"{locked.url}/v1/completions", json={"prompt": "a"}, headers=bearer("sk-one-1"))
     assert answer.status_code == 200
     locked.wait_until_idle()
     assert locked.store.keys() == []
@@ -96,7 +96,35 @@ def test_a_request_id_comes_back_or_is_made(locked: LiveServer, path: str) -> No
     assert httpx.get(url, headers={"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"
     made = {httpx.get(url).headers["x-request-id"] for _ in range(2)}
     assert len(made) == 2
-    assert len(httpx.get(url, headers={"X-Request-Id": "x" * 500}).headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    "given", [b"x" * 500, b"", b"two words", b"\xff", "東京".encode(), b"\x80\x81", b"tab\there"]
+)
+def test_an_id_that_does_not_fit_a_header_is_replaced(server: LiveServer, given: bytes) -> None:
+    answer = httpx.get(f"{server.url}/v1/models", headers=[(b"X-Request-Id", given)])
+    assert answer.status_code == 200
+    [made] = answer.headers.get_list("x-request-id")
+    assert len(made) == 32
+
+
+def test_of_two_ids_the_first_comes_back_once(server: LiveServer) -> None:
+    answer = httpx.get(f"{server.url}/health", headers=[("X-Request-Id", "a"), ("X-Request-Id", "b")])
+    assert answer.headers.get_list("x-request-id") == ["a"]
+
+
+@pytest.mark.parametrize("key", [b"Bearer \xff\xfe", "Bearer schlüssel".encode(), b"Bearer", b"\xff", b""])
+def test_a_key_of_any_bytes_is_a_wrong_key(locked: LiveServer, key: bytes) -> None:
+    for path in ("/v1/models", "/admin/status"):
+        answer = httpx.get(locked.url + path, headers=[(b"Authorization", key)])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("route", [b"\xff", "東京".encode(), b"a/b", b"", b"x" * 5000])
+def test_a_route_header_that_could_not_be_a_key_is_refused(server: LiveServer, route: bytes) -> None:
+    headers = [(b"X-Everdraft-Route", route)]
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "metadata.route")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""How much one request may ask for, however idle the replica is.
+
+What all of them together may have waiting is `admission`. Without these bounds one body of a few kilobytes
+could queue thousands of generations, and everybody else would be refused. Knows sizes only; checked before
+anything is tokenised at length, planned or queued.
+"""
+
+from dataclasses import dataclass
+
+from serving.api.errors import ApiError, bad_request
+
+_BODY_BYTES_PER_TOKEN = 16
+"""A token id takes at most 12 characters of JSON, a token of text about as many where all is escaped."""
+_SPARE_BODY_BYTES = 64 * 2**10
+"""For everything beside the prompt."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """Bounds of one request; over any of them 400, 413 for the body."""
+
+    max_generations: int
+    max_prompt_tokens: int
+    """A prompt counts once for each of its generations."""
+
+    @property
+    def max_body_bytes(self) -> int:
+        return _SPARE_BODY_BYTES + _BODY_BYTES_PER_TOKEN * self.max_prompt_tokens
+
+    def check_generations(self, num_prompts: int, n: int) -> None:
+        """Raises ApiError naming `prompt` where that many prompts alone are too many, else `n`."""
+        if num_prompts * n <= self.max_generations:
+            return
+        param = "prompt" if num_prompts > self.max_generations else "n"
+        raise bad_request(
+            f"{param}: {num_prompts} prompts times n={n} are {num_prompts * n} generations; one request may "
+            f"ask for at most {self.max_generations} (max_generations_per_request). Nothing was started.",
+            param,
+        )
+
+    def check_prompt_tokens(self, num_tokens: int, n: int, param: str) -> None:
+        """`num_tokens` of all prompts together. Raises ApiError naming `param`."""
+        if num_tokens * n > self.max_prompt_tokens:
+            raise bad_request(
+                f"{param}: {num_tokens} tokens of prompts times n={n} are {num_tokens * n}; one request may "
+                f"bring at most {self.max_prompt_tokens} (a quarter of max_queued_prompt_tokens, or one "
+                "context). Nothing was started.",
+                param,
+            )
+
+    def check_tokens(self, num_tokens: int) -> None:
+        """Of `/detokenize`. Raises ApiError."""
+        if num_tokens > self.max_prompt_tokens:
+            raise bad_request(
+                f"tokens has {num_tokens} ids; at most {self.max_prompt_tokens} are decoded at once", "tokens"
+            )
+
+    def body_too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The body is larger than {self.max_body_bytes} bytes, which hold the {self.max_prompt_tokens} "
+            "prompt tokens that one request may bring (a quarter of max_queued_prompt_tokens, or one "
+            "context). It was not read.",
+        )

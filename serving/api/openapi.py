@@ -1,0 +1,80 @@
+"""What the served OpenAPI document says of answers: which errors there are, in which form each answer comes.
+
+A route declares the errors of its own; what every route shares (a key that is missing, a failure of ours) is
+added here, and what the framework would add and we never answer (422) is taken out.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from serving.api.errors import ErrorBody
+from serving.api.keys import KeyRing, realm_of
+
+Answers = dict[int | str, dict[str, Any]]
+
+_DESCRIPTIONS = {
+    400: "The request is at fault; `param` names the field.",
+    401: "A key is needed.",
+    404: "The model does not exist.",
+    408: "It took longer than `request_timeout_s`, and was cancelled.",
+    413: "The body is larger than any that could be answered.",
+    429: "Too much waits already; `Retry-After` says when to come back.",
+    500: "A failure of the server's own.",
+    503: "Not ready: loading, draining or stopped.",
+}
+_BEARER = {"bearer": {"type": "http", "scheme": "bearer"}}
+_NEVER_ANSWERED = ("HTTPValidationError", "ValidationError")
+
+
+def errors(*statuses: int) -> Answers:
+    """Answers that are OpenAI's error object."""
+    return {status: {"model": ErrorBody, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
+def answers_as(media_type: str) -> Answers:
+    """A 200 that is text of this type."""
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
+
+
+GENERATION_ANSWERS = answers_as("text/event-stream") | errors(400, 404, 408, 413, 429, 503)
+"""Whole as JSON, or with `stream` as events."""
+
+
+def describe(app: FastAPI, keys: KeyRing) -> None:
+    """The app's document from here on."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            app.openapi_schema = _true_to_the_app(made, keys)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _true_to_the_app(document: dict[str, Any], keys: KeyRing) -> dict[str, Any]:
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in _NEVER_ANSWERED:
+        schemas.pop(name, None)
+    schemas |= _error_schemas()
+    document["components"]["securitySchemes"] = _BEARER
+    for path, operations in document["paths"].items():
+        guarded = keys.asks(realm_of(path))
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"] |= {str(s): _error(s) for s in ((401, 500) if guarded else (500,))}
+            if guarded:
+                operation["security"] = [{"bearer": []}]
+    return document
+
+
+def _error_schemas() -> dict[str, Any]:
+    schema = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs"), ErrorBody.__name__: schema}
+
+
+def _error(status: int) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
+    return {"description": _DESCRIPTIONS[status], "content": {"application/json": {"schema": reference}}}

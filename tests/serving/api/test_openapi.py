@@ -1,0 +1,157 @@
+"""The served document against the app: every endpoint answers as it is described, and nothing else."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from serving.api.errors import ErrorBody
+from serving.settings import ServingSettings
+from tests.support.live_server import LiveServer, live_server
+
+CLIENT, ADMIN = {"Authorization": "Bearer sk-client"}, {"Authorization": "Bearer sk-admin"}
+JSON = {"content-type": "application/json"}
+MESSAGES = [{"role": "user", "content": "hi"}]
+GOOD_BODIES: dict[str, list[dict[str, Any]]] = {
+    "/v1/completions": [{"prompt": "a"}, {"prompt": "a", "stream": True}],
+    "/v1/chat/completions": [{"messages": MESSAGES}, {"messages": MESSAGES, "stream": True}],
+    "/tokenize": [{"prompt": "a"}, {"messages": MESSAGES, "return_token_strs": True}],
+    "/detokenize": [{"tokens": [5, 6]}],
+}
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
+    """With keys, a queue of nothing, and one slot. The last test of this file closes its engine."""
+    settings = ServingSettings(
+        compile="off",
+        target=tiny_pair[0],
+        model_name="tiny",
+        num_slots=1,
+        max_seq_len=64,
+        max_queued_requests=0,
+        max_queued_prompt_tokens=1000,
+        api_keys=(SecretStr("sk-client"),),
+        admin_key=SecretStr("sk-admin"),
+    )
+    with live_server(settings) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def document(keyed: LiveServer) -> dict[str, Any]:
+    described: dict[str, Any] = httpx.get(f"{keyed.url}/openapi.json").json()
+    return described
+
+
+Operation = tuple[str, str, dict[str, Any]]
+
+
+def operations(document: dict[str, Any]) -> list[Operation]:
+    """(method, path, what is said of it)"""
+    return [
+        (method, path, described)
+        for path, methods in document["paths"].items()
+        for method, described in methods.items()
+    ]
+
+
+class Asked:
+    """Every answer of one server so far, each held to its description."""
+
+    def __init__(self, server: LiveServer, document: dict[str, Any]) -> None:
+        self._server, self._document = server, document
+        self.statuses: dict[str, set[int]] = {path: set() for path in document["paths"]}
+
+    def __call__(self, method: str, path: str, **request: Any) -> None:
+        url = self._server.url + path.replace("{model_id}", request.pop("model", "tiny"))
+        answer = httpx.request(method, url, timeout=30, **request)
+        self.statuses[path].add(answer.status_code)
+        described = self._document["paths"][path][method]["responses"]
+        assert str(answer.status_code) in described, (path, answer.status_code, answer.text)
+        content = described[str(answer.status_code)]["content"]
+        given, kinds = answer.headers["content-type"], set(content)
+        assert given in kinds or given.partition(";")[0] in kinds, (path, given, kinds)
+        if answer.status_code != 200:
+            assert content["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
+            ErrorBody.model_validate(answer.json())
+
+
+def well_formed(ask: Asked, operation: Operation) -> None:
+    method, path, _ = operation
+    headers = ADMIN if path.startswith("/admin") else CLIENT
+    for body in GOOD_BODIES.get(path, [{}]):
+        ask(method, path, headers=headers, json=body) if method == "post" else ask(
+            method, path, headers=headers
+        )
+
+
+def ill_formed(ask: Asked, operation: Operation, max_body_bytes: int) -> None:
+    method, path, _ = operation
+    ask(method, path)
+    ask(method, path, headers=CLIENT, model="other")
+    if method == "post":
+        for body in GOOD_BODIES[path]:
+            ask(method, path, headers=CLIENT, json=body | {"model": "other"})
+            ask(method, path, headers=CLIENT, json=body | {"nonsense": 1})
+        ask(method, path, headers=CLIENT | JSON, content=b" " * (max_body_bytes + 1))
+
+
+def test_every_endpoint_answers_as_described_and_every_description_comes_true(
+    keyed: LiveServer, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, context = Asked(keyed, document), keyed.parts.context
+    for operation in operations(document):
+        well_formed(ask, operation)
+        ill_formed(ask, operation, context.limits.max_body_bytes)
+    generating = [path for path in GOOD_BODIES if path.startswith("/v1")]
+    with monkeypatch.context() as patched:
+        patched.setattr(context, "request_timeout_s", 0.0)
+        for path in generating:
+            ask("post", path, headers=CLIENT, json=GOOD_BODIES[path][0])
+    keyed.wait_until_idle()
+    place = context.admission.admit(1, 1)
+    for path in generating:
+        ask("post", path, headers=CLIENT, json=GOOD_BODIES[path][0])
+    place.release()
+    keyed.parts.engine.close()
+    for path in (*generating, "/health", "/ready"):
+        well_formed(ask, ("post" if path in GOOD_BODIES else "get", path, {}))
+    for _, path, described in operations(document):
+        assert ask.statuses[path] == {int(status) for status in described["responses"]} - {500}, path
+
+
+def test_the_framework_s_own_refusals_are_not_in_it(document: dict[str, Any]) -> None:
+    assert not {"HTTPValidationError", "ValidationError"} & set(document["components"]["schemas"])
+    for _, path, described in operations(document):
+        assert "422" not in described["responses"], path
+        assert "500" in described["responses"], path
+
+
+def test_what_needs_a_key_says_so_and_an_open_endpoint_does_not(
+    document: dict[str, Any], server: LiveServer
+) -> None:
+    assert document["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
+    guarded = {path for _, path, described in operations(document) if described.get("security")}
+    assert guarded == {
+        path for path in document["paths"] if path.startswith(("/v1", "/admin", "/tok", "/detok"))
+    }
+    without_keys = httpx.get(f"{server.url}/openapi.json").json()
+    assert {path for _, path, d in operations(without_keys) if d.get("security")} == {"/admin/status"}
+    assert "401" not in without_keys["paths"]["/v1/models"]["get"]["responses"]
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("$ref"), str):
+                yield node["$ref"]
+            node = list(node.values())
+        if isinstance(node, list):
+            for item in node:
+                yield from references(item)
+
+    named = {reference.rpartition("/")[2] for reference in references(document)}
+    assert named and named <= set(document["components"]["schemas"])
