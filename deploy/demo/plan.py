@@ -37,6 +37,8 @@ class Plan:
     """What the demo does and how long each part may take: five and a half minutes at the very most, four on
     two quiet cores. Starting and stopping are on top: they are as long as they are."""
 
+    max_tokens: int = 96
+    """Of every answer."""
     domain: TrafficPlan = TrafficPlan(num_requests=320, budget_s=24.0)
     """Each of the domains in turn."""
     mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=50.0)

@@ -6,7 +6,7 @@ part ends when its time is used (`plan.Plan`), and what was not done is said.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,7 +16,7 @@ from buffer.store import AdapterFeed
 from deploy.demo.comparison import Comparison, Identity, compare, identity
 from deploy.demo.corpus import DOMAINS, Prompt, prompts
 from deploy.demo.load import Load, load_between, processor_times
-from deploy.demo.plan import MeasuringPlan, Plan, Timekeeper, TrafficPlan
+from deploy.demo.plan import MeasuringPlan, Plan, Timekeeper, TimeLimit, TrafficPlan
 from deploy.demo.screen import Screen
 from deploy.demo.traffic import Ask, Clients, Outcome, top_two_gap
 from deploy.wiring import RunningSystem
@@ -24,7 +24,6 @@ from serving.compiling import COMPILING
 
 SEED = 0
 NUM_CLIENTS = 8
-MAX_TOKENS = 96
 SAMPLED_SHARE, SAMPLED_TEMPERATURE = 0.25, 0.7
 """A quarter of the traffic is sampled, the rest greedy."""
 LOOK_S = 1.0
@@ -84,7 +83,8 @@ class Teller:
         self.story.loads["learning"] = load_between(before, processor_times())
         try:
             self._pause_learner()
-            self.story.passes.append(self._await_compiled_passes())
+            limit = self._timekeeper.begin(self._plan.compiled_passes_s)
+            self.story.passes.append(await_compiled_passes(self._feed, limit, self._screen.narrate))
             self._measure()
             self.story.passes.append(passes_of(self._feed.statuses()))
         finally:
@@ -107,7 +107,7 @@ class Teller:
                 self._screen.show_events(self._feed.history(DEFAULT_ROUTE, max_events=1000))
                 self._system.note_learner()
 
-        asks = list(islice(_traffic(domains), plan.num_requests))
+        asks = list(islice(traffic(domains, self._plan.max_tokens), plan.num_requests))
         outcomes = self._clients(NUM_CLIENTS).send(asks, on_outcome, limit.left_s)
         self.story.traffic += outcomes
         promoted = self._num_promoted() - num_promoted_before
@@ -129,16 +129,6 @@ class Teller:
                 f"the learner did not pause within {limit.budget_s:.0f} s: it may have worked while measuring"
             )
 
-    def _await_compiled_passes(self) -> str:
-        """What runs the passes once no replica compiles any more, or once the time for that is used."""
-        limit = self._timekeeper.begin(self._plan.compiled_passes_s)
-        if _is_settled(self._feed):
-            return passes_of(self._feed.statuses())
-        self._screen.narrate(f"waiting for compiled passes, {limit.budget_s:.0f} s at most")
-        is_settled = limit.wait_until(lambda: _is_settled(self._feed))
-        patience = "" if is_settled else f", not ready after another {limit.budget_s:.0f} s"
-        return passes_of(self._feed.statuses()) + patience
-
     def _measure(self) -> None:
         before = processor_times()
         held_out = {domain: prompts(domain, "heldout", seed=SEED) for domain in DOMAINS}
@@ -157,13 +147,23 @@ class Teller:
             self._clients(plan.num_clients),
             self._feed,
             [_share(held_out, plan.prompts_per_turn) for _ in range(plan.max_turns)],
-            max_tokens=MAX_TOKENS,
+            max_tokens=self._plan.max_tokens,
             limit=limit,
             narrate=lambda words: self._screen.narrate(f"measuring, {clients}, {words}"),
         )
 
     def _clients(self, num_clients: int) -> Clients:
         return Clients(self._system.url, num_clients, clock=self._timekeeper.clock)
+
+
+def await_compiled_passes(feed: AdapterFeed, limit: TimeLimit, narrate: Callable[[str], None]) -> str:
+    """What runs the passes once no replica compiles any more, or once the time for that is used."""
+    if _is_settled(feed):
+        return passes_of(feed.statuses())
+    narrate(f"waiting for compiled passes, {limit.budget_s:.0f} s at most")
+    if limit.wait_until(lambda: _is_settled(feed)):
+        return passes_of(feed.statuses())
+    return f"{passes_of(feed.statuses())}, not ready after another {limit.budget_s:.0f} s"
 
 
 def passes_of(statuses: Sequence[ServingStatus]) -> str:
@@ -178,14 +178,14 @@ def _is_settled(feed: AdapterFeed) -> bool:
     return bool(statuses) and all(status.passes != COMPILING for status in statuses)
 
 
-def _traffic(domains: tuple[str, ...]) -> Iterator[Ask]:
+def traffic(domains: tuple[str, ...], max_tokens: int) -> Iterator[Ask]:
     """Endless asks, drawn from the domains alike, from the split that nothing was trained on."""
     chooser = random.Random(f"{SEED}:{','.join(domains)}")
     streams = {domain: prompts(domain, "replay", seed=len(domains)) for domain in domains}
     while True:
         warm = chooser.random() < SAMPLED_SHARE
         prompt = next(streams[chooser.choice(domains)])
-        yield Ask(prompt, MAX_TOKENS, temperature=SAMPLED_TEMPERATURE if warm else 0.0)
+        yield Ask(prompt, max_tokens, temperature=SAMPLED_TEMPERATURE if warm else 0.0)
 
 
 def _share(held_out: dict[str, Iterator[Prompt]], count: int) -> dict[str, list[Prompt]]:
