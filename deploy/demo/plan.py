@@ -41,12 +41,12 @@ class Plan:
     """Of every answer."""
     domain: TrafficPlan = TrafficPlan(num_requests=320, budget_s=24.0)
     """Each of the domains in turn."""
-    mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=50.0)
+    mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=60.0)
     learner_pause_s: float = 10.0
-    compiled_passes_s: float = 40.0
+    compiled_passes_s: float = 35.0
     """How long measuring waits for compiled passes."""
     measuring: tuple[MeasuringPlan, ...] = (
-        MeasuringPlan(num_clients=1, max_turns=12, prompts_per_turn=1, budget_s=60.0),
+        MeasuringPlan(num_clients=1, max_turns=12, prompts_per_turn=1, budget_s=55.0),
         MeasuringPlan(num_clients=8, max_turns=2, prompts_per_turn=8, budget_s=35.0),
     )
     near_ties_s: float = 10.0

@@ -95,6 +95,8 @@ class Teller:
     def _replay(self, name: str, domains: tuple[str, ...], plan: TrafficPlan) -> None:
         """One phase of traffic; the screen hears of every answer, and of every draft about once a second."""
         self._screen.begin(name, plan.num_requests)
+        # Drawn as they are sent: reading the library for all of them takes seconds, and few may fit.
+        asks = islice(traffic(domains, self._plan.max_tokens), plan.num_requests)
         clock, looked_s = self._timekeeper.clock, 0.0
         limit = self._timekeeper.begin(plan.budget_s)
         num_promoted_before = self._num_promoted()
@@ -107,7 +109,6 @@ class Teller:
                 self._screen.show_events(self._feed.history(DEFAULT_ROUTE, max_events=1000))
                 self._system.note_learner()
 
-        asks = list(islice(traffic(domains, self._plan.max_tokens), plan.num_requests))
         outcomes = self._clients(NUM_CLIENTS).send(asks, on_outcome, limit.left_s)
         self.story.traffic += outcomes
         promoted = self._num_promoted() - num_promoted_before
@@ -141,14 +142,14 @@ class Teller:
         self.story.identity = identity(outcomes, partial(top_two_gap, self._system.url), limit)
 
     def _compare(self, plan: MeasuringPlan, held_out: dict[str, Iterator[Prompt]]) -> Comparison:
-        limit = self._timekeeper.begin(plan.budget_s)
+        shares = [_share(held_out, plan.prompts_per_turn) for _ in range(plan.max_turns)]
         clients = "1 client" if plan.num_clients == 1 else f"{plan.num_clients} clients"
         return compare(
             self._clients(plan.num_clients),
             self._feed,
-            [_share(held_out, plan.prompts_per_turn) for _ in range(plan.max_turns)],
+            shares,
             max_tokens=self._plan.max_tokens,
-            limit=limit,
+            limit=self._timekeeper.begin(plan.budget_s),
             narrate=lambda words: self._screen.narrate(f"measuring, {clients}, {words}"),
         )
 

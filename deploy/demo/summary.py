@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.demo.comparison import Comparison, verdict
+from deploy.demo.comparison import ARMS, Comparison, verdict
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.screen import Screen
 from deploy.demo.story import Phase, Story
@@ -19,9 +19,10 @@ def summarise(console: Console, screen: Screen, story: Story, metrics: Mapping[s
     """Tables, then sentences."""
     console.print("", screen.traffic_table(), "", sep="\n")
     for num_clients, comparison in story.comparisons.items():
-        console.print(comparison_table(_title(num_clients, comparison), comparison, story.phases))
-        console.print(escape(speed_sentence(comparison)), "", sep="\n")
-    for sentence in (*conditions(story), *totals(metrics)):
+        console.print(comparison_table(_title(num_clients, comparison), comparison))
+        for sentence in (*gaps(comparison), speed_sentence(comparison), ""):
+            console.print(escape(sentence))
+    for sentence in (*conditions(story), *unpromoted(story.phases), *totals(metrics)):
         console.print(escape(sentence))
 
 
@@ -32,27 +33,20 @@ def _title(num_clients: int, comparison: Comparison) -> str:
     return f"held-out prompts, {clients}, {turns} of {len(comparison.arms)} arms{why}"
 
 
-def comparison_table(title: str, comparison: Comparison, phases: Sequence[Phase] = ()) -> Table:
-    """Acceptance and tokens a second of the arms, by domain; where there is no figure, why."""
+def comparison_table(title: str, comparison: Comparison) -> Table:
+    """Acceptance and tokens a second of the arms, by domain; "-" where there is no figure."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="bold")
     table.add_column("domain")
-    for column in ("floor", "adapted", "no speculation", "floor", "adapted", "speed-up", "faster in"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    words = [f"[dim]{word}[/]" for word in ("accepted", "accepted", *["tokens/s"] * 3, "", "pairs")]
-    table.add_row("", *words, "")
+    for column in ("floor", "adapted", "no speculation", "floor", "adapted", "speed-up", "faster"):
+        table.add_column(column, justify="right", no_wrap=True)
+    words = ("accepted", "accepted", *["tokens/s"] * 3, "", "of pairs")
+    table.add_row("", *(f"[dim]{word}[/]" for word in words))
     for domain in DOMAINS:
         rates = [_cell(comparison.acceptance_rate(domain, arm), "{:.2f}") for arm in ("floor", "adapted")]
-        speeds = [
-            _cell(comparison.tokens_per_s(domain, arm), "{:.0f}")
-            for arm in ("no_speculation", "floor", "adapted")
-        ]
+        speeds = [_cell(comparison.tokens_per_s(domain, arm), "{:.0f}") for arm in ARMS]
         ratios = comparison.ratios(domain)
         won = f"{sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)}" if ratios else NONE
-        speed_up = _cell(comparison.speed_up(domain), "{:.2f}x")
-        table.add_row(
-            domain, *rates, *speeds, speed_up, won, f"[dim]{_remark(domain, comparison, phases)}[/]"
-        )
+        table.add_row(domain, *rates, *speeds, _cell(comparison.speed_up(domain), "{:.2f}x"), won)
     return table
 
 
@@ -60,16 +54,19 @@ def _cell(figure: float | None, form: str) -> str:
     return NONE if figure is None else form.format(figure)
 
 
-def _remark(domain: str, comparison: Comparison, phases: Sequence[Phase]) -> str:
-    """Why a row has no figures, or that no draft was promoted while its traffic was replayed."""
-    if why := comparison.why_not(domain, "no_speculation"):
-        return escape(f"not measured: {why}")
-    if why := comparison.why_not(domain, "adapted"):
-        return escape(why)
-    own = [phase for phase in phases if phase.name == domain]
-    if own and not own[0].num_promotions:
-        return "no draft was promoted during its traffic"
-    return ""
+def gaps(comparison: Comparison) -> list[str]:
+    """Why domains have no figures, one sentence a reason."""
+    reasons: dict[str, list[str]] = {}
+    for domain in DOMAINS:
+        if why := comparison.why_not(domain, ARMS[0]):
+            reasons.setdefault(why, []).append(domain)
+    return [f"not measured: {', '.join(domains)} ({why})" for why, domains in reasons.items()]
+
+
+def unpromoted(phases: Sequence[Phase]) -> list[str]:
+    """In whose traffic no draft was promoted: its figures are of drafts that others' traffic made."""
+    names = [phase.name for phase in phases if phase.name in DOMAINS and not phase.num_promotions]
+    return [f"no draft was promoted during the traffic of {', '.join(names)}"] if names else []
 
 
 def speed_sentence(comparison: Comparison) -> str:

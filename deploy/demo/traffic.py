@@ -6,7 +6,7 @@ with an error, never an exception.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class Clients:
 
     def send(
         self,
-        asks: Sequence[Ask],
+        asks: Iterable[Ask],
         on_outcome: Callable[[Outcome], None] = lambda outcome: None,
         time_limit_s: float = float("inf"),
     ) -> list[Outcome]:
@@ -75,7 +75,7 @@ class Clients:
         return asyncio.run(self._send(asks, on_outcome, self._clock() + time_limit_s))
 
     async def _send(
-        self, asks: Sequence[Ask], on_outcome: Callable[[Outcome], None], deadline_s: float
+        self, asks: Iterable[Ask], on_outcome: Callable[[Outcome], None], deadline_s: float
     ) -> list[Outcome]:
         outcomes: list[Outcome] = []
         coming = iter(asks)
