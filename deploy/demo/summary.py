@@ -35,8 +35,8 @@ def _title(num_clients: int, comparison: Comparison) -> str:
 
 def comparison_table(title: str, comparison: Comparison) -> Table:
     """Acceptance and tokens a second of the arms, by domain; "-" where there is no figure."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="bold")
-    table.add_column("domain")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), title_style="bold")
+    table.add_column("domain", no_wrap=True)
     for column in ("floor", "adapted", "no speculation", "floor", "adapted", "speed-up", "faster"):
         table.add_column(column, justify="right", no_wrap=True)
     words = ("accepted", "accepted", *["tokens/s"] * 3, "", "of pairs")

@@ -49,7 +49,6 @@ def _summary(story: Story) -> str:
     screen = Screen(console)
     for phase in story.phases:
         screen.begin(phase.name, phase.num_planned)
-    written.truncate(0)
     summarise(console, screen, story, metrics_of(story, MemoryAdapterFeed(), wall_s=1.0))
     return written.getvalue()
 
@@ -187,6 +186,7 @@ def test_a_domain_that_saw_no_promotion_says_so_and_a_cut_one_says_why() -> None
     told = _summary(story)
     assert "no draft was promoted during the traffic of sql\n" in told
     assert "not measured: maths, chat (its 60 s were used)" in told
+    assert max(map(len, told.partition("\nnot measured")[0].splitlines())) <= 80
     rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line.startswith(DOMAINS)}
     assert rows["maths"] == ["-"] * 7
     assert rows["sql"] == ["0.50", "0.50", "4", "4", "4", "1.00x", "0", "of", "1"]
