@@ -73,6 +73,8 @@ class Teller:
         self._system, self._feed, self._screen = system, feed, screen
         self._plan, self._timekeeper = plan, timekeeper
         self.story = Story()
+        if joined := system.settings.cluster.ray_address:
+            self.story.cautions.append(f"the replicas, under Ray at {joined}, count as other processes here")
 
     def tell(self) -> Story:
         """Replay, learn, measure; the learner goes on afterwards."""
