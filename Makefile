@@ -11,6 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reor
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard buffer serving learner deploy benchmarks tests)
+EDITABLE := --editable '.[dev,demo]' --editable ./benchmarks
 
 export TORCH_INDEX TORCH_CUDA
 .DEFAULT_GOAL := help
@@ -22,12 +23,11 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"PYTHON=$(PYTHON) is {v.major}.{v.minor}; everdraft needs 3.11 or newer; nothing was installed")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -I deploy/install_torch.py constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]' --editable ./benchmarks
+	@test -x $(BIN)/python || { echo "making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -I deploy/install.py constraints.txt $(EDITABLE)
 	@touch $@
 
 demo: setup

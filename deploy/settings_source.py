@@ -155,7 +155,7 @@ def _unknown(path: KeyPath, given: Given) -> str | None:
 def _empty(path: KeyPath, given: Given) -> str | None:
     """An unset variable of a compose file arrives as an empty text, which some would take for a value: a host
     that is every interface, a folder that is this one. Of an empty key its own section says what to do."""
-    if not isinstance(given.value, str) or given.value.strip() or SECRET.search(path[-1]):
+    if not isinstance(given.value, str) or given.value.strip() or SECRET_NAME.search(path[-1]):
         return None
     return f"{given.at(path)} is empty; leave it out for its default, or give a value; {CONSEQUENCE}"
 

@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 CompileChoice = Literal["auto", "on", "off"]
 
+COMPILING = "eager (compiling)"
+"""The one state that something else will follow."""
+
 
 class Compiling:
     """The passes of a target, perhaps a draft, and perhaps what embeds prompts with the target."""
@@ -63,7 +66,7 @@ class Compiling:
         elif compiler.is_cached and self._bind_cached(compiler):
             return
         else:
-            self.state, self._compiler = "eager (compiling)", compiler
+            self.state, self._compiler = COMPILING, compiler
 
     def start(self, engine: "Engine") -> None:
         """Begin what the constructor left to do, beside the running engine."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -45,12 +46,15 @@ def demo(
     """Start everything on this machine, replay traffic while drafts learn, measure, and stay up."""
     began_s = time.monotonic()
     from deploy.commands.invitation import invite
+    from deploy.demo.figures import metrics_of, save_plot, series
+    from deploy.demo.plan import Plan, Timekeeper
     from deploy.demo.report import write_report
-    from deploy.demo.screen import Screen, summarise
-    from deploy.demo.story import save_plot, series, tell
+    from deploy.demo.screen import Screen
+    from deploy.demo.story import Teller
+    from deploy.demo.summary import summarise
     from deploy.settings_source import load_settings
     from deploy.signals import wait_for_stop
-    from deploy.wiring import running_system
+    from deploy.wiring import open_feed, running_system
 
     fresh = DEFAULT_STATE_DIR / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     overrides: dict[str, dict[str, Any]] = {
@@ -62,14 +66,16 @@ def demo(
     with plain_faults():
         settings = load_settings(config, os.environ, overrides)
         with running_system(settings, errors().print) as system:
-            with Screen(console) as screen:
-                story = tell(system, screen, began_s=began_s)
-            summarise(console, screen, story.comparisons, story.metrics)
+            with closing(open_feed(system.redis_url, system.target_revision)) as feed:
+                with Screen(console) as screen:
+                    story = Teller(system, feed, screen, Plan(), Timekeeper()).tell()
+                metrics = metrics_of(story, feed, wall_s=time.monotonic() - began_s)
+            summarise(console, screen, story, metrics)
             save_plot(story, plot)
             console.print()
             console.print(f"acceptance over requests: {plot}")
             if report is not None:
-                write_report(report, "demo", story.metrics, series(story))
+                write_report(report, "demo", metrics, series(story))
                 console.print(f"figures: {report}")
             if not leave:
                 invite(console, system)

@@ -1,35 +1,35 @@
 """The demo's measurement: the same held-out prompts without speculation, on the floor, and adapted.
 
-Arms take turns (A B C A B C ...), so that a machine whose speed drifts treats them alike; figures are medians
-over the turns. The draft is chosen by pinning a version in the adapter feed, as an operator would.
+Arms take turns (A B C A B C ...), as many as fit the time, so that a machine whose speed drifts treats them
+alike; figures are medians over the turns, and a speed-up is the median of the turns' own ratios. The draft is
+chosen by pinning a version in the adapter feed, as an operator would. Invariant: only pairs count, that is,
+what every arm answered in the same turn, without a failed request.
 """
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import AdapterFeed
 from deploy.demo.corpus import Prompt
-from deploy.demo.traffic import Ask, Clients, Outcome, top_two_gap
-from deploy.errors import DeployError
+from deploy.demo.plan import TimeLimit
+from deploy.demo.traffic import Ask, Clients, Outcome
 from serving.engine.counters import acceptance_rate
 
 ARMS = ("no_speculation", "floor", "adapted")
 NEAR_TIE = 1e-4
 """Top-2 gap of log-probabilities under which float32 may pick either token."""
-PIN_TIMEOUT_S = 20.0
-
-
-class DemoError(DeployError):
-    """The demo could not go on; what ran was stopped."""
+SIGNIFICANCE = 0.05
+"""How likely a coin may make as one-sided a row of ratios before one arm is called faster."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One arm over one domain's share of prompts."""
+    """One arm over one domain's share of prompts; turns of one number and domain make a pair."""
 
+    number: int
     arm: str
     domain: str
     outcomes: list[Outcome]
@@ -38,6 +38,10 @@ class Turn:
     @property
     def tokens_per_s(self) -> float:
         return sum(len(outcome.token_ids) for outcome in self.outcomes) / self.wall_s
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.outcomes) and not any(outcome.error for outcome in self.outcomes)
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ class Identity:
     num_identical: int
     num_near_ties: int
     """Diverged first where the target's two best tokens were closer than NEAR_TIE."""
+    num_unexplained: int = 0
+    """Differ too, and there was no time left to ask the target how close its best tokens were."""
 
     @property
-    def fraction(self) -> float:
-        """Identical or a near tie, of all compared; 1 when nothing was."""
-        return (self.num_identical + self.num_near_ties) / self.num_compared if self.num_compared else 1.0
+    def fraction(self) -> float | None:
+        """Identical or a near tie, of all compared; None when nothing was."""
+        return (self.num_identical + self.num_near_ties) / self.num_compared if self.num_compared else None
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,51 @@ class Comparison:
     """All turns of one number of clients."""
 
     turns: list[Turn]
+    arms: tuple[str, ...] = ARMS
+    """Those that there were: without a promoted draft, none is adapted."""
+    shortage: str = ""
+    """Why there are fewer turns than planned; empty when there are not."""
 
-    def tokens_per_s(self, domain: str, arm: str) -> float:
-        return statistics.median(turn.tokens_per_s for turn in self._of(domain, arm))
+    def num_pairs(self, domain: str) -> int:
+        return len(self._pairs(domain))
 
-    def acceptance_rate(self, domain: str, arm: str) -> float:
-        outcomes = [outcome for turn in self._of(domain, arm) for outcome in turn.outcomes]
-        return acceptance_rate(
-            sum(outcome.num_accepted for outcome in outcomes),
-            sum(outcome.num_attempted for outcome in outcomes),
-        )
+    def tokens_per_s(self, domain: str, arm: str) -> float | None:
+        """None where nothing was measured."""
+        turns = self._of(domain, arm)
+        return statistics.median(turn.tokens_per_s for turn in turns) if turns else None
+
+    def num_attempted(self, domain: str, arm: str) -> int:
+        return sum(outcome.num_attempted for turn in self._of(domain, arm) for outcome in turn.outcomes)
+
+    def acceptance_rate(self, domain: str, arm: str) -> float | None:
+        """None where nothing was attempted."""
+        num_attempted = self.num_attempted(domain, arm)
+        accepted = sum(outcome.num_accepted for turn in self._of(domain, arm) for outcome in turn.outcomes)
+        return acceptance_rate(accepted, num_attempted) if num_attempted else None
+
+    def ratios(self, *domains: str) -> list[float]:
+        """Tokens a second of the adapted draft over none, pair by pair."""
+        pairs = [pair for domain in domains for pair in self._pairs(domain) if "adapted" in pair]
+        return [pair["adapted"].tokens_per_s / pair["no_speculation"].tokens_per_s for pair in pairs]
+
+    def speed_up(self, *domains: str) -> float | None:
+        """The median of the ratios; None without any."""
+        ratios = self.ratios(*domains)
+        return statistics.median(ratios) if ratios else None
+
+    def why_not(self, domain: str, arm: str) -> str:
+        """Why there is no figure; empty where there is one."""
+        if arm not in self.arms:
+            return "no draft was promoted"
+        if self.num_pairs(domain):
+            return ""
+        failed = any(not turn.is_whole for turn in self.turns if turn.domain == domain)
+        return "requests failed" if failed else self.shortage or "not planned"
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that paired at least one domain."""
+        return len({turn.number for domain in self.domains for turn in self._of(domain, "no_speculation")})
 
     @property
     def domains(self) -> list[str]:
@@ -78,73 +119,120 @@ class Comparison:
 
     @property
     def outcomes(self) -> list[Outcome]:
+        """Of pairs or not."""
         return [outcome for turn in self.turns for outcome in turn.outcomes]
 
     def _of(self, domain: str, arm: str) -> list[Turn]:
-        return [turn for turn in self.turns if turn.domain == domain and turn.arm == arm]
+        return [pair[arm] for pair in self._pairs(domain) if arm in pair]
+
+    def _pairs(self, domain: str) -> list[dict[str, Turn]]:
+        """What all arms answered, by turn."""
+        by_number: dict[int, dict[str, Turn]] = {}
+        for turn in self.turns:
+            if turn.domain == domain and turn.is_whole:
+                by_number.setdefault(turn.number, {})[turn.arm] = turn
+        return [pair for pair in by_number.values() if set(pair) == set(self.arms)]
+
+
+def verdict(ratios: Sequence[float]) -> str:
+    """`faster`, `slower`, or `no difference shown`: a sign test, so fewer than five pairs never show any."""
+    above, below = sum(ratio > 1.0 for ratio in ratios), sum(ratio < 1.0 for ratio in ratios)
+    if _chance(max(above, below), above + below) > SIGNIFICANCE:
+        return "no difference shown"
+    return "faster" if above > below else "slower"
+
+
+def _chance(most: int, num: int) -> float:
+    """That one given side of `num` fair coins comes up `most` times or more often."""
+    return float(sum(math.comb(num, count) for count in range(most, num + 1)) / 2**num)
 
 
 def compare(
-    url: str,
+    clients: Clients,
     feed: AdapterFeed,
     shares: Sequence[dict[str, list[Prompt]]],
     *,
-    num_clients: int,
     max_tokens: int,
+    limit: TimeLimit,
     narrate: Callable[[str], None],
 ) -> Comparison:
-    """One turn of all arms for each share (prompts by domain). The feed is unpinned afterwards."""
+    """One turn of all arms for each share (prompts by domain) while one more is likely to fit; a turn that
+    does not fit all the same is cut. The feed is unpinned afterwards."""
     latest = feed.latest(DEFAULT_ROUTE)
+    arms = ARMS if latest else ARMS[:-1]
     versions = {"floor": FLOOR_VERSION, "adapted": latest.draft_version if latest else FLOOR_VERSION}
-    clients = Clients(url, num_clients)
     turns: list[Turn] = []
+    longest_s = 0.0
     try:
         for number, share in enumerate(shares):
-            for arm in ARMS:
-                if arm in versions:
-                    pin_and_wait(feed, versions[arm])
-                narrate(f"{num_clients} client{'s'[: num_clients > 1]}, turn {number + 1}: {arm}")
-                turns += [
-                    _turn(clients, arm, domain, prompts, max_tokens) for domain, prompts in share.items()
-                ]
+            left_s = limit.left_s
+            if left_s <= longest_s:
+                return Comparison(turns, arms, f"its {limit.budget_s:.0f} s were used")
+            for arm in arms:
+                if arm in versions and not pin_and_wait(feed, versions[arm], limit):
+                    return Comparison(turns, arms, f"no replica served draft v{versions[arm]} in time")
+                narrate(f"turn {number + 1} of at most {len(shares)}: {arm.replace('_', ' ')}")
+                turns += _turns(clients, number, arm, share, max_tokens, limit)
+            longest_s = max(longest_s, left_s - limit.left_s)
     finally:
         feed.unpin(DEFAULT_ROUTE, "the demo has measured")
-    return Comparison(turns)
+    cut = len(turns) < len(arms) * sum(map(len, shares))
+    return Comparison(turns, arms, f"its {limit.budget_s:.0f} s were used" if cut else "")
 
 
-def _turn(clients: Clients, arm: str, domain: str, prompts: Sequence[Prompt], max_tokens: int) -> Turn:
+def _turns(
+    clients: Clients,
+    number: int,
+    arm: str,
+    share: dict[str, list[Prompt]],
+    max_tokens: int,
+    limit: TimeLimit,
+) -> Iterator[Turn]:
+    """One arm over the domains, until the time is used."""
     lengths = 0 if arm == "no_speculation" else None
-    asks = [Ask(prompt, max_tokens, num_draft_tokens=lengths, store=False) for prompt in prompts]
-    began_s = time.perf_counter()
-    outcomes = clients.send(asks)
-    return Turn(arm, domain, outcomes, time.perf_counter() - began_s)
-
-
-def pin_and_wait(feed: AdapterFeed, version: int) -> None:
-    """Serve this version, and return once every replica says that it does."""
-    feed.pin(DEFAULT_ROUTE, version, "the demo measures")
-    deadline_s = time.monotonic() + PIN_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        statuses = feed.statuses()
-        if statuses and all(status.serving_versions.get(DEFAULT_ROUTE) == version for status in statuses):
+    for domain, prompts in share.items():
+        began_s = limit.clock()
+        if began_s >= limit.end_s:
             return
-        time.sleep(0.05)
-    raise DemoError(f"no replica served draft version {version} within {PIN_TIMEOUT_S:.0f} s")
+        asks = [Ask(prompt, max_tokens, num_draft_tokens=lengths, store=False) for prompt in prompts]
+        outcomes = clients.send(asks)
+        yield Turn(number, arm, domain, outcomes, limit.clock() - began_s)
 
 
-def identity(url: str, outcomes: Sequence[Outcome]) -> Identity:
-    """Compare every greedy answer with that of the target alone (the arm without speculation)."""
-    alone = {outcome.question: outcome for outcome in outcomes if outcome.ask.num_draft_tokens == 0}
-    others = [outcome for outcome in outcomes if outcome.ask.num_draft_tokens != 0 and not outcome.error]
-    identical = near_ties = 0
+def pin_and_wait(feed: AdapterFeed, version: int, limit: TimeLimit) -> bool:
+    """Serve this version; whether every replica came to say that it does."""
+    feed.pin(DEFAULT_ROUTE, version, "the demo measures")
+
+    def serves() -> bool:
+        statuses = feed.statuses()
+        return bool(statuses) and all(
+            status.serving_versions.get(DEFAULT_ROUTE) == version for status in statuses
+        )
+
+    return limit.wait_until(serves)
+
+
+def identity(outcomes: Sequence[Outcome], gap: Callable[[Ask, int], float], limit: TimeLimit) -> Identity:
+    """Compare every greedy answer with that of the target alone (the arm without speculation).
+
+    `gap`: how far apart the target's two best tokens are at a position of an answer; see `top_two_gap`.
+    """
+    answers = [outcome for outcome in outcomes if not outcome.error]
+    alone = {outcome.question: outcome for outcome in answers if outcome.ask.num_draft_tokens == 0}
+    others = [
+        outcome for outcome in answers if outcome.ask.num_draft_tokens != 0 and outcome.question in alone
+    ]
+    identical = near_ties = unexplained = 0
     for outcome in others:
         reference = alone[outcome.question]
         position = first_difference(reference.token_ids, outcome.token_ids)
         if position is None:
             identical += 1
-        elif position < len(reference.token_ids) and top_two_gap(url, reference.ask, position) < NEAR_TIE:
+        elif limit.left_s == 0.0:
+            unexplained += 1
+        elif position < len(reference.token_ids) and gap(reference.ask, position) < NEAR_TIE:
             near_ties += 1
-    return Identity(len(others), identical, near_ties)
+    return Identity(len(others), identical, near_ties, unexplained)
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

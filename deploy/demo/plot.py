@@ -14,7 +14,7 @@ LEAST_ATTEMPTED = 10
 
 
 def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int]], file: Path) -> None:
-    """`phases`: (name, number of requests) in the order of `outcomes`."""
+    """`phases`: (name, number of requests) in the order of `outcomes`; one without any is not shown."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +23,7 @@ def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int
     figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
     colours = pyplot.colormaps["Pastel2"].colors  # type: ignore[attr-defined]
     start = 0
-    for index, (name, count) in enumerate(phases):
+    for index, (name, count) in enumerate(phase for phase in phases if phase[1]):
         axes.axvspan(start, start + count, color=colours[index % len(colours)], alpha=0.45, lw=0)
         axes.text(start + count / 2, 1.015, name, ha="center", va="bottom", fontsize=10)
         start += count

@@ -1,8 +1,7 @@
-"""What the person in front of the demo sees: a live table and the drafts' story, then a summary."""
+"""What the person in front of the demo sees meanwhile: a live table and the drafts' story."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer.records import AdapterEvent
-from deploy.demo.comparison import Comparison
 from deploy.demo.traffic import Outcome
 from deploy.terminal import visible
 from serving.engine.counters import acceptance_rate
@@ -28,6 +26,7 @@ class Screen:
         self._console = console
         self._phase = ""
         self._outcomes: dict[str, list[Outcome]] = {}
+        self._num_planned: dict[str, int] = {}
         self._events: deque[AdapterEvent] = deque(maxlen=_SHOWN_EVENTS)
         self._num_seen_events = 0
         self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._render)
@@ -47,8 +46,8 @@ class Screen:
         if not self._live.is_started:
             self._console.print(phase)
 
-    def begin(self, name: str) -> None:
-        self._outcomes[name] = []
+    def begin(self, name: str, num_planned: int) -> None:
+        self._outcomes[name], self._num_planned[name] = [], num_planned
         self.narrate(f"replaying {name}")
 
     def add(self, name: str, outcome: Outcome) -> None:
@@ -67,7 +66,7 @@ class Screen:
         return Group(Text(visible(self._phase), style="bold"), self.traffic_table(), *lines)
 
     def traffic_table(self) -> Table:
-        """Requests and acceptance by phase, first and last."""
+        """Requests and acceptance by phase, first and last; a phase may end before all requests were sent."""
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("traffic", "requests", "failed", f"first {_EDGE}", f"last {_EDGE}", "draft version"):
             table.add_column(column, justify="left" if column == "traffic" else "right")
@@ -75,57 +74,13 @@ class Screen:
             failed = sum(bool(outcome.error) for outcome in outcomes)
             table.add_row(
                 name,
-                str(len(outcomes)),
+                f"{len(outcomes)} of {self._num_planned[name]}",
                 str(failed),
                 _percent(outcomes[:_EDGE]),
                 _percent(outcomes[-_EDGE:]),
                 str(outcomes[-1].draft_version) if outcomes else "",
             )
         return table
-
-
-def summarise(
-    console: Console, screen: Screen, comparisons: Mapping[int, Comparison], metrics: Mapping[str, Any]
-) -> None:
-    """The whole demo on one page: traffic, the three arms, swaps, and whether any output changed."""
-    console.print(screen.traffic_table(), "", sep="\n")
-    for num_clients, comparison in comparisons.items():
-        clients = "1 client" if num_clients == 1 else f"{num_clients} clients"
-        console.print(comparison_table(f"held-out prompts, {clients}", comparison), "", sep="\n")
-    pause_ms, round_ms = 1e3 * metrics["swap_pause_s_max"], 1e3 * metrics["round_s_median"]
-    identical, compared = metrics["greedy_identical_fraction"], metrics["num_greedy_compared"]
-    console.print(f"{metrics['num_requests']} requests, {metrics['num_failed_requests']} failed")
-    console.print(
-        f"{metrics['num_promotions']} drafts promoted, {metrics['num_swaps_under_load']} swaps under load; "
-        f"longest pause {pause_ms:.1f} ms, a median round takes {round_ms:.1f} ms"
-    )
-    console.print(
-        f"{identical:.1%} of {compared} greedy answers equal the target's own, token by token "
-        f"({metrics['num_greedy_near_ties']} near ties)"
-    )
-
-
-def comparison_table(title: str, comparison: Comparison) -> Table:
-    """Acceptance and tokens a second of the three arms, by domain."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="bold")
-    table.add_column("domain")
-    for column in ("floor", "adapted", "no speculation", "floor", "adapted", "speed-up"):
-        table.add_column(column, justify="right")
-    table.add_row("", *[Text("accepted", "dim")] * 2, *[Text("tokens/s", "dim")] * 3, "")
-    for domain in comparison.domains:
-        plain, floor, adapted = (
-            comparison.tokens_per_s(domain, arm) for arm in ("no_speculation", "floor", "adapted")
-        )
-        table.add_row(
-            domain,
-            f"{comparison.acceptance_rate(domain, 'floor'):.2f}",
-            Text(f"{comparison.acceptance_rate(domain, 'adapted'):.2f}", "bold"),
-            f"{plain:.0f}",
-            f"{floor:.0f}",
-            Text(f"{adapted:.0f}", "bold"),
-            f"{adapted / plain:.2f}x",
-        )
-    return table
 
 
 def _percent(outcomes: Sequence[Outcome]) -> str:

@@ -1,176 +1,195 @@
 """What `everdraft demo` shows, in order: traffic domain after domain, mixed traffic, then the measurement.
 
 Everything runs for real: requests go through the REST endpoint while the learner learns and drafts are
-swapped in. The measurement comes last, with the learner paused, on prompts that nothing was trained on.
+swapped in. The measurement comes last, with the learner paused, on prompts that nothing was trained on. Every
+part ends when its time is used (`plan.Plan`), and what was not done is said.
 """
 
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from buffer.records import DEFAULT_ROUTE
+from buffer.records import DEFAULT_ROUTE, ServingStatus
 from buffer.store import AdapterFeed
-from deploy.demo.comparison import ARMS, Comparison, Identity, compare, identity
+from deploy.demo.comparison import Comparison, Identity, compare, identity
 from deploy.demo.corpus import DOMAINS, Prompt, prompts
-from deploy.demo.plot import moving_acceptance, plot_acceptance, swaps
+from deploy.demo.load import Load, load_between, processor_times
+from deploy.demo.plan import MeasuringPlan, Plan, Timekeeper, TimeLimit, TrafficPlan
 from deploy.demo.screen import Screen
-from deploy.demo.traffic import Ask, Clients, Outcome
-from deploy.wiring import RunningSystem, open_feed
+from deploy.demo.traffic import Ask, Clients, Outcome, top_two_gap
+from deploy.wiring import RunningSystem
+from serving.compiling import COMPILING
 
 SEED = 0
 NUM_CLIENTS = 8
-MAX_TOKENS = 96
-REQUESTS_PER_DOMAIN, SECONDS_PER_DOMAIN = 320, 25.0
-MIXED_REQUESTS, MIXED_SECONDS = 700, 60.0
 SAMPLED_SHARE, SAMPLED_TEMPERATURE = 0.25, 0.7
 """A quarter of the traffic is sampled, the rest greedy."""
-TURNS, PROMPTS_PER_TURN = 4, 3
-TURNS_AT_8, PROMPTS_PER_TURN_AT_8 = 2, 8
-PAUSE_TIMEOUT_S = 20.0
+LOOK_S = 1.0
+"""Between two looks at the drafts' history."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What came of one phase of traffic."""
+
+    name: str
+    num_requests: int
+    num_planned: int
+    num_promotions: int
+    """Drafts promoted meanwhile."""
 
 
 @dataclass
 class Story:
     """What happened, as it happens."""
 
-    phases: list[tuple[str, int]] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
     traffic: list[Outcome] = field(default_factory=list)
     comparisons: dict[int, Comparison] = field(default_factory=dict)
     """By number of clients."""
     identity: Identity = field(default_factory=lambda: Identity(0, 0, 0))
-    metrics: dict[str, Any] = field(default_factory=dict)
+    passes: list[str] = field(default_factory=list)
+    """What ran the models' passes when measuring began, and when it ended."""
+    loads: dict[str, Load] = field(default_factory=dict)
+    """What the processor did while `learning` and while `measuring`."""
+    cautions: list[str] = field(default_factory=list)
+    """What did not go as planned, in sentences."""
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """Of all requests there were."""
+        measured = [outcome for comparison in self.comparisons.values() for outcome in comparison.outcomes]
+        return [*self.traffic, *measured]
 
 
-def tell(system: RunningSystem, screen: Screen, *, began_s: float) -> Story:
-    """Replay, learn, measure. `began_s`: monotonic time at which the demo began."""
-    story = Story()
-    feed = open_feed(system.redis_url, system.target_revision)
-    try:
+class Teller:
+    """Tells one story on a running system."""
+
+    def __init__(
+        self, system: RunningSystem, feed: AdapterFeed, screen: Screen, plan: Plan, timekeeper: Timekeeper
+    ) -> None:
+        self._system, self._feed, self._screen = system, feed, screen
+        self._plan, self._timekeeper = plan, timekeeper
+        self.story = Story()
+        if joined := system.settings.cluster.ray_address:
+            self.story.cautions.append(f"the replicas, under Ray at {joined}, count as other processes here")
+
+    def tell(self) -> Story:
+        """Replay, learn, measure; the learner goes on afterwards."""
+        before = processor_times()
         for domain in DOMAINS:
-            asks = list(islice(_traffic([domain]), REQUESTS_PER_DOMAIN))
-            _replay(story, system, feed, screen, domain, asks, SECONDS_PER_DOMAIN)
-        asks = list(islice(_traffic(DOMAINS), MIXED_REQUESTS))
-        _replay(story, system, feed, screen, "mixed", asks, MIXED_SECONDS)
-        _pause_learner(system, screen)
-        _measure(story, system, feed, screen.narrate)
-        story.metrics = _metrics(story, feed, time.monotonic() - began_s)
-    finally:
-        if system.learner is not None:
-            system.learner.resume()
-        feed.close()
-    return story
+            self._replay(domain, (domain,), self._plan.domain)
+        self._replay("mixed", DOMAINS, self._plan.mixed)
+        self.story.loads["learning"] = load_between(before, processor_times())
+        try:
+            self._pause_learner()
+            limit = self._timekeeper.begin(self._plan.compiled_passes_s)
+            self.story.passes.append(await_compiled_passes(self._feed, limit, self._screen.narrate))
+            self._measure()
+            self.story.passes.append(passes_of(self._feed.statuses()))
+        finally:
+            if self._system.learner is not None:
+                self._system.learner.resume()
+        return self.story
+
+    def _replay(self, name: str, domains: tuple[str, ...], plan: TrafficPlan) -> None:
+        """One phase of traffic; the screen hears of every answer, and of every draft about once a second."""
+        self._screen.begin(name, plan.num_requests)
+        # Drawn as they are sent: reading the library for all of them takes seconds, and few may fit.
+        asks = islice(traffic(domains, self._plan.max_tokens), plan.num_requests)
+        clock, looked_s = self._timekeeper.clock, 0.0
+        limit = self._timekeeper.begin(plan.budget_s)
+        num_promoted_before = self._num_promoted()
+
+        def on_outcome(outcome: Outcome) -> None:
+            nonlocal looked_s
+            self._screen.add(name, outcome)
+            if clock() - looked_s > LOOK_S:
+                looked_s = clock()
+                self._screen.show_events(self._feed.history(DEFAULT_ROUTE, max_events=1000))
+                self._system.note_learner()
+
+        outcomes = self._clients(NUM_CLIENTS).send(asks, on_outcome, limit.left_s)
+        self.story.traffic += outcomes
+        promoted = self._num_promoted() - num_promoted_before
+        self.story.phases.append(Phase(name, len(outcomes), plan.num_requests, promoted))
+
+    def _num_promoted(self) -> int:
+        events = self._feed.history(DEFAULT_ROUTE, max_events=10_000)
+        return sum(event.kind == "promoted" for event in events)
+
+    def _pause_learner(self) -> None:
+        learner = self._system.learner
+        if learner is None:
+            return
+        self._screen.narrate("pausing the learner, to measure without it")
+        limit = self._timekeeper.begin(self._plan.learner_pause_s)
+        learner.pause()
+        if not limit.wait_until(lambda: learner.snapshot()["state"] == "paused"):
+            self.story.cautions.append(
+                f"the learner did not pause within {limit.budget_s:.0f} s: it may have worked while measuring"
+            )
+
+    def _measure(self) -> None:
+        before = processor_times()
+        held_out = {domain: prompts(domain, "heldout", seed=SEED) for domain in DOMAINS}
+        for plan in self._plan.measuring:
+            self.story.comparisons[plan.num_clients] = self._compare(plan, held_out)
+        self.story.loads["measuring"] = load_between(before, processor_times())
+        self._screen.narrate("comparing every answer with that of the target alone")
+        outcomes = [outcome for part in self.story.comparisons.values() for outcome in part.outcomes]
+        limit = self._timekeeper.begin(self._plan.near_ties_s)
+        self.story.identity = identity(outcomes, partial(top_two_gap, self._system.url), limit)
+
+    def _compare(self, plan: MeasuringPlan, held_out: dict[str, Iterator[Prompt]]) -> Comparison:
+        shares = [_share(held_out, plan.prompts_per_turn) for _ in range(plan.max_turns)]
+        clients = "1 client" if plan.num_clients == 1 else f"{plan.num_clients} clients"
+        return compare(
+            self._clients(plan.num_clients),
+            self._feed,
+            shares,
+            max_tokens=self._plan.max_tokens,
+            limit=self._timekeeper.begin(plan.budget_s),
+            narrate=lambda words: self._screen.narrate(f"measuring, {clients}, {words}"),
+        )
+
+    def _clients(self, num_clients: int) -> Clients:
+        return Clients(self._system.url, num_clients, clock=self._timekeeper.clock)
 
 
-def save_plot(story: Story, file: Path) -> None:
-    plot_acceptance(story.traffic, story.phases, file)
+def await_compiled_passes(feed: AdapterFeed, limit: TimeLimit, narrate: Callable[[str], None]) -> str:
+    """What runs the passes once no replica compiles any more, or once the time for that is used."""
+    if _is_settled(feed):
+        return passes_of(feed.statuses())
+    narrate(f"waiting for compiled passes, {limit.budget_s:.0f} s at most")
+    if limit.wait_until(lambda: _is_settled(feed)):
+        return passes_of(feed.statuses())
+    return f"{passes_of(feed.statuses())}, not ready after another {limit.budget_s:.0f} s"
 
 
-def series(story: Story) -> dict[str, list[Any]]:
-    """What the plot shows, as numbers."""
-    return {
-        "acceptance_moving_average": [
-            None if rate is None else round(rate, 4) for rate in moving_acceptance(story.traffic)
-        ],
-        "domain": [outcome.domain for outcome in story.traffic],
-        "draft_version": [outcome.draft_version for outcome in story.traffic],
-        "swaps": [list(swap) for swap in swaps(story.traffic)],
-        "phases": [list(phase) for phase in story.phases],
-    }
+def passes_of(statuses: Sequence[ServingStatus]) -> str:
+    """What runs the replicas' passes, for people."""
+    states = sorted({status.passes or "eager" for status in statuses})
+    return ", ".join(states) or "unknown, since no replica reports"
 
 
-def _traffic(domains: tuple[str, ...] | list[str]) -> Iterator[Ask]:
+def _is_settled(feed: AdapterFeed) -> bool:
+    """Whether every replica has the passes that it will keep."""
+    statuses = feed.statuses()
+    return bool(statuses) and all(status.passes != COMPILING for status in statuses)
+
+
+def traffic(domains: tuple[str, ...], max_tokens: int) -> Iterator[Ask]:
     """Endless asks, drawn from the domains alike, from the split that nothing was trained on."""
     chooser = random.Random(f"{SEED}:{','.join(domains)}")
     streams = {domain: prompts(domain, "replay", seed=len(domains)) for domain in domains}
     while True:
         warm = chooser.random() < SAMPLED_SHARE
         prompt = next(streams[chooser.choice(domains)])
-        yield Ask(prompt, MAX_TOKENS, temperature=SAMPLED_TEMPERATURE if warm else 0.0)
-
-
-def _replay(
-    story: Story,
-    system: RunningSystem,
-    feed: AdapterFeed,
-    screen: Screen,
-    name: str,
-    asks: list[Ask],
-    time_limit_s: float,
-) -> None:
-    """One phase of traffic; the screen hears of every answer, and of every draft about once a second."""
-    screen.begin(name)
-    looked_s = 0.0
-
-    def on_outcome(outcome: Outcome) -> None:
-        nonlocal looked_s
-        screen.add(name, outcome)
-        if time.monotonic() - looked_s > 1.0:
-            looked_s = time.monotonic()
-            screen.show_events(feed.history(DEFAULT_ROUTE, max_events=1000))
-            system.note_learner()
-
-    outcomes = Clients(system.url, NUM_CLIENTS).send(asks, on_outcome, time_limit_s)
-    story.traffic += outcomes
-    story.phases.append((name, len(outcomes)))
-
-
-def _pause_learner(system: RunningSystem, screen: Screen) -> None:
-    if system.learner is None:
-        return
-    screen.narrate("pausing the learner, to measure without it")
-    system.learner.pause()
-    deadline_s = time.monotonic() + PAUSE_TIMEOUT_S
-    while system.learner.snapshot()["state"] != "paused" and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-
-
-def _measure(story: Story, system: RunningSystem, feed: AdapterFeed, narrate: Callable[[str], None]) -> None:
-    held_out = {domain: prompts(domain, "heldout", seed=SEED) for domain in DOMAINS}
-    for num_clients, turns, count in (
-        (1, TURNS, PROMPTS_PER_TURN),
-        (NUM_CLIENTS, TURNS_AT_8, PROMPTS_PER_TURN_AT_8),
-    ):
-        shares = [_share(held_out, count) for _ in range(turns)]
-        story.comparisons[num_clients] = compare(
-            system.url, feed, shares, num_clients=num_clients, max_tokens=MAX_TOKENS, narrate=narrate
-        )
-    narrate("comparing every answer with that of the target alone")
-    outcomes = [outcome for comparison in story.comparisons.values() for outcome in comparison.outcomes]
-    story.identity = identity(system.url, outcomes)
+        yield Ask(prompt, max_tokens, temperature=SAMPLED_TEMPERATURE if warm else 0.0)
 
 
 def _share(held_out: dict[str, Iterator[Prompt]], count: int) -> dict[str, list[Prompt]]:
     return {domain: list(islice(stream, count)) for domain, stream in held_out.items()}
-
-
-def _metrics(story: Story, feed: AdapterFeed, wall_s: float) -> dict[str, Any]:
-    """The report's figures; those by domain are dictionaries."""
-    statuses = feed.statuses()
-    events = feed.history(DEFAULT_ROUTE, max_events=10_000)
-    alone, crowd = story.comparisons[1], story.comparisons[NUM_CLIENTS]
-    outcomes = [*story.traffic, *alone.outcomes, *crowd.outcomes]
-    metrics: dict[str, Any] = {
-        "num_requests": len(outcomes),
-        "num_failed_requests": sum(bool(outcome.error) for outcome in outcomes),
-        "num_promotions": sum(event.kind == "promoted" for event in events),
-        "num_refusals": sum(event.kind == "refused" for event in events),
-        "num_rollbacks": sum(event.kind == "rolled_back" for event in events),
-        "num_swaps_under_load": sum(status.num_swaps_under_load for status in statuses),
-        "swap_pause_s_max": max((status.swap_pause_s_max for status in statuses), default=0.0),
-        "round_s_median": max((status.round_s_median for status in statuses), default=0.0),
-        "num_dropped_records": sum(status.num_dropped_records for status in statuses),
-        "greedy_identical_fraction": story.identity.fraction,
-        "num_greedy_compared": story.identity.num_compared,
-        "num_greedy_near_ties": story.identity.num_near_ties,
-        "demo_wall_s": wall_s,
-    }
-    for arm in ("floor", "adapted"):
-        metrics[f"acceptance_rate_{arm}"] = {d: alone.acceptance_rate(d, arm) for d in DOMAINS}
-    for suffix, comparison in (("", alone), (f"_{NUM_CLIENTS}_clients", crowd)):
-        for arm in ARMS:
-            metrics[f"tokens_per_s_{arm}{suffix}"] = {d: comparison.tokens_per_s(d, arm) for d in DOMAINS}
-    return metrics

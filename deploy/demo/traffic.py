@@ -6,7 +6,7 @@ with an error, never an exception.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,24 +57,25 @@ class Outcome:
 class Clients:
     """Up to `num_clients` requests at a time against one endpoint."""
 
-    def __init__(self, url: str, num_clients: int) -> None:
+    def __init__(self, url: str, num_clients: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._url = url
         self._num_clients = num_clients
+        self._clock = clock
 
     def send(
         self,
-        asks: Sequence[Ask],
+        asks: Iterable[Ask],
         on_outcome: Callable[[Outcome], None] = lambda outcome: None,
         time_limit_s: float = float("inf"),
     ) -> list[Outcome]:
-        """Send all asks in order, each as soon as a client is free; no new one after `time_limit_s`.
+        """Send all asks in order, each as soon as a client is free; no new one once `time_limit_s` are over.
 
         Returns the outcomes in the order in which they finished.
         """
-        return asyncio.run(self._send(asks, on_outcome, time.monotonic() + time_limit_s))
+        return asyncio.run(self._send(asks, on_outcome, self._clock() + time_limit_s))
 
     async def _send(
-        self, asks: Sequence[Ask], on_outcome: Callable[[Outcome], None], deadline_s: float
+        self, asks: Iterable[Ask], on_outcome: Callable[[Outcome], None], deadline_s: float
     ) -> list[Outcome]:
         outcomes: list[Outcome] = []
         coming = iter(asks)
@@ -82,7 +83,7 @@ class Clients:
 
         async def client() -> None:
             for ask in coming:
-                if time.monotonic() > deadline_s:
+                if self._clock() >= deadline_s:
                     return
                 outcome = await _send_one(http, ask)
                 outcomes.append(outcome)

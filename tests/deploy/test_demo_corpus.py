@@ -52,10 +52,10 @@ def test_every_key_has_a_split_and_the_shares_are_kept() -> None:
         assert abs(drawn.count(split) / 40 - percent) < 3
 
 
-def test_every_function_of_the_code_domain_parses() -> None:
+def test_every_function_and_class_of_the_code_domain_parses() -> None:
     for prompt in islice(prompts("code", "replay", 3), 80):
         parsed = ast.parse(prompt.answer.removeprefix("```python\n").removesuffix("\n```"))
-        assert any(isinstance(part, ast.FunctionDef) for part in ast.walk(parsed)), prompt.answer
+        assert isinstance(parsed.body[0], ast.FunctionDef | ast.ClassDef), prompt.answer
 
 
 def test_every_calculation_of_the_maths_domain_is_right() -> None:

@@ -107,7 +107,6 @@ def _root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-@cache
 def _tree(module: str) -> ast.Module:
     path = _root().joinpath(*module.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

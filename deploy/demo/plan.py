@@ -1,0 +1,96 @@
+"""How long every part of the demo may take, in one place, and the clock that holds the parts to it.
+
+Knows nothing of what the parts do. Invariant: a part ends when it is done or when its seconds are used, and
+one that overran (requests under way are waited for) takes the time from the next, so that all parts together
+take no more than their sum and the last one's overrun.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Clock = Callable[[], float]
+"""Monotonic seconds."""
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class TrafficPlan:
+    """One phase of traffic."""
+
+    num_requests: int
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class MeasuringPlan:
+    """One comparison of the arms: how many turns at most, and of how many prompts a domain."""
+
+    num_clients: int
+    max_turns: int
+    prompts_per_turn: int
+    budget_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the demo does and how long each part may take: five and a half minutes at the very most, four on
+    two quiet cores. Starting and stopping are on top: they are as long as they are."""
+
+    max_tokens: int = 96
+    """Of every answer."""
+    domain: TrafficPlan = TrafficPlan(num_requests=320, budget_s=24.0)
+    """Each of the domains in turn."""
+    mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=60.0)
+    learner_pause_s: float = 10.0
+    compiled_passes_s: float = 35.0
+    """How long measuring waits for compiled passes."""
+    measuring: tuple[MeasuringPlan, ...] = (
+        MeasuringPlan(num_clients=1, max_turns=12, prompts_per_turn=1, budget_s=55.0),
+        MeasuringPlan(num_clients=8, max_turns=2, prompts_per_turn=8, budget_s=35.0),
+    )
+    near_ties_s: float = 10.0
+    """For asking the target how close its two best tokens were where answers differ."""
+
+    def total_s(self, num_domains: int) -> float:
+        """All budgets together."""
+        waits_s = self.learner_pause_s + self.compiled_passes_s + self.near_ties_s
+        measuring_s = sum(measuring.budget_s for measuring in self.measuring)
+        return num_domains * self.domain.budget_s + self.mixed.budget_s + waits_s + measuring_s
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The seconds of one part, running."""
+
+    budget_s: float
+    end_s: float
+    clock: Clock
+    sleep: Callable[[float], None]
+
+    @property
+    def left_s(self) -> float:
+        """Never negative."""
+        return max(0.0, self.end_s - self.clock())
+
+    def wait_until(self, holds: Callable[[], bool]) -> bool:
+        """Whether it came to hold in time; looks once at least."""
+        while not holds():
+            if self.left_s == 0.0:
+                return False
+            self.sleep(POLL_S)
+        return True
+
+
+class Timekeeper:
+    """Begins one part after the other."""
+
+    def __init__(self, clock: Clock = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.clock = clock
+        self._sleep = sleep
+        self._last_end_s = float("inf")
+
+    def begin(self, budget_s: float) -> TimeLimit:
+        """A part that may take `budget_s` from now, less what the one before took too much."""
+        self._last_end_s = min(self._last_end_s, self.clock()) + budget_s
+        return TimeLimit(budget_s, self._last_end_s, self.clock, self._sleep)

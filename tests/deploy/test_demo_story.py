@@ -1,0 +1,197 @@
+"""The demo keeps to its time and says what it could not do: a real server, a real pair, a clock made of work.
+
+The clock does not look at the time: an answer takes one second of it, however long it took.
+"""
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from buffer.memory_store import MemoryAdapterFeed
+from buffer.records import DEFAULT_ROUTE, ServingStatus
+from deploy.commands.demo import PAIR, SERVING
+from deploy.demo.comparison import ARMS, compare
+from deploy.demo.corpus import DOMAINS
+from deploy.demo.figures import metrics_of
+from deploy.demo.plan import MeasuringPlan, Plan, Timekeeper, TrafficPlan
+from deploy.demo.screen import Screen
+from deploy.demo.story import Story, Teller, await_compiled_passes
+from deploy.demo.summary import summarise
+from deploy.demo.traffic import Clients
+from deploy.settings import Settings
+from deploy.wiring import RunningSystem
+from serving.compiling import COMPILING
+from serving.settings import ServingSettings
+from tests.support.live_server import LiveServer, live_server
+from tests.support.tiny_adapters import tiny_adapter
+
+MAX_TOKENS = 2
+_SETTINGS = Settings.model_validate({"serving": {"target": str(PAIR / "target")}})
+PLAN = Plan(
+    max_tokens=MAX_TOKENS,
+    domain=TrafficPlan(num_requests=3, budget_s=100.0),
+    mixed=TrafficPlan(num_requests=3, budget_s=100.0),
+    measuring=(MeasuringPlan(num_clients=1, max_turns=2, prompts_per_turn=1, budget_s=100.0),),
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    settings = ServingSettings.model_validate(
+        {
+            **SERVING,
+            "target": str(PAIR / "target"),
+            "draft": str(PAIR / "draft"),
+            "compile": "off",
+            "watch_interval_s": 0.01,
+            "status_interval_s": 0.02,
+        }
+    )
+    with live_server(settings) as live:
+        yield live
+
+
+class WorkClock:
+    """A second for every answer that the engine has given."""
+
+    def __init__(self, live: LiveServer) -> None:
+        self._engine = live.parts.engine
+
+    def __call__(self) -> float:
+        return self._engine.stats().num_output_tokens / MAX_TOKENS
+
+
+def _tell(live: LiveServer, plan: Plan) -> tuple[Story, str]:
+    """The story, and what a person without a terminal reads."""
+    written = io.StringIO()
+    console = Console(file=written, soft_wrap=True, width=80)
+    screen = Screen(console)
+    system = RunningSystem(_SETTINGS, live.url, "redis://unused", learner=None)
+    story = Teller(system, live.feed, screen, plan, Timekeeper(WorkClock(live))).tell()
+    summarise(console, screen, story, metrics_of(story, live.feed, wall_s=1.0))
+    return story, written.getvalue()
+
+
+def test_without_a_promoted_draft_only_what_there_is_is_measured(server: LiveServer) -> None:
+    story, told = _tell(server, PLAN)
+    assert [(phase.name, phase.num_requests) for phase in story.phases] == [
+        (name, 3) for name in (*DOMAINS, "mixed")
+    ]
+    comparison = story.comparisons[1]
+    assert comparison.arms == ("no_speculation", "floor") and not comparison.shortage
+    assert {comparison.num_pairs(domain) for domain in DOMAINS} == {2}
+    assert comparison.ratios(*DOMAINS) == [] and comparison.tokens_per_s("sql", "floor")
+    assert "adapted against no speculation was not measured: no draft was promoted\n" in told
+    assert story.identity.num_compared == 2 * len(DOMAINS) and story.identity.fraction == 1.0
+    assert not any(outcome.error for outcome in story.outcomes)
+    assert story.passes == ["eager (compile: off)"] * 2
+
+
+def test_a_phase_ends_with_its_budget_and_measuring_shrinks_to_what_fits(server: LiveServer) -> None:
+    _publish(server)
+    plan = replace(
+        PLAN,
+        domain=TrafficPlan(num_requests=100, budget_s=9.0),
+        # One turn takes 15 answers; two fit 40 seconds, a third would not.
+        measuring=(MeasuringPlan(num_clients=1, max_turns=9, prompts_per_turn=1, budget_s=40.0),),
+    )
+    story, told = _tell(server, plan)
+    for phase in story.phases[: len(DOMAINS)]:
+        # Up to eight requests are under way when the time is used; the next phase has so much less.
+        assert 1 <= phase.num_requests <= 9 + 8
+        assert phase.num_requests < phase.num_planned == 100
+    assert sum(phase.num_requests for phase in story.phases[: len(DOMAINS)]) <= len(DOMAINS) * 9 + 8
+    comparison = story.comparisons[1]
+    assert comparison.arms == ARMS and comparison.num_turns == 2
+    assert {len(comparison.ratios(domain)) for domain in DOMAINS} == {2}
+    assert comparison.shortage == "its 40 s were used" and "2 turns of 3 arms (its 40 s were used)" in told
+    assert {outcome.draft_version for outcome in comparison.outcomes if outcome.num_attempted} == {0, 1}
+    assert server.feed.pinned(DEFAULT_ROUTE) is None
+
+
+def test_a_first_turn_that_does_not_fit_leaves_what_every_arm_answered(
+    server: LiveServer,
+) -> None:
+    _publish(server)
+    budgets = MeasuringPlan(num_clients=1, max_turns=9, prompts_per_turn=1, budget_s=12.0)
+    story, told = _tell(server, replace(PLAN, measuring=(budgets,)))
+    comparison = story.comparisons[1]
+    assert [comparison.num_pairs(domain) for domain in DOMAINS] == [1, 1, 0, 0, 0]
+    assert "not measured: maths, sql, chat (its 12 s were used)" in told
+    assert len(comparison.outcomes) == 12
+
+
+def test_a_pin_that_no_replica_follows_ends_the_measurement_with_its_reason() -> None:
+    feed, now_s = MemoryAdapterFeed(), [0.0]
+
+    def sleep(duration_s: float) -> None:
+        now_s[0] += duration_s
+
+    limit = Timekeeper(lambda: now_s[0], sleep).begin(5.0)
+    clients = Clients("http://127.0.0.1:9", 1)
+    comparison = compare(clients, feed, [{"sql": []}], max_tokens=2, limit=limit, narrate=lambda words: None)
+    assert comparison.shortage == "no replica served draft v0 in time"
+    assert 5.0 <= now_s[0] < 5.2 and feed.pinned(DEFAULT_ROUTE) is None
+
+
+@pytest.mark.parametrize(
+    ("later", "told", "waited_s"),
+    [
+        ("compiled", "compiled", 3.0),
+        ("eager (compiling failed: no space)", "eager (compiling failed: no space)", 3.0),
+        (COMPILING, f"{COMPILING}, not ready after another 40 s", 40.0),
+    ],
+)
+def test_measuring_waits_for_compiled_passes_or_says_why_there_are_none(
+    later: str, told: str, waited_s: float
+) -> None:
+    feed, now_s = MemoryAdapterFeed(), [0.0]
+
+    def report(passes: str) -> None:
+        feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts={}, passes=passes))
+
+    def sleep(duration_s: float) -> None:
+        now_s[0] += duration_s
+        if now_s[0] >= 3.0:
+            report(later)
+
+    report(COMPILING)
+    limit = Timekeeper(lambda: now_s[0], sleep).begin(40.0)
+    assert await_compiled_passes(feed, limit, lambda words: None) == told
+    assert waited_s <= now_s[0] < waited_s + 0.2
+
+
+def test_nothing_is_waited_for_where_passes_are_settled() -> None:
+    feed = MemoryAdapterFeed()
+    feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts={}, passes="compiled"))
+    said: list[str] = []
+    limit = Timekeeper(lambda: 0.0).begin(40.0)
+    assert await_compiled_passes(feed, limit, said.append) == "compiled" and not said
+
+
+def test_a_part_that_overran_takes_the_time_from_the_next_and_one_that_did_not_gives_none() -> None:
+    now_s = [100.0]
+    timekeeper = Timekeeper(lambda: now_s[0])
+    assert timekeeper.begin(10.0).left_s == 10.0
+    now_s[0] = 104.0
+    assert timekeeper.begin(10.0).left_s == 10.0
+    now_s[0] = 117.0
+    assert timekeeper.begin(10.0).left_s == 7.0
+    now_s[0] = 150.0
+    assert timekeeper.begin(10.0).left_s == 0.0
+
+
+def test_all_parts_together_take_under_six_minutes() -> None:
+    assert 240.0 <= Plan().total_s(len(DOMAINS)) <= 330.0
+
+
+def _publish(live: LiveServer) -> None:
+    """A draft to measure, once."""
+    if live.feed.latest(DEFAULT_ROUTE) is None:
+        revision = live.parts.engine.pair.target_revision
+        draft = str(PAIR / "draft")
+        live.feed.publish(*tiny_adapter(draft, draft_version=1, target_revision=revision, size=0.01))
