@@ -112,7 +112,7 @@ def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> 
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bar and its table of missing tensors: ours is one sentence."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
