@@ -47,6 +47,7 @@ def system(redis: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> It
                 "draft": str(PAIR / "draft"),
                 "model_name": "demo",
                 "num_threads": 1,
+                "compile": "off",
                 "max_seq_len": 512,
                 "status_interval_s": 0.2,
             },

@@ -7,7 +7,6 @@ person; what passes here can still be refused at load, for values that are not f
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from logging import CRITICAL
 from typing import Any
 
 import torch
@@ -113,7 +112,7 @@ def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> 
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bar and its table of missing tensors: ours is one sentence."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield

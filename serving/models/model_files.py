@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import safe_open
 from torch import Tensor
 
@@ -33,6 +31,7 @@ _TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 _POINTER = b"version https://git-lfs"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 2.0
 
 
@@ -108,22 +107,15 @@ def find_model(name: str) -> ModelFiles:
     if path.exists():
         hint = "GGUF files are not read; " if path.suffix == ".gguf" else ""
         raise UnsupportedModelError(f"model {name!r} is a file; {hint}give the folder with its {CONFIG}")
-    if name.startswith(("/", ".", "~")) or not _is_hub_id(name):
+    if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         raise UnsupportedModelError(f"model {name!r} is no folder")
     return _from_hub(name)
 
 
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _from_hub(name: str) -> ModelFiles:
     """One question before anything is fetched: the hub's client itself would ask for half a minute."""
-    cached = try_to_load_from_cache(name, CONFIG)
+    with refusing(name, "is no folder here and no id of the hub"):
+        cached = try_to_load_from_cache(name, CONFIG)
     try:
         with refusing(name, "is no folder here, was not downloaded before, and the hub does not give it"):
             get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=_HUB_TIMEOUT_S)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.quantizers import AutoHfQuantizer  # type: ignore[attr-defined]
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from serving.models.errors import UnsupportedModelError, first_few, refusing
 
@@ -137,10 +137,9 @@ def _alibi(config: Any, text: Any) -> str | None:
 
 def _unequal_heads(config: Any, text: Any) -> str | None:
     """Multi-head latent attention has key heads of two parts, and value heads of another size."""
-    found = [getattr(text, key, None) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    parts = [part for part in found if isinstance(part, int)]
+    parts = [getattr(text, key, None) or 0 for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
     usual = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    key_dim = sum(parts) if len(parts) == 2 else usual
+    key_dim = sum(parts) or usual
     value_dim = getattr(text, "v_head_dim", None) or key_dim
     if key_dim == value_dim == usual:
         return None

@@ -315,7 +315,7 @@ def test_a_device_of_another_machine_is_left_to_that_machine() -> None:
     refused("gpu", lambda name: check_device(name, is_here=False), [])
 
 
-@pytest.mark.parametrize("name", ["none", "tiny.gguf", "a/b/c", "./none"])
+@pytest.mark.parametrize("name", ["none", "tiny.gguf", "a/b/c", "./none", "a b", "a--b"])
 def test_a_path_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     if name == "none" or name.endswith("gguf"):
