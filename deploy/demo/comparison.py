@@ -158,8 +158,8 @@ def compare(
     limit: TimeLimit,
     narrate: Callable[[str], None],
 ) -> Comparison:
-    """Turns of all arms on prompts of `held_out`, by domain, while one more is likely to fit; one that does not
-    all the same is cut. The feed is unpinned afterwards."""
+    """Turns of all arms on prompts of `held_out`, by domain, while one more is likely to fit; one that then
+    does not is cut. The feed is unpinned afterwards."""
     latest = feed.latest(DEFAULT_ROUTE)
     arms = ARMS if latest else ARMS[:-1]
     versions = {"floor": FLOOR_VERSION, "adapted": latest.draft_version if latest else FLOOR_VERSION}
