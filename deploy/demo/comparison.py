@@ -8,13 +8,14 @@ what every arm answered in the same turn, without a failed request.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import AdapterFeed
 from deploy.demo.corpus import Prompt
-from deploy.demo.plan import TimeLimit
+from deploy.demo.plan import MeasuringPlan, TimeLimit
 from deploy.demo.traffic import Ask, Clients, Outcome
 from serving.engine.counters import acceptance_rate
 
@@ -150,34 +151,39 @@ def _chance(most: int, num: int) -> float:
 def compare(
     clients: Clients,
     feed: AdapterFeed,
-    shares: Sequence[dict[str, list[Prompt]]],
+    held_out: Mapping[str, Iterator[Prompt]],
+    plan: MeasuringPlan,
     *,
     max_tokens: int,
     limit: TimeLimit,
     narrate: Callable[[str], None],
 ) -> Comparison:
-    """One turn of all arms for each share (prompts by domain) while one more is likely to fit; a turn that
-    does not fit all the same is cut. The feed is unpinned afterwards."""
+    """Turns of all arms on prompts of `held_out`, by domain, while one more is likely to fit; one that then
+    does not is cut. The feed is unpinned afterwards."""
     latest = feed.latest(DEFAULT_ROUTE)
     arms = ARMS if latest else ARMS[:-1]
     versions = {"floor": FLOOR_VERSION, "adapted": latest.draft_version if latest else FLOOR_VERSION}
+    used_up = f"its {limit.budget_s:.0f} s were used"
     turns: list[Turn] = []
-    longest_s = 0.0
+    count, prompt_s = plan.num_clients, 0.0
     try:
-        for number, share in enumerate(shares):
+        for number in range(plan.max_turns):
+            if number == 1:
+                count = plan.prompts_in(limit.left_s, prompt_s)
+            share = {domain: list(islice(prompts, count)) for domain, prompts in held_out.items()}
             left_s = limit.left_s
-            if left_s <= longest_s:
-                return Comparison(turns, arms, f"its {limit.budget_s:.0f} s were used")
+            if left_s <= count * prompt_s:
+                return Comparison(turns, arms, used_up)
             for arm in arms:
                 if arm in versions and not pin_and_wait(feed, versions[arm], limit):
                     return Comparison(turns, arms, f"no replica served draft v{versions[arm]} in time")
-                narrate(f"turn {number + 1} of at most {len(shares)}: {arm.replace('_', ' ')}")
+                narrate(f"turn {number + 1} of at most {plan.max_turns}: {arm.replace('_', ' ')}")
                 turns += _turns(clients, number, arm, share, max_tokens, limit)
-            longest_s = max(longest_s, left_s - limit.left_s)
+            prompt_s = max(prompt_s, (left_s - limit.left_s) / count)
     finally:
         feed.unpin(DEFAULT_ROUTE, "the demo has measured")
-    cut = len(turns) < len(arms) * sum(map(len, shares))
-    return Comparison(turns, arms, f"its {limit.budget_s:.0f} s were used" if cut else "")
+    cut = len(turns) < len(arms) * len(held_out) * plan.max_turns
+    return Comparison(turns, arms, used_up if cut else "")
 
 
 def _turns(

@@ -24,29 +24,38 @@ class TrafficPlan:
 
 @dataclass(frozen=True)
 class MeasuringPlan:
-    """One comparison of the arms: how many turns at most, and of how many prompts a domain."""
+    """One comparison of the arms: how many turns at most, and of how many prompts a domain at most.
+
+    The first turn has one prompt a client; how long it takes decides how many the others have.
+    """
 
     num_clients: int
     max_turns: int
     prompts_per_turn: int
     budget_s: float
 
+    def prompts_in(self, left_s: float, prompt_s: float) -> int:
+        """So many that two more turns fit, if one prompt of every domain and arm takes `prompt_s`."""
+        return max(self.num_clients, min(self.prompts_per_turn, int(left_s / (2 * prompt_s))))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo does and how long each part may take: five and a half minutes at the very most, four on
-    two quiet cores. Starting and stopping are on top: they are as long as they are."""
+    """What the demo does and how long each part may take: under six minutes at the very most, four on two
+    quiet, quick cores. Starting and stopping are on top: they are as long as they are."""
 
     max_tokens: int = 96
     """Of every answer."""
+    learner_start_s: float = 15.0
+    """How long traffic waits for the learner's process: one that starts takes a core from the replica."""
     domain: TrafficPlan = TrafficPlan(num_requests=320, budget_s=24.0)
     """Each of the domains in turn."""
-    mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=60.0)
+    mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=55.0)
     learner_pause_s: float = 10.0
     compiled_passes_s: float = 35.0
     """How long measuring waits for compiled passes."""
     measuring: tuple[MeasuringPlan, ...] = (
-        MeasuringPlan(num_clients=1, max_turns=12, prompts_per_turn=1, budget_s=55.0),
+        MeasuringPlan(num_clients=1, max_turns=5, prompts_per_turn=3, budget_s=55.0),
         MeasuringPlan(num_clients=8, max_turns=2, prompts_per_turn=8, budget_s=35.0),
     )
     near_ties_s: float = 10.0
@@ -54,9 +63,10 @@ class Plan:
 
     def total_s(self, num_domains: int) -> float:
         """All budgets together."""
-        waits_s = self.learner_pause_s + self.compiled_passes_s + self.near_ties_s
+        traffic_s = num_domains * self.domain.budget_s + self.mixed.budget_s
         measuring_s = sum(measuring.budget_s for measuring in self.measuring)
-        return num_domains * self.domain.budget_s + self.mixed.budget_s + waits_s + measuring_s
+        waits_s = self.learner_start_s + self.learner_pause_s + self.compiled_passes_s + self.near_ties_s
+        return traffic_s + measuring_s + waits_s
 
 
 @dataclass(frozen=True)

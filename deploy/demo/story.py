@@ -6,11 +6,14 @@ part ends when its time is used (`plan.Plan`), and what was not done is said.
 """
 
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from buffer.errors import StoreUnavailableError
 from buffer.records import DEFAULT_ROUTE, ServingStatus
 from buffer.store import AdapterFeed
 from deploy.demo.comparison import Comparison, Identity, compare, identity
@@ -78,6 +81,7 @@ class Teller:
 
     def tell(self) -> Story:
         """Replay, learn, measure; the learner goes on afterwards."""
+        self._await_learner()
         before = processor_times()
         for domain in DOMAINS:
             self._replay(domain, (domain,), self._plan.domain)
@@ -94,27 +98,48 @@ class Teller:
                 self._system.learner.resume()
         return self.story
 
+    def _await_learner(self) -> None:
+        learner = self._system.learner
+        if learner is None:
+            return
+        limit = self._timekeeper.begin(self._plan.learner_start_s)
+        if not limit.wait_until(lambda: learner.snapshot()["state"] != "away"):
+            self.story.cautions.append(f"the learner was not ready {limit.budget_s:.0f} s after the replica")
+
     def _replay(self, name: str, domains: tuple[str, ...], plan: TrafficPlan) -> None:
         """One phase of traffic; the screen hears of every answer, and of every draft about once a second."""
         self._screen.begin(name, plan.num_requests)
         # Drawn as they are sent: reading the library for all of them takes seconds, and few may fit.
         asks = islice(traffic(domains, self._plan.max_tokens), plan.num_requests)
-        clock, looked_s = self._timekeeper.clock, 0.0
-        limit = self._timekeeper.begin(plan.budget_s)
         num_promoted_before = self._num_promoted()
-
-        def on_outcome(outcome: Outcome) -> None:
-            nonlocal looked_s
-            self._screen.add(name, outcome)
-            if clock() - looked_s > LOOK_S:
-                looked_s = clock()
-                self._screen.show_events(self._feed.history(DEFAULT_ROUTE, max_events=1000))
-                self._system.note_learner()
-
-        outcomes = self._clients(NUM_CLIENTS).send(asks, on_outcome, limit.left_s)
+        limit = self._timekeeper.begin(plan.budget_s)
+        with self._looking():
+            outcomes = self._clients(NUM_CLIENTS).send(asks, partial(self._screen.add, name), limit.left_s)
         self.story.traffic += outcomes
         promoted = self._num_promoted() - num_promoted_before
         self.story.phases.append(Phase(name, len(outcomes), plan.num_requests, promoted))
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Look at drafts and learner beside the block: a learner short of time answers late, and clients that
+        waited for it would send nothing meanwhile."""
+        done = threading.Event()
+
+        def look() -> None:
+            while True:
+                with suppress(StoreUnavailableError):
+                    self._screen.show_events(self._feed.history(DEFAULT_ROUTE, max_events=1000))
+                self._system.note_learner()
+                if done.wait(LOOK_S):
+                    return
+
+        thread = threading.Thread(target=look, name="everdraft-demo-look", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _num_promoted(self) -> int:
         events = self._feed.history(DEFAULT_ROUTE, max_events=10_000)
@@ -144,12 +169,12 @@ class Teller:
         self.story.identity = identity(outcomes, partial(top_two_gap, self._system.url), limit)
 
     def _compare(self, plan: MeasuringPlan, held_out: dict[str, Iterator[Prompt]]) -> Comparison:
-        shares = [_share(held_out, plan.prompts_per_turn) for _ in range(plan.max_turns)]
         clients = "1 client" if plan.num_clients == 1 else f"{plan.num_clients} clients"
         return compare(
             self._clients(plan.num_clients),
             self._feed,
-            shares,
+            held_out,
+            plan,
             max_tokens=self._plan.max_tokens,
             limit=self._timekeeper.begin(plan.budget_s),
             narrate=lambda words: self._screen.narrate(f"measuring, {clients}, {words}"),
@@ -189,7 +214,3 @@ def traffic(domains: tuple[str, ...], max_tokens: int) -> Iterator[Ask]:
         warm = chooser.random() < SAMPLED_SHARE
         prompt = next(streams[chooser.choice(domains)])
         yield Ask(prompt, max_tokens, temperature=SAMPLED_TEMPERATURE if warm else 0.0)
-
-
-def _share(held_out: dict[str, Iterator[Prompt]], count: int) -> dict[str, list[Prompt]]:
-    return {domain: list(islice(stream, count)) for domain, stream in held_out.items()}

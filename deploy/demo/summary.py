@@ -93,7 +93,7 @@ def totals(metrics: Mapping[str, Any]) -> list[str]:
     """Requests, drafts, and whether any answer changed."""
     return [
         f"{metrics['num_requests']} requests, {metrics['num_failed_requests']} failed",
-        f"{metrics['num_promotions']} drafts promoted, {metrics['num_swaps_under_load']} swaps under load; "
+        f"drafts promoted: {metrics['num_promotions']}, swaps under load: {metrics['num_swaps_under_load']}; "
         + _pause(metrics["swap_pause_s_max"], metrics["round_s_median"]),
         _identity(metrics),
     ]

@@ -7,6 +7,8 @@ import io
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,7 +17,7 @@ from buffer.memory_store import MemoryAdapterFeed
 from buffer.records import DEFAULT_ROUTE, ServingStatus
 from deploy.commands.demo import PAIR, SERVING
 from deploy.demo.comparison import ARMS, compare
-from deploy.demo.corpus import DOMAINS
+from deploy.demo.corpus import DOMAINS, prompts
 from deploy.demo.figures import metrics_of
 from deploy.demo.plan import MeasuringPlan, Plan, Timekeeper, TrafficPlan
 from deploy.demo.screen import Screen
@@ -95,20 +97,22 @@ def test_a_phase_ends_with_its_budget_and_measuring_shrinks_to_what_fits(server:
     _publish(server)
     plan = replace(
         PLAN,
-        domain=TrafficPlan(num_requests=100, budget_s=9.0),
-        # One turn takes 15 answers; two fit 40 seconds, a third would not.
-        measuring=(MeasuringPlan(num_clients=1, max_turns=9, prompts_per_turn=1, budget_s=40.0),),
+        domain=TrafficPlan(num_requests=100, budget_s=4.0),
+        # A turn of one prompt takes 15 answers, one of two, which fits twice, 30; no third one fits.
+        measuring=(MeasuringPlan(num_clients=1, max_turns=9, prompts_per_turn=2, budget_s=80.0),),
     )
     story, told = _tell(server, plan)
     for phase in story.phases[: len(DOMAINS)]:
         # Up to eight requests are under way when the time is used; the next phase has so much less.
-        assert 1 <= phase.num_requests <= 9 + 8
+        assert phase.num_requests <= 4 + 8
         assert phase.num_requests < phase.num_planned == 100
-    assert sum(phase.num_requests for phase in story.phases[: len(DOMAINS)]) <= len(DOMAINS) * 9 + 8
+    assert sum(phase.num_requests for phase in story.phases[: len(DOMAINS)]) <= len(DOMAINS) * 4 + 8
     comparison = story.comparisons[1]
-    assert comparison.arms == ARMS and comparison.num_turns == 2
-    assert {len(comparison.ratios(domain)) for domain in DOMAINS} == {2}
-    assert comparison.shortage == "its 40 s were used" and "2 turns of 3 arms (its 40 s were used)" in told
+    assert comparison.arms == ARMS and comparison.num_turns == 3
+    assert {len(comparison.ratios(domain)) for domain in DOMAINS} == {3}
+    sizes = {(turn.number, len(turn.outcomes)) for turn in comparison.turns}
+    assert sizes == {(0, 1), (1, 2), (2, 2)}
+    assert comparison.shortage == "its 80 s were used" and "3 turns of 3 arms (its 80 s were used)" in told
     assert {outcome.draft_version for outcome in comparison.outcomes if outcome.num_attempted} == {0, 1}
     assert server.feed.pinned(DEFAULT_ROUTE) is None
 
@@ -133,7 +137,9 @@ def test_a_pin_that_no_replica_follows_ends_the_measurement_with_its_reason() ->
 
     limit = Timekeeper(lambda: now_s[0], sleep).begin(5.0)
     clients = Clients("http://127.0.0.1:9", 1)
-    comparison = compare(clients, feed, [{"sql": []}], max_tokens=2, limit=limit, narrate=lambda words: None)
+    plan = MeasuringPlan(num_clients=1, max_turns=1, prompts_per_turn=1, budget_s=5.0)
+    held_out = {"sql": prompts("sql", "heldout")}
+    comparison = compare(clients, feed, held_out, plan, max_tokens=2, limit=limit, narrate=str)
     assert comparison.shortage == "no replica served draft v0 in time"
     assert 5.0 <= now_s[0] < 5.2 and feed.pinned(DEFAULT_ROUTE) is None
 
@@ -186,7 +192,16 @@ def test_a_part_that_overran_takes_the_time_from_the_next_and_one_that_did_not_g
 
 
 def test_all_parts_together_take_under_six_minutes() -> None:
-    assert 240.0 <= Plan().total_s(len(DOMAINS)) <= 330.0
+    assert 240.0 <= Plan().total_s(len(DOMAINS)) <= 340.0
+
+
+def test_turns_shrink_to_what_the_first_one_says_fits_but_never_under_a_prompt_a_client() -> None:
+    plan = MeasuringPlan(num_clients=1, max_turns=5, prompts_per_turn=3, budget_s=55.0)
+    assert plan.prompts_in(50.0, 4.0) == 3
+    assert plan.prompts_in(40.0, 9.0) == 2
+    assert plan.prompts_in(40.0, 30.0) == 1
+    crowd = MeasuringPlan(num_clients=8, max_turns=2, prompts_per_turn=8, budget_s=35.0)
+    assert crowd.prompts_in(10.0, 30.0) == 8
 
 
 def _publish(live: LiveServer) -> None:
@@ -195,3 +210,39 @@ def _publish(live: LiveServer) -> None:
         revision = live.parts.engine.pair.target_revision
         draft = str(PAIR / "draft")
         live.feed.publish(*tiny_adapter(draft, draft_version=1, target_revision=revision, size=0.01))
+
+
+class _LateLearner:
+    """A learner that answers its second question only after clients have had a number of answers."""
+
+    def __init__(self, live: LiveServer) -> None:
+        self._clock, self._num_asked = WorkClock(live), 0
+        self.num_answers_meanwhile = 0.0
+
+    def snapshot(self) -> dict[str, Any]:
+        self._num_asked += 1
+        began, deadline_s = self._clock(), time.monotonic() + 30.0
+        while self._num_asked == 2 and self.num_answers_meanwhile < 12 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+            self.num_answers_meanwhile = self._clock() - began
+        return {"state": "paused"}
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+
+def test_a_learner_that_answers_late_keeps_no_client_waiting(server: LiveServer, tmp_path: Path) -> None:
+    learner: Any = _LateLearner(server)
+    settings = _SETTINGS.model_copy(
+        update={"cluster": _SETTINGS.cluster.model_copy(update={"state_dir": tmp_path})}
+    )
+    # Eight requests are under way when the learner is asked: more than that are sent meanwhile.
+    plan = replace(PLAN, domain=TrafficPlan(num_requests=30, budget_s=30.0), measuring=())
+    system = RunningSystem(settings, server.url, "redis://unused", learner)
+    Teller(
+        system, server.feed, Screen(Console(file=io.StringIO())), plan, Timekeeper(WorkClock(server))
+    ).tell()
+    assert learner.num_answers_meanwhile >= 12
