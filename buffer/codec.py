@@ -138,12 +138,13 @@ def _checked_embedding(embedding_H: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def _status_from_plain(plain: dict[str, Any]) -> ServingStatus:
-    """Builds before the one cost model tell neither what a first draft pass costs on top, nor whether the
-    draft length is fixed."""
+    """Earlier builds do not tell all of it: what a first draft pass costs on top, whether the draft length is
+    fixed, how many records went to `default`."""
     costs = plain["costs"]
     if costs is not None:
         costs.setdefault("draft_start_s", [0.0] * len(costs["batch_sizes"]))
-    return cast(ServingStatus, from_plain(ServingStatus, {"is_draft_length_fixed": False, **plain}))
+    absent = {"is_draft_length_fixed": False, "num_rerouted_records": 0}
+    return cast(ServingStatus, from_plain(ServingStatus, absent | plain))
 
 
 _TO_PLAIN: dict[type, Callable[[Any], Any]] = {GenerationRecord: _record_to_plain, RouteTable: table_to_plain}

@@ -7,6 +7,9 @@ ones, and many more. Files stay whole when they are spread over processes.
 
 import os
 import secrets
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -35,10 +38,24 @@ settings.register_profile("fuzz", max_examples=100 * FUZZ_FACTOR, deadline=None,
 settings.load_profile("test")
 
 
+@cache
+def starts_ray(file: str) -> bool:
+    return "pytest.mark.ray" in Path(file).read_text()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's fixtures are made once, in one process. All that starts Ray shares a process, where nothing
-    overlaps; it is the longest chain, so it goes first."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    """What starts Ray is the longest chain, so it goes first."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spread over processes, a file's fixtures are made once, and all that starts Ray shares a process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(str(config.rootpath / file)) else file
+
+    return ByFile(config, log)

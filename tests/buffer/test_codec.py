@@ -219,7 +219,7 @@ def test_a_record_without_an_embedding_is_what_builds_before_it_wrote() -> None:
 
 def test_a_status_of_a_build_before_the_one_cost_model_is_read() -> None:
     costs = PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02), (0.0, 0.0))
-    status = ServingStatus("one", 1.0, {}, {}, costs)
+    status = ServingStatus("one", 1.0, {}, (), costs)
     data = encode(status)
     body = msgpack.unpackb(data[9:])
     del body["costs"]["draft_start_s"], body["is_draft_length_fixed"]

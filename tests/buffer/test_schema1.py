@@ -37,7 +37,7 @@ STATUS = ServingStatus(
         DrafterCounts("ngram", "default", None, 6, 7, 8, 9, 10),  # -1 there
         DrafterCounts("draft", "sql", 7, 11, 12, 13, 14, 15),
     ),
-    costs=PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02)),
+    costs=PassCosts((1, 8), (1, 5), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02), (0.0, 0.0)),
     mean_batch_size=1.5,
     num_draft_tokens=4,
     num_dropped_records=3,

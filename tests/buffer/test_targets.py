@@ -72,7 +72,7 @@ def test_routes_table_and_statuses_are_each_targets_own(open_feed: OpenFeed, url
     b.add_event(AdapterEvent("refused", "chat", 1, "too few records", START_S))
     a.put_route_table(make_table("sql", target_revision="target-a"))
     for feed, name in ((a, "one"), (b, "two")):
-        feed.report(ServingStatus(name, START_S, {}, {}))
+        feed.report(ServingStatus(name, START_S, {}, ()))
     assert (a.routes(), b.routes()) == (["sql"], ["chat"])
     assert b.route_table() is None and a.route_table() is not None
     assert [[status.replica_id for status in feed.statuses()] for feed in (a, b)] == [["one"], ["two"]]

@@ -72,7 +72,7 @@ def _tell(live: LiveServer, plan: Plan) -> tuple[Story, str]:
     written = io.StringIO()
     console = Console(file=written, soft_wrap=True, width=80)
     screen = Screen(console)
-    system = RunningSystem(_SETTINGS, live.url, "redis://unused", learner=None)
+    system = RunningSystem(_SETTINGS, live.url, "redis://unused", None, "target")
     story = Teller(system, live.feed, screen, plan, Timekeeper(WorkClock(live))).tell()
     summarise(console, screen, story, metrics_of(story, live.feed, wall_s=1.0))
     return story, written.getvalue()
@@ -158,7 +158,7 @@ def test_measuring_waits_for_compiled_passes_or_says_why_there_are_none(
     feed, now_s = MemoryAdapterFeed(), [0.0]
 
     def report(passes: str) -> None:
-        feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts={}, passes=passes))
+        feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts=(), passes=passes))
 
     def sleep(duration_s: float) -> None:
         now_s[0] += duration_s
@@ -173,7 +173,7 @@ def test_measuring_waits_for_compiled_passes_or_says_why_there_are_none(
 
 def test_nothing_is_waited_for_where_passes_are_settled() -> None:
     feed = MemoryAdapterFeed()
-    feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts={}, passes="compiled"))
+    feed.report(ServingStatus("r0", at_s=time.time(), serving_versions={}, counts=(), passes="compiled"))
     said: list[str] = []
     limit = Timekeeper(lambda: 0.0).begin(40.0)
     assert await_compiled_passes(feed, limit, said.append) == "compiled" and not said
@@ -241,7 +241,7 @@ def test_a_learner_that_answers_late_keeps_no_client_waiting(server: LiveServer,
     )
     # Eight requests are under way when the learner is asked: more than that are sent meanwhile.
     plan = replace(PLAN, domain=TrafficPlan(num_requests=30, budget_s=30.0), measuring=())
-    system = RunningSystem(settings, server.url, "redis://unused", learner)
+    system = RunningSystem(settings, server.url, "redis://unused", learner, "target")
     Teller(
         system, server.feed, Screen(Console(file=io.StringIO())), plan, Timekeeper(WorkClock(server))
     ).tell()

@@ -198,7 +198,7 @@ def shared() -> Iterator[EmbeddedRedis]:
         for target in ("a" * 64, "b" * 64):
             feed = open_feed(server.url, target)
             feed.publish(replace(manifest("default", 1), target_revision=target), b"weights")
-            feed.report(ServingStatus(f"replica-{target[0]}", time.time(), {"default": 1}, {}))
+            feed.report(ServingStatus(f"replica-{target[0]}", time.time(), {"default": 1}, ()))
             feed.close()
         yield server
 

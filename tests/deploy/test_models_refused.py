@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deploy.doctor import examine
-from deploy.ports import free_port
 from tests.deploy.everdraft_process import ROOT
 from tests.deploy.test_doctor import subject
+from tests.support.ports import free_port
 from tests.support.tiny_models import save_tiny_pair
 
 
@@ -42,7 +42,7 @@ def test_serve_refuses_a_checkpoint_that_lacks_a_tensor_before_anything_starts(t
     del tensors["model.norm.weight"]
     save_file(tensors, f"{draft}/model.safetensors", metadata={"format": "pt"})
     state_dir = tmp_path / "state"
-    arguments = ["serve", "--target", target, "--draft", draft, "--port", str(free_port("127.0.0.1"))]
+    arguments = ["serve", "--target", target, "--draft", draft, "--port", str(free_port())]
     done = run_cli(*arguments, "--state-dir", str(state_dir))
     assert_plainly_refused(done, draft, "lacks 1 of its tensors: 'model.norm.weight'", "nothing was started")
     assert done.stderr.count("\n") == 1, done.stderr

@@ -174,7 +174,7 @@ def test_an_invitation_shows_names_as_they_are_and_no_password() -> None:
 def test_the_demos_screen_shows_events_and_phases_as_they_are(is_terminal: bool) -> None:
     console = terminal(force_terminal=is_terminal, color_system=None)
     with Screen(console) as screen:
-        screen.begin(ALL)
+        screen.begin(ALL, 5)
         ask = Ask(Prompt(ALL, ALL, ({"role": "user", "content": ALL},), ALL), 4)
         screen.add(ALL, Outcome(ask, error=ALL))
         screen.show_events([AdapterEvent("refused", "default", 1, ALL, 0.0)])

@@ -155,8 +155,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "weights are cut": (lambda f: truncate(f / "model.safetensors"), ["model.safetensors is cut short"]),
     "a pickle is cut": (lambda f: truncate(pickle_weights(f)), ["pytorch_model.bin is cut short"]),
     "a pickle holds code": (
-        lambda f: pickle_weights(f, {"x": print}),
-        ["asks for print", "never run"],
+        lambda f: pickle_weights(f, {"x": eval}),
+        ["asks for eval", "never run"],
     ),
     "weights are a pointer": (
         lambda f: (f / "model.safetensors").write_text(POINTER),
