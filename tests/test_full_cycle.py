@@ -105,7 +105,7 @@ def test_traffic_becomes_a_better_draft_that_serves(system: RunningSystem) -> No
     assert not [outcome.error for outcome in load.outcomes if outcome.error]
     assert load.outcomes[0].draft_version == 0 and load.outcomes[-1].draft_version >= 1
     manifest = feed.manifest(DEFAULT_ROUTE, 1)
-    # Live acceptance is of what the controller chose to draft, which differs; the gate's is of the same records.
+    # Live acceptance is of what the controller chose to draft; the gate's is of the same records for both.
     assert manifest.evidence["acceptance_candidate"] > manifest.evidence["acceptance_floor"]
     [status] = feed.statuses()
     assert status.num_swaps >= 1
