@@ -61,6 +61,7 @@ def own_ray(
     _share_accelerators()
     _prefer_serving()
     _guard_headers()
+    _await_proxy()
     with _guarded_folder(locks) as folder:
         try:
             ray.init(
@@ -171,6 +172,11 @@ def _guard_headers() -> None:
     500 to a request id that is no UTF-8."""
     for name, value in SERVE_PROXY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def _await_proxy() -> None:
+    """Serve kills a proxy that is not ready within five seconds, over and over on a machine that is busy."""
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
 def _share_accelerators() -> None:
