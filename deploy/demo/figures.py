@@ -40,11 +40,11 @@ def metrics_of(story: Story, feed: AdapterFeed, *, wall_s: float) -> dict[str, A
 
 
 def _replica_figures(statuses: Sequence[ServingStatus]) -> dict[str, Any]:
-    """Null where no replica has had a swap, or no round yet."""
-    has_swapped = any(status.num_swaps for status in statuses)
+    """Null where no replica has swapped under load, or had no round yet."""
+    num_under_load = sum(status.num_swaps_under_load for status in statuses)
     return {
-        "num_swaps_under_load": sum(status.num_swaps_under_load for status in statuses),
-        "swap_pause_s_max": max(status.swap_pause_s_max for status in statuses) if has_swapped else None,
+        "num_swaps_under_load": num_under_load,
+        "swap_pause_s_max": max(status.swap_pause_s_max for status in statuses) if num_under_load else None,
         "round_s_median": max((status.round_s_median for status in statuses), default=0.0) or None,
         "num_dropped_records": sum(status.num_dropped_records for status in statuses),
     }

@@ -101,7 +101,7 @@ def totals(metrics: Mapping[str, Any]) -> list[str]:
 
 def _pause(pause_s: float | None, round_s: float | None) -> str:
     if pause_s is None or round_s is None:
-        return "no draft was swapped in, so no pause was measured"
+        return "no draft was swapped in under load, so no pause was measured"
     return f"longest pause {1e3 * pause_s:.1f} ms, a median round takes {1e3 * round_s:.1f} ms"
 
 
