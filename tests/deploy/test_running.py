@@ -120,8 +120,8 @@ def test_a_service_that_was_killed_blocks_nobody(tmp_path: Path) -> None:
     with starting("serve", tmp_path) as other:
         other.kill()
         other.wait()
-        with claimed_folder(tmp_path, url=URL, learns=True):
-            pass
+        with claimed_folder(tmp_path, url=URL, learns=True) as locks:
+            assert len(locks) == 2, "the service's and the learner's"
 
 
 def test_a_note_leaves_with_who_wrote_it_and_nobody_elses_does(tmp_path: Path) -> None:
