@@ -57,10 +57,11 @@ def _drafter_counts(stats: EngineStats) -> Iterator[DrafterCounts]:
 
 def _pass_costs(costs: CostTable) -> PassCosts:
     """The table as live rounds have corrected it."""
+    draft_scale = costs.target_scale * costs.draft_scale
     return PassCosts(
         batch_sizes=costs.batch_sizes,
         token_counts=costs.token_counts,
         target_pass_s=tuple(tuple(s * costs.target_scale for s in row) for row in costs.target_pass_s),
-        draft_pass_s=tuple(s * costs.draft_scale for s in costs.draft_pass_s),
-        draft_start_s=tuple(s * costs.draft_scale for s in costs.draft_start_s),
+        draft_pass_s=tuple(s * draft_scale for s in costs.draft_pass_s),
+        draft_start_s=tuple(s * draft_scale for s in costs.draft_start_s),
     )

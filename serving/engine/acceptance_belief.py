@@ -22,6 +22,8 @@ _ROUTE_MEMORY = 200.0
 _MAX_ROUTES = 256
 _LEAST_ODDS = 1 / 32
 _TRIAL_ATTEMPTS = 3.0
+_SURPRISE_KEEP = 0.5
+"""What older evidence is worth after a probe that succeeded against it: something has changed."""
 
 Rates = tuple[float, float]
 """Acceptance of the first draft token, and of each after it given those before."""
@@ -120,15 +122,16 @@ class RouteBeliefs:
         num_matched: int,
         num_attempted: int,
         num_accepted: int,
-        keep: float = 1.0,
+        *,
+        is_probe: bool = False,
     ) -> None:
-        """How a proposal fared; `keep`: what older evidence is still worth beside it."""
+        """How a proposal fared. `is_probe`: it was made against what is believed."""
         known = self._route(route)
         pooled = known.by_matched.setdefault(num_matched, PositionBelief())
         own = belief.of(num_matched)
         for one, memory in ((own, _SEQUENCE_MEMORY), (pooled, _ROUTE_MEMORY)):
-            if keep < 1.0:
-                one.fade(keep)
+            if is_probe and num_accepted and one.first.mean(_FALLBACK) < _FALLBACK:
+                one.fade(_SURPRISE_KEEP)
             one.observe(num_attempted, num_accepted, memory)
         if num_matched == MODEL and belief.is_trial:
             if num_accepted:

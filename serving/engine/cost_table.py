@@ -14,7 +14,11 @@ _LIVE_WEIGHT = 0.02
 
 @dataclass
 class CostTable:
-    """Rows by batch size, columns by tokens a sequence; the two scales follow live rounds."""
+    """Rows by batch size, columns by tokens a sequence; the two scales follow live rounds.
+
+    The draft's is on top of the target's: what else runs on the machine slows both alike, and rounds without
+    drafts, which tell nothing of the draft, must not leave its price where a busy hour put it.
+    """
 
     batch_sizes: tuple[int, ...]
     token_counts: tuple[int, ...]
@@ -39,7 +43,7 @@ class CostTable:
             return 0.0
         start_s = interpolate(self.batch_sizes, self.draft_start_s, batch_size)
         pass_s = interpolate(self.batch_sizes, self.draft_pass_s, batch_size)
-        return self.draft_scale * (start_s + num_draft_tokens * pass_s)
+        return self.target_scale * self.draft_scale * (start_s + num_draft_tokens * pass_s)
 
     def round_s(self, batch_size: float, num_draft_tokens: int) -> float:
         """Forward time of a round of this draft length."""

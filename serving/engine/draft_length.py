@@ -23,8 +23,6 @@ _UNPRICED = 1.05
 Together with the margin it is what they cost at eight sequences on one core (3 % and 5 %)."""
 _LEAST_INTERVAL = 16
 _MOST_INTERVAL = 512
-_PROBE_KEEP = 0.5
-"""What older evidence is worth after a probe that succeeded: something has changed."""
 _SECONDS_KEPT_ROUNDS = 32
 
 
@@ -142,8 +140,9 @@ class DraftLengthController:
         if not num_attempted:
             return
         probe = self._model_probe(draft) if num_matched == MODEL else self._copy_probe
-        keep = _PROBE_KEEP if probe.pending and num_accepted else 1.0
-        self._routes.observe(route, belief, num_matched, num_attempted, num_accepted, keep)
+        self._routes.observe(
+            route, belief, num_matched, num_attempted, num_accepted, is_probe=probe.pending
+        )
         if probe.pending:
             probe.judge(num_accepted)
 

@@ -173,9 +173,12 @@ def test_a_row_that_may_not_draft_is_never_asked_even_by_a_probe() -> None:
 
 
 def _chosen(
-    controller: DraftLengthController, drafts: list[str | None], num_rounds: int = 400
+    controller: DraftLengthController,
+    drafts: list[str | None],
+    num_rounds: int = 400,
+    acceptance: float = 0.8,
 ) -> list[Lengths]:
-    """Plans for rows with these drafts, each on the route of that name and accepted four times in five."""
+    """Plans for rows with these drafts, each on the route of that name: the later half."""
     beliefs = [SequenceBelief() for _ in drafts]
     rng, plans = random.Random(2), []
     for _ in range(num_rounds):
@@ -185,7 +188,7 @@ def _chosen(
         ]
         plans.append(controller.choose(rows))
         for row, count in zip(rows, plans[-1].by_model_B, strict=True):
-            accepted = next((g for g in range(count) if rng.random() >= 0.8), count)
+            accepted = next((g for g in range(count) if rng.random() >= acceptance), count)
             attempted = min(count, accepted + 1)
             controller.observe(row.route, row.belief, MODEL, attempted, accepted, row.draft or "none")
     return plans[num_rounds // 2 :]
@@ -237,3 +240,36 @@ def test_several_proposals_correct_the_table_by_their_sum() -> None:
     assert table.draft_scale == pytest.approx(1.0)
     table.observe_draft(8, (3, 1), 2.0 * table.propose_s(8, 3) + 2.0 * table.propose_s(8, 1))
     assert table.draft_scale > 1.0
+
+
+def test_a_busy_hour_does_not_leave_drafting_dear() -> None:
+    """Rounds without drafts say that the machine is quick again; the price of a draft follows them."""
+    table = CostTable((1, 8), (1, 9), ((1.0, 1.2), (2.0, 2.4)), (0.2, 0.2), (0.2, 0.2))
+    plain_s, longer_s, propose_s = table.target_s(4, 1), table.target_s(4, 4), table.propose_s(4, 3)
+    for _ in range(600):  # everything takes twice as long
+        table.observe_target(4, 3, 2.0 * longer_s)
+        table.observe_draft(4, (3,), 2.0 * propose_s)
+    assert table.propose_s(4, 3) == pytest.approx(2.0 * propose_s, rel=0.01)
+    assert table.target_s(4, 4) == pytest.approx(2.0 * longer_s, rel=0.01)
+    for _ in range(600):  # a quiet machine, and nothing drafts
+        table.observe_target(4, 0, plain_s)
+    assert table.propose_s(4, 3) == pytest.approx(propose_s, rel=0.01)
+
+
+def test_probes_that_go_on_succeeding_are_believed() -> None:
+    """Where a draft pays from .8 on. Each probe used to halve what those before it had shown: no route's
+    estimate ever rose above .7."""
+    pays_from = 0.8
+    drafting_s = (1.0 + pays_from) / 1.08
+    table = CostTable((1,), (1, 2, 9), ((1.0, drafting_s - 0.1, 99.0),), (0.1,), (0.0,))
+
+    def drafted(acceptance: float) -> float:
+        """Of the rounds of sequences of a hundred rounds each."""
+        controller, num_drafted = DraftLengthController(table), 0
+        for _ in range(60):
+            plans = _chosen(controller, ["a"], num_rounds=100, acceptance=acceptance)
+            num_drafted += sum(plan.by_model_B[0] for plan in plans)
+        return num_drafted / (60 * 50)
+
+    assert drafted(0.95) > 0.8
+    assert drafted(0.5) < 0.15
