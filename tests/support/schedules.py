@@ -108,7 +108,7 @@ _TABLES = st.sampled_from(["random", "sharp", "zero", "holes", "huge", "nan", "i
 
 def examples(count: int) -> settings:
     """`count` examples in `make test-all`, two fifths of them in `make test`, many times as many by
-    `make fuzz`; every negative control finds its bug within those of `make test`."""
+    `make fuzz`."""
     return settings(
         max_examples=max(1, count * settings().max_examples // 100),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
