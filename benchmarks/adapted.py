@@ -19,7 +19,8 @@ from torch import nn
 
 from benchmarks.prompts import demo_prompts
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import DEFAULT_ROUTE, GenerationRecord
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import GenerationRecord
 from buffer.store import StreamKey
 from deploy.errors import DeployError
 from learner.draft import TrainableDraft, build_draft
@@ -27,9 +28,10 @@ from learner.loop import Learner
 from learner.settings import LearnerSettings
 from serving.engine.counters import acceptance_rate
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
-from serving.local import LocalEngine, Speculation, build_engine
+from serving.local import LocalEngine, build_engine
 from serving.models.adapter import merge_adapter, sha256_of
 from serving.models.loading import ModelPair
+from serving.options import EngineOptions, Speculation
 from serving.recorder import Recorder
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -138,11 +140,13 @@ def adapt(
         TemporaryDirectory() as folder,
         build_engine(
             pair,
-            num_slots=recipe.num_slots,
-            max_seq_len=room,
-            num_draft_tokens=recipe.num_draft_tokens,
-            speculation=recipe.speculation,
-            prefix_cache_mib=0,
+            options=EngineOptions(
+                num_slots=recipe.num_slots,
+                max_seq_len=room,
+                num_draft_tokens=recipe.num_draft_tokens,
+                speculation=recipe.speculation,
+                prefix_cache_mib=0,
+            ),
         ) as engine,
     ):
         engine.seed(recipe.seed)
@@ -251,23 +255,16 @@ def _serve(engine: LocalEngine, prompts: Iterator[list[int]], recipe: Recipe, fi
 
 def _follow(engine: LocalEngine, feed: MemoryAdapterFeed) -> Adapter | None:
     """Make what the feed points to serve."""
-    assert engine.draft_weights is not None
+    drafts = engine.drafts
+    assert drafts is not None
     manifest = feed.latest(DEFAULT_ROUTE)
     if manifest is None:
         if engine.draft_version:
-            engine.swap(engine.draft_weights.stage_floor()).result()
+            drafts.serve_floor()
         return None
     weights = feed.weights(DEFAULT_ROUTE, manifest.draft_version)
     if engine.draft_version != manifest.draft_version:
-        staged = engine.draft_weights.stage(
-            weights,
-            draft_version=manifest.draft_version,
-            adapter_config_json=manifest.adapter_config_json,
-            sha256=manifest.sha256,
-            draft_revision=manifest.draft_revision,
-            target_revision=manifest.target_revision,
-        )
-        engine.swap(staged).result()
+        drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, manifest, weights))
     return Adapter(weights, manifest.adapter_config_json)
 
 

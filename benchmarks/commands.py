@@ -74,7 +74,7 @@ def throughput(
     from benchmarks.adapted import check_adapter
     from benchmarks.prompts import check_folder
     from benchmarks.screen import Screen
-    from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
+    from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
     from benchmarks.throughput_views import plot_throughput, table
     from deploy.demo.report import write_report
 
@@ -84,7 +84,7 @@ def throughput(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    plan = Plan(
+    plan = ThroughputPlan(
         target=target,
         draft=draft,
         settings=quick_settings() if quick else full_settings(),
@@ -100,7 +100,7 @@ def throughput(
     plot = plot or report.with_suffix(".png")
     measured = []
     with Screen(errors(), num_steps=plan.num_steps, num_requests=plan.recipe.num_requests) as screen:
-        for one in measure(plan, on_cycle=screen.on_cycle, tell=screen.tell):
+        for one in measure(plan, on_cycle=screen.on_cycle, report=screen.report):
             measured.append(one)
             output().print(table(one.rows()), "", sep="\n")
             metrics, series = figures(plan, measured)

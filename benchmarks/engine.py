@@ -14,8 +14,9 @@ from deploy.demo.corpus import DOMAINS, prompts
 from serving.engine import SamplingParams
 from serving.engine.cost_measurement import pass_s
 from serving.engine.counters import acceptance_rate
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
 from serving.local import LocalEngine, load_engine
+from serving.options import EngineOptions
 
 BATCHES = (1, 8)
 CONTEXT_TOKENS = 128
@@ -28,11 +29,9 @@ def measure(target: str, draft: str, *, device: str, dtype: str, repeats: int) -
     with load_engine(
         target,
         draft,
+        options=EngineOptions(num_slots=max(BATCHES), speculation="model", prefix_cache_mib=0),
         device=device,
         dtype=dtype,
-        num_slots=max(BATCHES),
-        speculation="model",
-        prefix_cache_mib=0,  # every turn sends the same prompts
     ) as engine:
         for batch in BATCHES:
             metrics[f"batch_{batch}"] = _passes(engine, batch, repeats) | _generation(engine, batch, repeats)

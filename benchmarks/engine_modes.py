@@ -16,8 +16,9 @@ from serving.compiling import CompileChoice
 from serving.engine.engine import Engine
 from serving.engine.proposal import COPIED
 from serving.engine.request import Generation, GenerationRequest, SamplingParams, TokenEvent
-from serving.local import Speculation, build_engine
+from serving.local import build_engine
 from serving.models.loading import ModelPair
+from serving.options import EngineOptions, Speculation
 
 RANDOM_SEED = 0
 
@@ -44,12 +45,14 @@ def make_engines(
             raise ModeUnavailableError("there is no adapted draft")
         built = build_engine(
             replace(pair, draft=draft),
-            num_slots=num_slots,
-            max_seq_len=max_seq_len,
-            num_draft_tokens=fixed,
-            speculation=speculation,
-            compile=compile,
-            prefix_cache_mib=0,
+            options=EngineOptions(
+                num_slots=num_slots,
+                max_seq_len=max_seq_len,
+                num_draft_tokens=fixed,
+                speculation=speculation,
+                compile=compile,
+                prefix_cache_mib=0,
+            ),
         )
         return EngineMode(built, cap=cap)
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from serving.compiling import CompileChoice, Compiling
 from serving.engine.cost_measurement import pass_s
 from serving.engine.cost_table import interpolate
-from serving.engine.pass_compiler import CompileError
-from serving.engine.runner import Runner
-from serving.local import prepare_runner
+from serving.engine.passes.pass_compiler import CompileError
+from serving.engine.passes.runner import Runner
 from serving.models.loading import ModelPair
+from serving.runner_check import prepare_runner
 
 LENGTHS = (0, 1, 2, 4, 8)
 REPEATS = 15

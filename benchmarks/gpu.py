@@ -2,7 +2,7 @@
 
 Needs torch, transformers and peft alone. Random weights in bfloat16: what is measured is time, and how far it
 is from what the memory allows; tokens a second are at a set acceptance, by the synthetic rule of
-`gpu_models`, which is no law of any model. `--tiny` runs the same code at a shape for processors.
+`gpu_models`, which no model follows. `--tiny` runs the same code at a shape for processors.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_models
-from benchmarks.gpu_bench import Bench, Plan
+from benchmarks.gpu_bench import Bench, GpuPlan
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     tiny = options.tiny
-    plan = Plan(
+    plan = GpuPlan(
         device=torch.device(options.device),
         dtype=getattr(torch, options.dtype),
         batches=tuple(int(batch) for batch in options.batches.split(",")),

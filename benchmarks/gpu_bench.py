@@ -16,19 +16,19 @@ from transformers import DynamicCache
 
 from benchmarks import gpu_models
 from benchmarks.gpu_models import SyntheticAcceptance, in_turn_s, pass_bytes, synchronize
+from buffer.names import DEFAULT_ROUTE
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
-from serving.engine.grouped_attention import use_grouped_attention, use_sdpa
-from serving.engine.proposal import DraftPlan, ServingDraft, Share
-from serving.engine.request import DEFAULT_ROUTE
+from serving.engine.passes.grouped_attention import use_grouped_attention, use_sdpa
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.slot_pass import SlotPass
+from serving.engine.passes.static_check import static_error, static_pass_of
+from serving.engine.proposal import DraftAssignment, DraftPlan, ServingDraft
 from serving.engine.round import RoundReport, run_round
-from serving.engine.runner import Runner
 from serving.engine.sequence import Batch
 from serving.engine.sequence import Sequence as RunningSequence
-from serving.engine.slot_pass import SlotPass
-from serving.engine.static_check import static_error, static_pass_of
 
 NUM_DRAFTS = 5
 TARGET_TOKENS = (1, NUM_DRAFTS + 1)
@@ -38,7 +38,7 @@ _ROOM_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class GpuPlan:
     """What is measured."""
 
     device: torch.device
@@ -61,7 +61,7 @@ class Plan:
 class Bench:
     """A pair, its runners, and what was measured so far."""
 
-    def __init__(self, plan: Plan, target: gpu_models.Shape, draft: gpu_models.Shape) -> None:
+    def __init__(self, plan: GpuPlan, target: gpu_models.Shape, draft: gpu_models.Shape) -> None:
         self.plan = plan
         self.models = {
             name: gpu_models.build(
@@ -229,7 +229,7 @@ class Bench:
         ]
         state = Batch(sequences, plan.device, vocab_size=target.vocab_size)
         serving = ServingDraft(DEFAULT_ROUTE, drafter.draft_version)
-        drafts = DraftPlan((serving,) * batch, (Share(drafter, [NUM_DRAFTS] * batch),))
+        drafts = DraftPlan((serving,) * batch, (DraftAssignment(drafter, [NUM_DRAFTS] * batch),))
         return lambda: run_round(state, drafts, target)
 
     def _host_waits(self, target: Runner, draft: Runner) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
 
 Shape = dict[str, Any]
 

@@ -56,7 +56,7 @@ class Outcome:
     output_token_ids: list[list[int]] = field(repr=False)
     """In the order of the prompts."""
     rounds: Rounds | None = None
-    """None where a mode does not tell."""
+    """None where a mode does not report."""
 
     @property
     def num_tokens(self) -> int:

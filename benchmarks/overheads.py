@@ -25,11 +25,13 @@ from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
+from serving.engine.passes.runner import Runner
 from serving.engine.request import TokenEvent
-from serving.engine.runner import Runner
-from serving.local import build_engine, prepare_runner
+from serving.local import build_engine
 from serving.models.loading import ModelPair
+from serving.options import EngineOptions
 from serving.recorder import Recorder
+from serving.runner_check import prepare_runner
 
 BATCHES = (1, 8)
 MAX_SEQ_LEN = 512
@@ -38,7 +40,7 @@ NUM_TOKENS = 64
 WARM_UP_TOKENS = 2000
 NUM_RESAMPLES = 2000
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Work:
     prompts: Iterator[list[int]]
     num_pairs: int
     compile: CompileChoice
-    tell: Tell
+    report: Report
 
     def take(self, count: int) -> list[list[int]]:
         return list(itertools.islice(self.prompts, count))
@@ -102,7 +104,7 @@ def _outside_forwards(work: Work) -> dict[str, dict[str, float]]:
         for batch in BATCHES:
             each: dict[str, list[float]] = {kind: [] for kind in kinds}
             for turn in range(work.num_pairs):
-                work.tell(f"a round's own time, {batch} at once, turn {turn + 1}")
+                work.report(f"a round's own time, {batch} at once, turn {turn + 1}")
                 for kind, params in kinds.items():
                     each[kind].append(_own_ms(engine, target, draft, work.take(batch), params))
             found[f"batch_{batch}"] = {kind: statistics.median(values) for kind, values in each.items()}
@@ -142,11 +144,13 @@ def _capture(work: Work, batch: int) -> dict[str, Any]:
         EmbeddedRedis() as redis,
         build_engine(
             work.pair,
-            num_slots=batch,
-            max_seq_len=MAX_SEQ_LEN,
-            compile=work.compile,
-            speculation="model",
-            prefix_cache_mib=0,
+            options=EngineOptions(
+                num_slots=batch,
+                max_seq_len=MAX_SEQ_LEN,
+                compile=work.compile,
+                speculation="model",
+                prefix_cache_mib=0,
+            ),
         ) as engine,
     ):
         store = RedisRecordStore(redis.url)
@@ -175,11 +179,13 @@ def _random_draft(work: Work, batch: int) -> dict[str, Any]:
     pair = replace(work.pair, draft=random_like(work.pair.draft))
     with build_engine(
         pair,
-        num_slots=batch,
-        max_seq_len=MAX_SEQ_LEN,
-        compile=work.compile,
-        speculation="model",
-        prefix_cache_mib=0,
+        options=EngineOptions(
+            num_slots=batch,
+            max_seq_len=MAX_SEQ_LEN,
+            compile=work.compile,
+            speculation="model",
+            prefix_cache_mib=0,
+        ),
     ) as engine:
         num_tokens = 0
         while num_tokens < WARM_UP_TOKENS:
@@ -232,7 +238,7 @@ def _pairs(
         run(work.take(batch))
     ratios = []
     for number in range(work.num_pairs):
-        work.tell(f"{name}, pair {number + 1}")
+        work.report(f"{name}, pair {number + 1}")
         prompts = work.take(batch * max(1, 8 // batch))
         waves = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
         arms = [with_it, without] if number % 2 == 0 else [without, with_it]

@@ -146,7 +146,7 @@ def _room(hints: WorkloadHints) -> ContinuousBatchingConfig:
 
 
 def generation_config(num_tokens: int, temperature: float, **options: Any) -> GenerationConfig:
-    """No end of text; sampling from the whole law, as the engine does, or greedy."""
+    """No end of text; sampling from the whole distribution, as the engine does, or greedy."""
     sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=num_tokens,

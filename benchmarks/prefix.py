@@ -6,7 +6,7 @@ question of its own after the same system prompt, so only the system prompt can 
 
 import statistics
 import time
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
@@ -16,6 +16,7 @@ from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.request import Generation, TokenEvent
 from serving.local import LocalEngine, build_engine
 from serving.models.loading import ModelPair
+from serving.options import EngineOptions
 
 QUESTION_TOKENS = 24
 MAX_TOKENS = 4
@@ -28,14 +29,13 @@ def measure(
     texts = _Texts(pair, system_tokens)
     firsts: dict[str, list[float]] = {"off": [], "on": []}
     reused = 0
-    new_engine = partial(
-        build_engine,
-        pair,
+    options = EngineOptions(
         num_slots=1,
         max_seq_len=2 * (system_tokens + QUESTION_TOKENS),
         num_draft_tokens=num_draft_tokens,
     )
-    with new_engine(prefix_cache_mib=0) as off, new_engine() as on:
+    without = replace(options, prefix_cache_mib=0)
+    with build_engine(pair, without) as off, build_engine(pair, options) as on:
         for turn in range(repeats + 1):
             question = texts.next_prompt()
             for name, engine in (("off", off), ("on", on)):

@@ -46,7 +46,7 @@ class Screen:
             f"{cycle.acceptance_rate:.2f}",
         )
 
-    def tell(self, doing: str) -> None:
+    def report(self, doing: str) -> None:
         """A mode begins its turn."""
         self._bars.update(self._learning, visible=False)
         done = self._bars.tasks[1].completed

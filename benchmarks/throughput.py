@@ -45,11 +45,11 @@ NOTES = (
     "predicted_speedup: measured block efficiency over what the forwards alone cost at the mean draft length",
 )
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ThroughputPlan:
     """What to measure."""
 
     target: str
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """How often `tell` is called while modes run."""
+        """How often `report` is called while modes run."""
         return len(self.settings) * (self.turns + 1) * len(MODES)
 
 
@@ -87,8 +87,8 @@ def full_settings() -> tuple[Setting, ...]:
     )
 
 
-def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Iterator[Measured]:
-    """One setting after the other. `tell` hears of each mode's turn, `on_cycle` of the draft's learning."""
+def measure(plan: ThroughputPlan, *, on_cycle: Callable[[Cycle], None], report: Report) -> Iterator[Measured]:
+    """One setting after the other. `report` hears of each mode's turn, `on_cycle` of the draft's learning."""
     pair = load_pair(plan.target, plan.draft)
     adapter = adapter_for(pair, plan.adapter, plan.cache, plan.learner, on_cycle, plan.recipe)
     models: tuple[str, int] | None = None
@@ -101,12 +101,12 @@ def measure(plan: Plan, *, on_cycle: Callable[[Cycle], None], tell: Tell) -> Ite
                 pair = load_pair(plan.target, plan.draft, dtype=setting.dtype)
                 runners, lineup = _lineup(plan, pair, adapter, setting.prompt_tokens)
                 prompts = _prompts(plan, pair, setting.prompt_tokens)
-            yield _measure_setting(plan, setting, runners, lineup, prompts, tell)
+            yield _measure_setting(plan, setting, runners, lineup, prompts, report)
     finally:
         lineup.close()
 
 
-def figures(plan: Plan, measured: list[Measured]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def figures(plan: ThroughputPlan, measured: list[Measured]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The report's metrics and series."""
     rows: list[Row] = [row for one in measured for row in one.rows()]
     metrics = {
@@ -128,7 +128,7 @@ def figures(plan: Plan, measured: list[Measured]) -> tuple[dict[str, Any], dict[
 
 
 def _lineup(
-    plan: Plan, pair: ModelPair, adapter: Adapter | None, prompt_tokens: int
+    plan: ThroughputPlan, pair: ModelPair, adapter: Adapter | None, prompt_tokens: int
 ) -> tuple[PassRunners, Lineup]:
     """All modes, on this pair's weights, and the bare passes of the engines among them."""
     assert pair.draft is not None
@@ -148,7 +148,7 @@ def _lineup(
     return runners, Lineup(peers | engines)
 
 
-def _prompts(plan: Plan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]]:
+def _prompts(plan: ThroughputPlan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]]:
     assert pair.tokenizer is not None, "prompts are text"
     if plan.data is not None:
         return folder_prompts(pair.tokenizer, plan.data, num_tokens)
@@ -156,12 +156,12 @@ def _prompts(plan: Plan, pair: ModelPair, num_tokens: int) -> Iterator[list[int]
 
 
 def _measure_setting(
-    plan: Plan,
+    plan: ThroughputPlan,
     setting: Setting,
     runners: PassRunners,
     lineup: Lineup,
     prompts: Iterator[list[int]],
-    tell: Tell,
+    report: Report,
 ) -> Measured:
     outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
     notes: dict[str, str] = {}
@@ -175,7 +175,7 @@ def _measure_setting(
         num_tokens = plan.num_output_tokens if turn else min(WARM_UP_TOKENS, plan.num_output_tokens)
         asked = list(islice(prompts, num_prompts))
         for mode in MODES:
-            tell(f"{setting.kind}, {setting.concurrency} at once, turn {turn}/{plan.turns}: {mode}")
+            report(f"{setting.kind}, {setting.concurrency} at once, turn {turn}/{plan.turns}: {mode}")
             if mode in notes:
                 continue
             outcome = lineup.run(

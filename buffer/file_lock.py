@@ -3,7 +3,7 @@
 It is the kernel's own lock (flock), which lasts as long as any process has the descriptor open. A program
 that is executed gets the descriptor only if it is passed on; then the lock outlives the process that took
 it until that program has ended too, and a later start waits for what a killed one left. Invariants: a
-file that was left behind blocks nobody, and what it says is believed only while the lock is held. The file
+file that was left behind blocks nobody, and what it says is estimated only while the lock is held. The file
 is never removed, for another file of the same name would be another lock.
 """
 

@@ -10,16 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-FLOOR_VERSION = 0
-"""The draft as it was loaded, never adapted; always one step away."""
-
-MODEL_DRAFTER = "draft"
-"""`drafter_id` of the draft model, whose weights have versions, counted by route."""
-
-NGRAM_DRAFTER = "ngram"
-"""`drafter_id` of what copies from the text before it: no weights, no version, no route's."""
-
-DEFAULT_ROUTE = "default"
+from buffer.names import FLOOR_VERSION, MODEL_DRAFTER
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +36,11 @@ class RoundTrace:
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
     drafted_target_logprobs_G: NDArray[np.float32]
-    """Final law of the target at the drafted tokens; -inf where it excludes them."""
+    """Final distribution of the target at the drafted tokens; -inf where it excludes them."""
     drafted_draft_logprobs_G: NDArray[np.float32]
-    """The law that the drafted tokens were drawn from, at them; 0 where certain (greedy, copied)."""
+    """The distribution that the drafted tokens were drawn from, at them; 0 where certain (greedy, copied)."""
     emitted_target_logprobs_C: NDArray[np.float32]
-    """Final law of the target at the tokens the round emitted."""
+    """Final distribution of the target at the tokens the round emitted."""
     topk_token_ids_EK: NDArray[np.int32]
     topk_logprobs_EK: NDArray[np.float16]
     """Raw target, temperature 1, largest first."""
@@ -74,7 +65,7 @@ class RoundTrace:
 
 @dataclass(frozen=True)
 class RecordSampling:
-    """The law under which a generation was sampled. temperature 0 is greedy; top_k 0 is off."""
+    """The distribution under which a generation was sampled. temperature 0 is greedy; top_k 0 is off."""
 
     temperature: float = 1.0
     top_k: int = 0

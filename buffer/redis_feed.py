@@ -15,7 +15,8 @@ from typing import Any
 
 from buffer.codec import decode, encode
 from buffer.errors import StoreUnavailableError
-from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
+from buffer.names import FLOOR_VERSION
+from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
 from buffer.redis_old_keys import OldKeys
 from buffer.redis_store import RedisLink
 from buffer.route_state import RouteState, promotion, turn

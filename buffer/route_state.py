@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from buffer.errors import UnknownVersionError, VersionConflictError
-from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
+from buffer.names import FLOOR_VERSION
+from buffer.records import AdapterEvent, AdapterManifest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from buffer.records import DEFAULT_ROUTE, MODEL_DRAFTER, NGRAM_DRAFTER, GenerationRecord, ServingStatus
+from buffer.names import DEFAULT_ROUTE, MODEL_DRAFTER, NGRAM_DRAFTER
+from buffer.records import GenerationRecord, ServingStatus
 from buffer.route_state import RouteState
 
 KINDS_1: dict[type, int] = {RouteState: 5}

@@ -8,13 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from buffer.records import (
-    DEFAULT_ROUTE,
-    AdapterEvent,
-    AdapterManifest,
-    GenerationRecord,
-    ServingStatus,
-)
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_table import RouteTable
 
 

@@ -163,11 +163,12 @@ def _plan(subject: Subject, pair: "ModelPair") -> Check:
 
     from buffer.exporter import MAX_QUEUE_BYTES
     from serving.free_memory import free_memory
-    from serving.local import plan_memory
-    from serving.memory_plan import MemoryPlanError
+    from serving.memory_plan import MemoryPlan, MemoryPlanError
+    from serving.options import EngineOptions
 
     queue_bytes = MAX_QUEUE_BYTES if pair.draft is not None else 0
-    plan = plan_memory(pair, subject.num_slots, subject.max_seq_len, export_queue_bytes=queue_bytes)
+    options = EngineOptions(subject.num_slots, subject.max_seq_len, export_queue_bytes=queue_bytes)
+    plan = MemoryPlan.of(pair, options)
     found = "\n".join(plan.lines())
     try:
         plan.require_fit(free_memory(torch.device(subject.device)))

@@ -13,7 +13,7 @@ from buffer.redis_store import RedisRecordStore
 from learner.draft import build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
-from learner.tracking import MlflowTracker, NullTracker, Tracker
+from learner.tracking.mlflow_tracker import MlflowTracker, NullTracker, Tracker
 from serving.models.loading import load_pair
 from serving.settings import ServingSettings
 

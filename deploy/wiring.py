@@ -155,18 +155,11 @@ def check_memory(settings: Settings) -> "MemoryPlan":
     from buffer.exporter import MAX_QUEUE_BYTES
     from serving.free_memory import FreeMemory, host_free_bytes
     from serving.memory_plan import MemoryPlan, MemoryPlanError
+    from serving.options import EngineOptions
 
     serving = settings.serving
-    plan = MemoryPlan.outlined(
-        serving.target,
-        serving.draft,
-        dtype=serving.dtype,
-        num_slots=serving.num_slots,
-        max_seq_len=serving.max_seq_len,
-        prefix_cache_mib=serving.prefix_cache_mib,
-        export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0,
-        max_route_drafts=serving.max_route_drafts,
-    )
+    options = EngineOptions.of(serving, export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0)
+    plan = MemoryPlan.outlined(serving.target, serving.draft, options, dtype=serving.dtype)
     if settings.cluster.ray_address is None and torch.device(serving.device).type != "cuda":
         try:
             plan.require_fit(FreeMemory(host_free_bytes() // serving.num_replicas))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.rows import Positions, Row
-from serving.engine.sampling import LawRow
+from serving.engine.sampling import SamplingRow
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +33,12 @@ class Batch:
     first_rejected_N: Tensor
     weight_N: Tensor
     coupled_N: Tensor
-    laws: tuple[LawRow, ...]
+    samplings: tuple[SamplingRow, ...]
     """One a position."""
 
     @property
     def num_positions(self) -> int:
-        return len(self.laws)
+        return len(self.samplings)
 
 
 def pack(rows: Iterable[Row], max_tokens: int, max_positions: int) -> list[list[Row]]:
@@ -85,10 +85,10 @@ def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
             count_R
         ),
     }
-    laws = tuple(law for row in rows for law in [_law_row(row)] * len(row.positions))
-    return Batch(laws=laws, **{name: tensor.to(device) for name, tensor in tensors.items()})
+    samplings = tuple(sampling for row in rows for sampling in [_sampling_row(row)] * len(row.positions))
+    return Batch(samplings=samplings, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def _law_row(row: Row) -> LawRow:
+def _sampling_row(row: Row) -> SamplingRow:
     sampling = row.sampling
     return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)

@@ -45,7 +45,7 @@ class Checkpoint:
     incumbent_manifest: AdapterManifest | None = None
     incumbent_weights: bytes = b""
     mlflow_run_id: str = ""
-    pace: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -133,7 +133,7 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "acked_entry_ids": checkpoint.acked_entry_ids,
         "incumbent_manifest": None if manifest is None else _manifest_fields(manifest),
         "mlflow_run_id": checkpoint.mlflow_run_id,
-        "pace": checkpoint.pace,
+        "schedule": checkpoint.schedule,
     }
     return safetensors.torch.save(tensors, {"schema": _SCHEMA, "state": json.dumps(plain)})
 
@@ -145,6 +145,8 @@ def _from_file(path: Path) -> Checkpoint | None:
     if header.get("schema") != _SCHEMA:
         return None
     plain = json.loads(header["state"])
+    if "pace" in plain:  # its name until version 0.2
+        plain["schedule"] = plain.pop("pace")
     manifest = plain.pop("incumbent_manifest")
     weights = tensors.pop("incumbent", None)
     return Checkpoint(

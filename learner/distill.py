@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from learner.batch import Batch
+from learner.distributions import training_logprobs
 from learner.divergences import named_divergence
 from learner.draft import TrainableDraft
-from learner.laws import training_laws
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def distill_step(
 
 def weighted_loss(batch: Batch, logits_NV: Tensor, objective: Objective) -> Tensor:
     """Sum over positions of weight times divergence, a scalar."""
-    target_NP, draft_NP = training_laws(batch, logits_NV, objective.greedy_temperature)
+    target_NP, draft_NP = training_logprobs(batch, logits_NV, objective.greedy_temperature)
     divergence = named_divergence(objective.divergence, objective.jensen_shannon_beta)
     return (_weights(batch, objective) * divergence(target_NP, draft_NP)).sum()
 

@@ -1,4 +1,4 @@
-"""How far a draft's law is from the target's, per position, on a K+1-way partition.
+"""How far a draft's distribution is from the target's, per position, on a K+1-way partition.
 
 The partition is the K kept tokens plus everything else (the tail) as one cell; all arithmetic is in
 log space and float32. Knows no records and no models. Merging the tail can only shrink an

@@ -1,7 +1,8 @@
 """The draft that learns, whichever of its weights do: logits for a batch, states in and out.
 
-Knows no records and no loss. Invariants: only the weights that learn ever change; `wearing` puts back what
-it found; a LoRA state has PEFT's own keys, so an exported adapter loads with `PeftModel.from_pretrained`.
+Knows no records and no loss. Invariants: only the weights that learn ever change; `with_weights` puts back
+what it found; a LoRA state has PEFT's own keys, so an exported adapter loads with
+`PeftModel.from_pretrained`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -127,7 +128,7 @@ class TrainableDraft:
         """
         state = import_weights(weights)
         if not self.rank:
-            with self.wearing(None):
+            with self.with_weights(None):
                 merged = merge_adapter(self._model, weights, manifest.adapter_config_json, manifest.sha256)
                 state = self.state() | merged
         elif manifest.rank and manifest.alpha != self.alpha:
@@ -137,7 +138,7 @@ class TrainableDraft:
         return state
 
     @contextmanager
-    def wearing(self, state: AdapterState | None) -> Iterator[None]:
+    def with_weights(self, state: AdapterState | None) -> Iterator[None]:
         """Inside, the draft has these weights (None: the floor) and no gradient is recorded."""
         own = self.state()
         self.load(state)

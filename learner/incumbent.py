@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from buffer.errors import UnknownVersionError, VersionConflictError
-from buffer.records import FLOOR_VERSION, AdapterEvent, AdapterManifest
+from buffer.names import FLOOR_VERSION
+from buffer.records import AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
 from learner.draft import AdapterState, TrainableDraft, export_weights
-from learner.story import TURNS
+from learner.tracking.report_text import SERVING_CHANGES
 
 
 class Incumbent:
@@ -93,10 +94,10 @@ class Incumbent:
         event = AdapterEvent("refused", self._route, number, reason, self._now_s(), dict(evidence))
         self._feed.add_event(event)
 
-    def last_turn(self) -> tuple[str, str]:
+    def last_serving_change(self) -> tuple[str, str]:
         """(kind, reason) of the event since which this draft serves."""
         for event in reversed(self._feed.history(self._route)):
-            if event.kind in TURNS and event.draft_version == self.version:
+            if event.kind in SERVING_CHANGES and event.draft_version == self.version:
                 return event.kind, event.reason
         return "adopted", "the feed says so"
 

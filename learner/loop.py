@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from buffer.errors import StoreUnavailableError
-from buffer.records import DEFAULT_ROUTE, GenerationRecord
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import GenerationRecord
 from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
-from learner.bandit import ExistingDraft
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
-from learner.inbox import CLAIM_IDLE_S, Inbox
-from learner.route_draft import RouteDraft
+from learner.judging.draft_selection import ExistingDraft
+from learner.record_inbox import CLAIM_IDLE_S, RecordInbox
+from learner.route_learner import RouteLearner
 from learner.routes import Routes
 from learner.rows import record_fault
 from learner.settings import LearnerSettings
-from learner.tracker import NullTracker, Tracker
+from learner.tracking.tracker import NullTracker, Tracker
 from learner.trainer import TrainingReport
 
 logger = logging.getLogger(__name__)
@@ -83,11 +84,13 @@ class Learner:
             settings,
             folder=folder,
             target_revision=target_revision,
-            insist=self._insist,
+            retry=self._retry,
             is_sound=lambda record: not self._fault(record),
             now_s=now_s,
         )
-        self._inbox = Inbox(store, target_revision, settings.consumer_name, self._routes.used_entry_ids())
+        self._inbox = RecordInbox(
+            store, target_revision, settings.consumer_name, self._routes.used_entry_ids()
+        )
 
     def run(self, stop: threading.Event) -> None:
         """Cycles until `stop` is set; then returns within about one step."""
@@ -107,17 +110,17 @@ class Learner:
 
     def run_cycle(self) -> bool:
         """Wait, draw, distil, evaluate, gate, publish, checkpoint, ack. False: nothing was due."""
-        self._insist(self._start)
+        self._retry(self._start)
         self._read()
         self._routes.review(self._streams)
-        self._let_pass()
+        self._ack_untrained()
         draft = self._due()
         if draft is None:
             return False
         self._state = "learning"
         streams = self._routes.streams_of(draft, self._streams)
         draft.progress.took(self._inbox.num_waiting(streams))
-        fresh = draft.judge.split(self._sound_records(draft, streams)) + draft.take_first_lesson()
+        fresh = draft.judge.split(self._sound_records(draft, streams)) + draft.take_bootstrap_records()
         report = self._train(draft, fresh)
         judgement = draft.evaluate(report)
         if judgement.decision.promote:
@@ -126,7 +129,7 @@ class Learner:
             draft.refuse(judgement)
         draft.progress.cycle_ended(report, judgement, draft.trainer.num_steps, draft.trainer.busy_s)
         self._routes.save(draft, self._inbox.entry_ids(streams))
-        self._insist(lambda: self._inbox.ack(streams))
+        self._retry(lambda: self._inbox.ack(streams))
         self._routes.decided(draft)
         return True
 
@@ -179,19 +182,19 @@ class Learner:
     def _read(self) -> None:
         """What each route's draft has to know: the feed's word, what arrived, what that says of a swap."""
         if self._now_s() >= self._reclaim_at_s:
-            self._insist(self._reclaim)
-        self._streams = self._insist(self._inbox.streams)
+            self._retry(self._reclaim)
+        self._streams = self._retry(self._inbox.streams)
         for draft in self._routes:
             draft.follow_feed()
-            draft.heed_replicas()
+            draft.handle_replica_rejections()
         for draft in self._routes:
             streams = self._routes.streams_of(draft, self._streams)
-            arrived = self._insist(partial(self._inbox.read, streams, self._settings.max_records_per_cycle))
+            arrived = self._retry(partial(self._inbox.read, streams, self._settings.max_records_per_cycle))
             sound = [record for record in arrived if not self._fault(record)]
             self._routes.arrived(sound)
             draft.watch_live(sound)
 
-    def _let_pass(self) -> None:
+    def _ack_untrained(self) -> None:
         """Where training brings nothing now: held out as ever, else only counted. No checkpoint used them."""
         for draft in self._routes:
             if not (draft.is_resting and self._is_due(draft)):
@@ -199,28 +202,28 @@ class Learner:
             streams = self._routes.streams_of(draft, self._streams)
             draft.judge.split(self._sound_records(draft, streams))
             draft.progress.rested(self._inbox.num_waiting(streams))
-            self._insist(partial(self._inbox.ack, streams))
+            self._retry(partial(self._inbox.ack, streams))
 
-    def _due(self) -> RouteDraft | None:
+    def _due(self) -> RouteLearner | None:
         """Of the drafts whose turn has come, the one whose records have waited longest."""
         return max(filter(self._is_due, self._routes), key=self._oldest_age_s, default=None)
 
-    def _is_due(self, draft: RouteDraft) -> bool:
+    def _is_due(self, draft: RouteLearner) -> bool:
         return draft.is_due(self._num_waiting(draft), self._oldest_age_s(draft))
 
-    def _sound_records(self, draft: RouteDraft, streams: Sequence[StreamKey]) -> list[GenerationRecord]:
+    def _sound_records(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[GenerationRecord]:
         records = self._inbox.records(streams)
         sound = [record for record in records if not self._fault(record)]
         draft.progress.num_refused_records += len(records) - len(sound)
         return sound
 
-    def _train(self, draft: RouteDraft, fresh: list[GenerationRecord]) -> TrainingReport:
+    def _train(self, draft: RouteLearner, fresh: list[GenerationRecord]) -> TrainingReport:
         stretch = draft.slowdown
         _, num_replayed = draft.trainer.plan(len(fresh), stretch)
-        replayed = self._insist(lambda: self._replay(draft, num_replayed))
+        replayed = self._retry(lambda: self._replay(draft, num_replayed))
         return draft.trainer.train(fresh, replayed, self._rest, stretch)
 
-    def _replay(self, draft: RouteDraft, num_records: int) -> list[GenerationRecord]:
+    def _replay(self, draft: RouteLearner, num_records: int) -> list[GenerationRecord]:
         """From what is kept: a route's own, and for `default`, which may have to serve them again, all."""
         own = self._routes.streams_of(draft, self._streams)
         streams = self._streams if draft.route == DEFAULT_ROUTE else own
@@ -232,21 +235,21 @@ class Learner:
 
     def _build(
         self, route: str, found: checkpoint.Checkpoint | None, fallback: Callable[[], ExistingDraft]
-    ) -> RouteDraft:
-        return RouteDraft(
+    ) -> RouteLearner:
+        return RouteLearner(
             route,
             self._draft,
             self._feed,
             self._settings,
             target_revision=self._target_revision,
             tracker=self._tracker,
-            insist=self._insist,
+            retry=self._retry,
             now_s=self._now_s,
             fallback=fallback,
             found=found,
         )
 
-    def _insist(self, act: Callable[[], Result]) -> Result:
+    def _retry(self, act: Callable[[], Result]) -> Result:
         """Until the store or feed can be reached; raises LearnerStopped if told to stop meanwhile."""
         while True:
             try:
@@ -267,11 +270,11 @@ class Learner:
             return "expired"
         return record_fault(record, self._target_revision, self._draft.vocab_size)
 
-    def _num_waiting(self, draft: RouteDraft) -> int:
+    def _num_waiting(self, draft: RouteLearner) -> int:
         return self._inbox.num_waiting(self._routes.streams_of(draft, self._streams))
 
-    def _oldest_age_s(self, draft: RouteDraft) -> float:
+    def _oldest_age_s(self, draft: RouteLearner) -> float:
         return self._inbox.oldest_age_s(self._routes.streams_of(draft, self._streams), self._now_s())
 
-    def _facts(self, draft: RouteDraft) -> dict[str, Any]:
+    def _facts(self, draft: RouteLearner) -> dict[str, Any]:
         return draft.facts() | {"num_waiting_records": self._num_waiting(draft)}

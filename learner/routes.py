@@ -15,14 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, GenerationRecord
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import AdapterEvent, GenerationRecord
 from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
-from learner.bandit import FLOOR, ExistingDraft, best_draft
-from learner.route_book import RouteBook, checkpoint_folder, forget_checkpoints, read_book, write_book
-from learner.route_clusters import fit_routes, restricted, told_of
-from learner.route_draft import Insist, RouteDraft
-from learner.routing import RoutePolicy, Standing, has_lost, reason_to_close, routes_to_open
+from learner.judging.draft_selection import FLOOR, ExistingDraft, best_draft
+from learner.route_learner import Retry, RouteLearner
+from learner.routing.policy import RoutePolicy, Standing, has_lost, reason_to_close, routes_to_open
+from learner.routing.route_book import (
+    RouteBook,
+    checkpoint_folder,
+    forget_checkpoints,
+    read_book,
+    write_book,
+)
+from learner.routing.route_clusters import fit_routes, restricted, told_of
 from learner.settings import LearnerSettings
 
 logger = logging.getLogger(__name__)
@@ -30,7 +37,7 @@ logger = logging.getLogger(__name__)
 KINDS_PER_ROUTE = 2
 """More kinds are told apart than may have a draft, so that those that do are of one kind."""
 
-BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteDraft]
+BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteLearner]
 """From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
 
 
@@ -47,12 +54,12 @@ class Routes:
         *,
         folder: Path,
         target_revision: str,
-        insist: Insist,
+        retry: Retry,
         is_sound: Callable[[GenerationRecord], bool],
         now_s: Callable[[], float],
     ) -> None:
         self._build, self._store, self._feed, self._settings = build, store, feed, settings
-        self._target_revision, self._insist, self._now_s = target_revision, insist, now_s
+        self._target_revision, self._retry, self._now_s = target_revision, retry, now_s
         self._is_sound = is_sound
         self._folder = folder
         self._policy = RoutePolicy(
@@ -66,18 +73,18 @@ class Routes:
         self._used: dict[str, list[str]] = {}
         self._prompts: deque[tuple[str, NDArray[Any]]] = deque(maxlen=settings.route_window_records)
         self._num_unreviewed = 0
-        self.drafts: dict[str, RouteDraft] = {}
+        self.drafts: dict[str, RouteLearner] = {}
         for route in (DEFAULT_ROUTE, *(name for name, found in book.standings.items() if found.is_open)):
             found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
             for stream, entry_ids in found.acked_entry_ids.items() if found else ():
                 self._used[stream] = [*self._used.get(stream, ()), *entry_ids]
             self.drafts[route] = build(route, found, self._default_draft)
 
-    def __iter__(self) -> Iterator[RouteDraft]:
+    def __iter__(self) -> Iterator[RouteLearner]:
         return iter(list(self.drafts.values()))
 
     @property
-    def default(self) -> RouteDraft:
+    def default(self) -> RouteLearner:
         return self.drafts[DEFAULT_ROUTE]
 
     def existing(self) -> list[ExistingDraft]:
@@ -87,7 +94,7 @@ class Routes:
         others = [draft.serving for draft in self if draft.has_own and draft.route != DEFAULT_ROUTE]
         return [draft for draft in [default, *floor, *others] if not draft.unreadable]
 
-    def streams_of(self, draft: RouteDraft, streams: Sequence[StreamKey]) -> list[StreamKey]:
+    def streams_of(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[StreamKey]:
         """Those that teach it."""
         if draft.route == DEFAULT_ROUTE:
             return [key for key in streams if key.route == DEFAULT_ROUTE or key.route not in self.drafts]
@@ -100,15 +107,15 @@ class Routes:
     def start(self) -> None:
         """Once: what serves on the feed is open here too, as far as there is room, and the feed has this
         book's table."""
-        for route in self._insist(self._feed.routes):
-            latest = self._insist(partial(self._feed.latest, route))
+        for route in self._retry(self._feed.routes):
+            latest = self._retry(partial(self._feed.latest, route))
             if route not in self.drafts and latest and latest.target_revision == self._target_revision:
                 found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
                 self.drafts[route] = self._build(route, found, self._default_draft)
                 self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
         for route in list(self.drafts)[1 + self._policy.max_routes :]:
             self._close(route, f"nobody learns for it: max_routes is {self._policy.max_routes}")
-        table = self._insist(self._feed.route_table)
+        table = self._retry(self._feed.route_table)
         if table is None:
             self._put_table()
         elif self._known is None and table.target_revision == self._target_revision:
@@ -130,7 +137,7 @@ class Routes:
                 continue
             standing = self._standings.get(route)
             if standing is None:
-                size = self._insist(partial(self._store.size, StreamKey(self._target_revision, route)))
+                size = self._retry(partial(self._store.size, StreamKey(self._target_revision, route)))
                 standing = Standing(num_records=size.num_records - num_records)
             self._standings[route] = standing.after_records(num_records, self._now_s())
 
@@ -150,19 +157,19 @@ class Routes:
         for route in routes_to_open(self._standings, self._policy):
             self._open(route)
 
-    def decided(self, draft: RouteDraft) -> None:
+    def decided(self, draft: RouteLearner) -> None:
         """After each decision on a route's candidate: is its own draft the best that there is for it?"""
         existing = self.existing()
         draft.compare(existing)
         if draft.route == DEFAULT_ROUTE or draft.serving.unreadable:
             return
-        best = best_draft(draft.worths, existing)
+        best = best_draft(draft.scores_of_drafts, existing)
         standing = self._standings[draft.route].after_decision(best.route == draft.route)
         self._standings[draft.route] = standing
         if has_lost(standing, self._policy):
             self._give_up(draft, best)
 
-    def save(self, draft: RouteDraft, used_entry_ids: dict[str, list[str]]) -> None:
+    def save(self, draft: RouteLearner, used_entry_ids: dict[str, list[str]]) -> None:
         """The route's checkpoint, then the book."""
         draft.save(checkpoint_folder(self._folder, draft.route), used_entry_ids)
         self._write_book()
@@ -175,10 +182,10 @@ class Routes:
     def _open(self, route: str) -> None:
         """Start from the best draft that exists, judged on this route's held-out records."""
         draft = self._build(route, None, self._default_draft)
-        draft.first_lesson = draft.judge.split(self._kept(route))
+        draft.bootstrap_records = draft.judge.split(self._kept(route))
         existing = self.existing()
         draft.compare(existing)
-        draft.start_from(best_draft(draft.worths, existing))
+        draft.start_from(best_draft(draft.scores_of_drafts, existing))
         standing = self._standings[route]
         reason = f"{standing.num_records} records; starts from {draft.start.name}"
         self._tell("opened", draft, reason)
@@ -191,10 +198,10 @@ class Routes:
     def _close(self, route: str, reason: str) -> None:
         """Back to `default`, unless an operator holds a version."""
         draft = self.drafts[route]
-        if self._insist(partial(self._feed.pinned, route)) is not None:
+        if self._retry(partial(self._feed.pinned, route)) is not None:
             return
-        if self._insist(partial(self._feed.latest, route)) is not None:
-            self._insist(partial(self._feed.rollback, route, f"closed: {reason}", FLOOR_VERSION))
+        if self._retry(partial(self._feed.latest, route)) is not None:
+            self._retry(partial(self._feed.rollback, route, f"closed: {reason}", FLOOR_VERSION))
         self._tell("closed", draft, reason)
         del self.drafts[route]
         self._standings[route] = self._standings[route].closed()
@@ -202,7 +209,7 @@ class Routes:
         forget_checkpoints(self._folder, route)
         self._put_table()
 
-    def _give_up(self, draft: RouteDraft, best: ExistingDraft) -> None:
+    def _give_up(self, draft: RouteLearner, best: ExistingDraft) -> None:
         """Its own draft was beaten for long: by another route's, it starts again from that one, once; by
         what `default` would serve it, it is closed."""
         self._standings[draft.route] = replace(self._standings[draft.route], num_losses=0)
@@ -211,12 +218,12 @@ class Routes:
         elif best.route == DEFAULT_ROUTE or not draft.has_own:
             self._close(draft.route, f"{best.name} has long been as good or better for it")
 
-    def _tell(self, kind: str, draft: RouteDraft, reason: str) -> None:
+    def _tell(self, kind: str, draft: RouteLearner, reason: str) -> None:
         """A line in the route's history. Either way `default`'s draft serves it afterwards."""
         evidence = draft.acceptance_by_draft()
         event = AdapterEvent(kind, draft.route, FLOOR_VERSION, reason, self._now_s(), evidence)
-        self._insist(partial(self._feed.add_event, event))
-        draft.progress.turned(kind, None, b"", reason)
+        self._retry(partial(self._feed.add_event, event))
+        draft.progress.serving_changed(kind, None, b"", reason)
 
     # prompts without a tag
 
@@ -238,7 +245,7 @@ class Routes:
         found: list[GenerationRecord] = []
         for stream in (route, DEFAULT_ROUTE):
             key = StreamKey(self._target_revision, stream)
-            drawn = self._insist(partial(self._store.draw_replay, key, wanted, seed))
+            drawn = self._retry(partial(self._store.draw_replay, key, wanted, seed))
             found += [record for record in drawn if self._is_sound(record) and self._belongs(record, route)]
         return found
 
@@ -272,7 +279,7 @@ class Routes:
         """Replicas are told of open routes only."""
         if self._known is not None:
             table = told_of(self._known, list(self.drafts))
-            self._insist(partial(self._feed.put_route_table, table))
+            self._retry(partial(self._feed.put_route_table, table))
 
     def _write_book(self) -> None:
         write_book(self._folder, RouteBook(self._standings, self._known))

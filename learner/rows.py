@@ -35,7 +35,7 @@ class Positions:
     retemper_N: NDArray[np.float32]
     emitted_token_id_N: NDArray[np.int64]
     emitted_logprob_N: NDArray[np.float32]
-    """Final law of the target at the emitted token."""
+    """Final distribution of the target at the emitted token."""
     attempted_N: NDArray[np.bool_]
     """The draft's own only: of a round that copied, none is attempted, accepted or rejected."""
     accepted_N: NDArray[np.bool_]

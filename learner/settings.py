@@ -43,7 +43,7 @@ class LearnerSettings(BaseModel):
     divergence: DivergenceName = "forward_kl"
     jensen_shannon_beta: float = Field(0.5, gt=0, lt=1)
     greedy_temperature: float = Field(0.5, gt=0)
-    """Temperature at which greedy and near-greedy requests are distilled; see laws.py."""
+    """Temperature at which greedy and near-greedy requests are distilled; see distributions.py."""
     learning_rate: float = Field(3e-3, gt=0)
     """Of the benchmark's small drafts, see LOG.md; a large draft may want less. What it spoils the gate keeps
     out."""

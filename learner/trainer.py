@@ -19,7 +19,7 @@ from learner.checkpoint import load_optimizer_state, optimizer_state
 from learner.distill import Objective, StepMetrics, build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft
 from learner.draw import fresh_draws, num_steps
-from learner.evaluation import RecordScore, score_records
+from learner.judging.evaluation import RecordScore, score_records
 from learner.rows import Row, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
 
@@ -121,7 +121,7 @@ class Trainer:
     def score(
         self, state: AdapterState | None, records: Sequence[GenerationRecord]
     ) -> list[RecordScore | None]:
-        """Of the draft wearing `state`, one a record; training is not touched."""
+        """Of the draft with the weights `state`, one a record; training is not touched."""
         began_s = time.perf_counter()
         scores = score_records(
             self.draft,

@@ -12,19 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from buffer.errors import SeamError, StoreUnavailableError, UnknownVersionError
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest, ServingStatus
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
 from buffer.store import AdapterFeed
-from serving.engine.engine import Engine
-from serving.engine.live_draft import BrokenDraftError
-from serving.models.adapter import AdapterRejectedError, check_config
-from serving.models.draft_weights import DraftWeights
-from serving.route_drafts import RouteDrafts
+from serving.engine.draft_pool import BrokenDraftError
+from serving.models.adapter import AdapterRejectedError
 from serving.router import PromptRouter
+from serving.served_drafts import ServedDrafts
 
 _log = logging.getLogger(__name__)
 
 _MAX_BACKOFF_S = 5.0
-_SWAP_TIMEOUT_S = 60.0
 
 Served = tuple[int, str]
 """(draft_version, sha256 of the adapter): a number alone could be reused by a feed that lost its memory."""
@@ -36,37 +34,30 @@ FLOOR: Served = (FLOOR_VERSION, "")
 class _Followed:
     """One route: what it serves here, what was refused, and why it does not serve what the feed points to."""
 
-    weights: DraftWeights
     served: Served = FLOOR
     rejected: set[Served] = field(default_factory=set)
     complaint: str = ""
 
 
 class AdapterWatcher:
-    """`draft_weights` (of the default route) None: nothing to swap, only reports. `route_drafts` None: all
-    routes are served by the default route's draft; `router` None: nobody routes prompts. `status` makes the
+    """`drafts` None: nothing to swap, only reports. `router` None: nobody routes prompts. `status` makes the
     report."""
 
     def __init__(
         self,
-        engine: Engine,
-        draft_weights: DraftWeights | None,
+        drafts: ServedDrafts | None,
         feed: AdapterFeed,
         *,
         replica_id: str,
         status: Callable[[], ServingStatus],
         watch_interval_s: float,
         status_interval_s: float,
-        route_drafts: RouteDrafts | None = None,
         router: PromptRouter | None = None,
     ) -> None:
-        self._engine, self._feed = engine, feed
-        self._route_drafts, self._router = route_drafts, router
+        self._drafts, self._feed, self._router = drafts, feed, router
         self._replica_id, self._status = replica_id, status
         self._watch_interval_s, self._status_interval_s = watch_interval_s, status_interval_s
-        self._followed: dict[str, _Followed] = {}
-        if draft_weights is not None:
-            self._followed[DEFAULT_ROUTE] = _Followed(draft_weights)
+        self._followed = {} if drafts is None else {DEFAULT_ROUTE: _Followed()}
         self._feed_error = ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="everdraft-watcher", daemon=True)
@@ -110,16 +101,13 @@ class AdapterWatcher:
         """A draft for each route that an adapter serves, and for no other. Raises SeamError."""
         if self._router is not None:
             self._router.use(self._feed.route_table())
-        if self._route_drafts is None:
+        if self._drafts is None or not self._drafts.max_route_drafts:
             return
         known = {*self._feed.routes(), *self._followed} - {DEFAULT_ROUTE}
         by_age = sorted(known, key=lambda route: (route not in self._followed, route))  # the open keep theirs
-        self._route_drafts.follow([route for route in by_age if self._has_draft(route)])
-        opened = self._route_drafts.routes
-        for route in self._followed.keys() - {DEFAULT_ROUTE, *opened}:
-            del self._followed[route]
-        for route in opened:
-            self._followed.setdefault(route, _Followed(self._route_drafts[route]))
+        self._drafts.follow([route for route in by_age if self._has_draft(route)])
+        opened = self._drafts.routes
+        self._followed = {route: self._followed.get(route, _Followed()) for route in opened}
 
     def follow(self) -> None:
         """A look at the feed for each open route, and a swap where it points elsewhere. Raises SeamError."""
@@ -144,7 +132,7 @@ class AdapterWatcher:
             return
         if wanted != followed.served and not self._is_forgotten(route, manifest):
             try:
-                self._serve(route, followed.weights, manifest)
+                self._serve(route, manifest)
             except (AdapterRejectedError, BrokenDraftError) as error:
                 self._reject(route, wanted, str(error))
                 return
@@ -157,24 +145,15 @@ class AdapterWatcher:
 
     def _notice_broken_draft(self, route: str, followed: _Followed) -> None:
         """The engine leaves a draft whose logits are not finite by itself; that draft is rejected."""
-        if self._engine.draft_versions.get(route, FLOOR_VERSION) != followed.served[0]:
+        assert self._drafts is not None
+        if self._drafts.versions.get(route, FLOOR_VERSION) != followed.served[0]:
             broken, followed.served = followed.served, FLOOR
             self._reject(route, broken, "its logits were not finite; the engine went back to the floor")
 
-    def _serve(self, route: str, draft_weights: DraftWeights, manifest: AdapterManifest | None) -> None:
-        if manifest is None:
-            staged = draft_weights.stage_floor()
-        else:
-            check_config(manifest.adapter_config_json, manifest.rank, manifest.alpha)
-            staged = draft_weights.stage(
-                self._feed.weights(route, manifest.draft_version),
-                draft_version=manifest.draft_version,
-                adapter_config_json=manifest.adapter_config_json,
-                sha256=manifest.sha256,
-                draft_revision=manifest.draft_revision,
-                target_revision=manifest.target_revision,
-            )
-        self._engine.swap(staged, route).result(timeout=_SWAP_TIMEOUT_S)
+    def _serve(self, route: str, manifest: AdapterManifest | None) -> None:
+        assert self._drafts is not None
+        weights = b"" if manifest is None else self._feed.weights(route, manifest.draft_version)
+        self._drafts.swap(route, self._drafts.stage(route, manifest, weights))
 
     def _reject(self, route: str, wanted: Served, reason: str) -> None:
         """Tell the history, and remember, so that it is not fetched again; the incumbent stays."""

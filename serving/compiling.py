@@ -17,10 +17,16 @@ import torch
 
 from serving.engine.cost_measurement import measure_costs
 from serving.engine.cost_table import CostTable
-from serving.engine.pass_compiler import CompileError, PassCompiler, compile_spec, load_compiled, package_path
-from serving.engine.runner import Runner
-from serving.engine.slot_pass import Pass
-from serving.engine.static_check import static_error, static_pass_of
+from serving.engine.passes.pass_compiler import (
+    CompileError,
+    PassCompiler,
+    compile_spec,
+    load_compiled,
+    package_path,
+)
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.slot_pass import Pass
+from serving.engine.passes.static_check import static_error, static_pass_of
 
 if TYPE_CHECKING:
     from serving.engine.engine import Engine

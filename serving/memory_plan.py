@@ -8,20 +8,22 @@ keys and values and the prefix cache are exactly the bytes that are allocated.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from torch import nn
 
 from serving.engine.capture import TOP_K
 from serving.engine.draft_length import MAX_DRAFT_TOKENS
-from serving.engine.kv_shape import KvShape
-from serving.engine.prefix_cache import BLOCK_TOKENS
+from serving.engine.passes.kv_shape import KvShape
+from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
-from serving.models.loading import load_outline, max_positions
+from serving.models.loading import ModelPair, load_outline, max_positions
+from serving.options import EngineOptions
 
 _ROUND_POSITIONS = MAX_DRAFT_TOKENS + 1
 _LOGITS_COPIES = 4
-"""Raw logits, the law, noise, and one intermediate: float32."""
+"""Raw logits, the distribution, noise, and one intermediate: float32."""
 _SLOTS_FOR_PREFIXES = 4
 """Unless it is set, the prefix cache gets one slot's keys and values for so many slots, one at least."""
 
@@ -65,65 +67,65 @@ class Part:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`prefix_cache_mib` None: a slot's keys and values for every four slots; `export_queue_bytes` 0: nothing
-    is recorded."""
+    """Of a pair that runs by `options`."""
 
-    num_slots: int
-    max_seq_len: int
+    options: EngineOptions
     target: ModelSize
     draft: ModelSize | None = None
-    prefix_cache_mib: float | None = None
-    export_queue_bytes: int = 0
-    max_route_drafts: int = 0
     weights_loaded: bool = False
     """As at the moment between loading and allocating: the target and the draft as shipped are held."""
 
     @classmethod
-    def outlined(
-        cls,
-        target: str,
-        draft: str | None,
-        *,
-        dtype: str,
-        num_slots: int,
-        max_seq_len: int,
-        prefix_cache_mib: float | None,
-        export_queue_bytes: int,
-        max_route_drafts: int = 0,
-    ) -> "MemoryPlan":
+    def of(cls, pair: ModelPair, options: EngineOptions) -> Self:
+        """Of a pair that is loaded. The plan's options are those that it can have: `max_seq_len` is cut to
+        what both models can hold, and without a draft that may speak no route has one."""
+        options = replace(options, max_seq_len=min(options.max_seq_len, pair.max_positions))
+        if options.num_slots < 1 or options.max_seq_len < 2:
+            raise ValueError(
+                f"num_slots={options.num_slots} and max_seq_len={options.max_seq_len} leave no room for a "
+                "token to continue; at least 1 and 2 are needed"
+            )
+        if pair.draft is None or not options.uses_model:
+            options = replace(options, max_route_drafts=0)
+        draft = None if pair.draft is None else ModelSize.of(pair.draft)
+        return cls(options, ModelSize.of(pair.target), draft, weights_loaded=True)
+
+    @classmethod
+    def outlined(cls, target: str, draft: str | None, options: EngineOptions, *, dtype: str) -> Self:
         """Of models that are not loaded yet (paths or hub ids)."""
         models = [load_outline(name, dtype=dtype) for name in (target, draft) if name is not None]
+        longest = min([options.max_seq_len, *(max_positions(model) for model in models)])
         sizes = [ModelSize.of(model) for model in models]
-        return cls(
-            num_slots=num_slots,
-            max_seq_len=min([max_seq_len, *(max_positions(model) for model in models)]),
-            target=sizes[0],
-            draft=sizes[1] if draft is not None else None,
-            prefix_cache_mib=prefix_cache_mib,
-            export_queue_bytes=export_queue_bytes,
-            max_route_drafts=max_route_drafts,
-        )
+        return cls(replace(options, max_seq_len=longest), sizes[0], sizes[1] if draft is not None else None)
 
     @property
     def prefix_cache_bytes(self) -> int:
         """Whole blocks."""
         block_bytes = BLOCK_TOKENS * self.target.column_bytes
-        if self.prefix_cache_mib is None:
-            num_columns = max(self.num_slots, _SLOTS_FOR_PREFIXES) * self.max_seq_len // _SLOTS_FOR_PREFIXES
+        if self.options.prefix_cache_mib is None:
+            num_columns = (
+                max(self.options.num_slots, _SLOTS_FOR_PREFIXES)
+                * self.options.max_seq_len
+                // _SLOTS_FOR_PREFIXES
+            )
             return num_columns // BLOCK_TOKENS * block_bytes
-        return int(self.prefix_cache_mib * 2**20) // block_bytes * block_bytes
+        return int(self.options.prefix_cache_mib * 2**20) // block_bytes * block_bytes
 
     @property
     def capture_bytes(self) -> int:
         """A round for every token, each of the longest draft."""
-        if self.export_queue_bytes == 0:
+        if self.options.export_queue_bytes == 0:
             return 0
         num_kept = min(TOP_K, self.target.vocab_size)
-        return self.num_slots * self.max_seq_len * captured_round_bytes(_ROUND_POSITIONS, num_kept)
+        return (
+            self.options.num_slots
+            * self.options.max_seq_len
+            * captured_round_bytes(_ROUND_POSITIONS, num_kept)
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """Those that take anything."""
-        logits = self.num_slots * _ROUND_POSITIONS * self.target.vocab_size * 4 * _LOGITS_COPIES
+        logits = self.options.num_slots * _ROUND_POSITIONS * self.target.vocab_size * 4 * _LOGITS_COPIES
         held = self.weights_loaded
         parts = [Part("weights of the target", self.target.weights_bytes, is_held=held)]
         if self.draft is not None:
@@ -131,14 +133,17 @@ class MemoryPlan:
                 Part("weights of the draft as shipped (floor)", self.draft.weights_bytes, is_held=held),
                 Part("weights of the live draft", self.draft.weights_bytes),
                 Part("keys and values of the draft", self._kv_bytes(self.draft)),
-                Part(f"drafts of {self.max_route_drafts} more routes", self._route_drafts_bytes(self.draft)),
+                Part(
+                    f"drafts of {self.options.max_route_drafts} more routes",
+                    self._route_drafts_bytes(self.draft),
+                ),
             ]
         parts += [
             Part("keys and values of the target", self._kv_bytes(self.target)),
             Part("prefix cache", self.prefix_cache_bytes),
             Part("logits of a round", logits),
             Part("capture of running generations", self.capture_bytes, on_host=True),
-            Part("records on their way to the buffer", self.export_queue_bytes, on_host=True),
+            Part("records on their way to the buffer", self.options.export_queue_bytes, on_host=True),
         ]
         return tuple(part for part in parts if part.num_bytes)
 
@@ -146,7 +151,9 @@ class MemoryPlan:
         """For people: a line for each part and one for all."""
         parts = self.parts()
         total = sum(part.num_bytes for part in parts)
-        head = f"memory planned for num_slots={self.num_slots}, max_seq_len={self.max_seq_len}:"
+        head = (
+            f"memory planned for num_slots={self.options.num_slots}, max_seq_len={self.options.max_seq_len}:"
+        )
         rows = [f"  {_mib(part.num_bytes):>10} MiB  {part.name}" for part in parts]
         return [head, *rows, f"  {_mib(total):>10} MiB  in all"]
 
@@ -169,29 +176,34 @@ class MemoryPlan:
             )
             there = f"{_mib(free.device_bytes)} and {_mib(free.host_bytes)} MiB are free"
         raise MemoryPlanError(
-            f"num_slots={self.num_slots} with max_seq_len={self.max_seq_len} takes {needed}, and {there}; "
-            f"{self._advice(free)}"
+            f"num_slots={self.options.num_slots} with max_seq_len={self.options.max_seq_len} takes {needed}, "
+            f"and {there}; {self._advice(free)}"
         )
 
     def _advice(self, free: FreeMemory) -> str:
-        slots = _largest(self.num_slots, lambda count: replace(self, num_slots=count).fits(free))
-        length = _largest(self.max_seq_len, lambda tokens: replace(self, max_seq_len=tokens).fits(free))
+        slots = _largest(self.options.num_slots, lambda count: self._with(num_slots=count).fits(free))
+        length = _largest(self.options.max_seq_len, lambda tokens: self._with(max_seq_len=tokens).fits(free))
         fitting = [f"num_slots={slots} at this max_seq_len"] if slots >= 1 else []
         fitting += [f"max_seq_len={length} at this num_slots"] if length >= 2 else []
-        if self.max_route_drafts and replace(self, max_route_drafts=0).fits(free):
-            routes = _largest(self.max_route_drafts, lambda n: replace(self, max_route_drafts=n).fits(free))
+        if self.options.max_route_drafts and self._with(max_route_drafts=0).fits(free):
+            routes = _largest(
+                self.options.max_route_drafts, lambda n: self._with(max_route_drafts=n).fits(free)
+            )
             fitting.append(f"max_route_drafts={routes} at both")
         if not fitting:
             return "no num_slots or max_seq_len alone makes it fit: a smaller model or dtype=bfloat16 may"
         return f"{' or '.join(fitting)} fits"
 
+    def _with(self, **changes: Any) -> Self:
+        return replace(self, options=replace(self.options, **changes))
+
     def _kv_bytes(self, model: ModelSize) -> int:
         """One column more than tokens: the trash column."""
-        return self.num_slots * (self.max_seq_len + 1) * model.column_bytes
+        return self.options.num_slots * (self.options.max_seq_len + 1) * model.column_bytes
 
     def _route_drafts_bytes(self, draft: ModelSize) -> int:
         """All that may ever be open; each is taken when its route opens."""
-        return self.max_route_drafts * (draft.weights_bytes + self._kv_bytes(draft))
+        return self.options.max_route_drafts * (draft.weights_bytes + self._kv_bytes(draft))
 
     def _to_come(self) -> tuple[int, int]:
         """(on the host whatever the device, where the models run), without what is held."""

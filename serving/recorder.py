@@ -119,7 +119,7 @@ def _segments(generation: Generation) -> Iterator[_Segment]:
 
 
 def _record_sampling(sampling: SamplingParams) -> RecordSampling:
-    """Penalties, bias and `min_tokens` change the logits, which the record's law does not know."""
+    """Penalties, bias and `min_tokens` change the logits, which the record's distribution does not know."""
     return RecordSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,

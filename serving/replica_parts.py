@@ -20,6 +20,7 @@ from serving.api.token_codec import TokenCodec
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
+from serving.options import EngineOptions
 from serving.recorder import Recorder
 from serving.settings import ServingSettings
 from serving.status import serving_status
@@ -82,14 +83,12 @@ class ReplicaParts:
 
     def _new_watcher(self, feed: AdapterFeed) -> AdapterWatcher:
         return AdapterWatcher(
-            self.engine,
-            self.engine.draft_weights,
+            self.engine.drafts,
             feed,
             replica_id=self._replica_id,
             status=self.status,
             watch_interval_s=self._settings.watch_interval_s,
             status_interval_s=self._settings.status_interval_s,
-            route_drafts=self.engine.route_drafts,
             router=self.engine.router,
         )
 
@@ -165,18 +164,9 @@ def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
     engine = load_engine(
         settings.target,
         settings.draft,
+        EngineOptions.of(settings, export_queue_bytes=export_queue_bytes),
         device=settings.device,
         dtype=settings.dtype,
-        num_slots=settings.num_slots,
-        max_seq_len=settings.max_seq_len,
-        num_draft_tokens=settings.num_draft_tokens,
-        speculation=settings.speculation,
-        stopping=settings.stopping,
-        stopping_threshold=settings.stopping_threshold,
-        compile=settings.compile,
-        prefix_cache_mib=settings.prefix_cache_mib,
-        export_queue_bytes=export_queue_bytes,
-        max_route_drafts=settings.max_route_drafts,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.records import DEFAULT_ROUTE
+from buffer.names import DEFAULT_ROUTE
 from buffer.route_table import RouteTable, check_route_name
 
 ROUTE_HEADER = "X-Everdraft-Route"

@@ -39,7 +39,7 @@ class ServingSettings(BaseModel):
     has both and takes in every round what measured costs and acceptance say is fastest, nobody included."""
     stopping: Literal["controller", "top_prob", "entropy"] = "controller"
     """When the draft stops within the draft length: not at all; after a token drawn where its likeliest token
-    was below the threshold; before a draw whose law has more nats of entropy than the threshold."""
+    was below the threshold; before a draw whose distribution has more nats of entropy than the threshold."""
     stopping_threshold: float | None = Field(default=None, ge=0)
     """Of `stopping`; None: .4 for `top_prob`, 2 nats for `entropy`."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from openai import OpenAI
 
-from buffer.records import DEFAULT_ROUTE
+from buffer.names import DEFAULT_ROUTE
 from buffer.redis_server import EmbeddedRedis
 from deploy.commands.demo import LEARNER, PAIR
 from deploy.demo.corpus import prompts

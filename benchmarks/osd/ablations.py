@@ -13,14 +13,15 @@ from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
 from benchmarks.osd.jobs import Job
 from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
-from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label
+from benchmarks.osd.plan import Changes, ExperimentPlan, Metrics, Series, label
+from benchmarks.osd.recorded_answers import Asking, RecordedAnswer
 from benchmarks.osd.speed import adapted
-from benchmarks.osd.told import Asking, Told
 from learner.draft import import_weights
 from learner.settings import DivergenceName
 from serving.engine.counters import acceptance_rate
 from serving.engine.request import GenerationRequest, SamplingParams
 from serving.local import build_engine
+from serving.options import EngineOptions
 
 NUM_RECORDS = 600
 WHOLE_ROWS = 1 << 20
@@ -48,7 +49,7 @@ ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
 }
 
 
-def ablations(plan: Plan) -> tuple[Metrics, Series]:
+def ablations(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
     domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
     jobs = _ablation_jobs(domain, count)
@@ -63,7 +64,7 @@ def ablations(plan: Plan) -> tuple[Metrics, Series]:
             "learner_s": result.learner_s,
         }
         if what.startswith("num_kept"):
-            row["bytes_per_token"] = bytes_per_token(min(job.num_kept, plan.workshop.pair().vocab_size))
+            row["bytes_per_token"] = bytes_per_token(min(job.num_kept, plan.cache.pair().vocab_size))
         metrics.setdefault(what, {})[value] = row
     folder = results[jobs["divergence", "forward_kl"]].adapter
     metrics["estimator"] = _estimator(plan, domain, folder)
@@ -93,39 +94,42 @@ def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
     return jobs
 
 
-def _estimator(plan: Plan, domain: str, folder: str) -> Metrics:
+def _estimator(plan: ExperimentPlan, domain: str, folder: str) -> Metrics:
     """Of the floor and of what ours learnt, on held-out prompts, at both temperatures."""
-    workshop, found = plan.workshop, {}
-    draft = trainable(workshop.pair(), settings_of("ours", {}))
+    cache, found = plan.cache, {}
+    draft = trainable(cache.pair(), settings_of("ours", {}))
     states = {"floor": None, "ours": import_weights(Adapter.load(Path(folder)).weights) if folder else None}
     for temperature in plan.temperatures:
-        told = workshop.held_out(domain, temperature)
+        recorded = cache.held_out(domain, temperature)
         for name, state in states.items():
             draft.load(state)
             found[label(name, temperature)] = acceptance_from(
-                workshop.pair(), draft, told, workshop.replay(NUM_DRAFT_TOKENS)
+                cache.pair(), draft, recorded, cache.replay(NUM_DRAFT_TOKENS)
             )
     return found
 
 
-def _sampling(plan: Plan, domain: str, folder: str) -> Metrics:
+def _sampling(plan: ExperimentPlan, domain: str, folder: str) -> Metrics:
     """Coupled draws (a seed for each request) against standard ones, of what ours learnt, at temperature 1
     through the engine; twice each, so that the spread is seen."""
-    told, pair = plan.workshop.held_out(domain, 1.0), plan.workshop.pair()
-    room, found = plan.workshop.asking.prompt_tokens + plan.workshop.asking.max_tokens, dict[str, Any]()
+    recorded, pair = plan.cache.held_out(domain, 1.0), plan.cache.pair()
+    room, found = plan.cache.asking.prompt_tokens + plan.cache.asking.max_tokens, dict[str, Any]()
     with build_engine(
         replace(pair, draft=adapted(pair, folder)),
-        num_slots=8,
-        max_seq_len=room,
-        num_draft_tokens=NUM_DRAFT_TOKENS,
-        speculation="model",
+        options=EngineOptions(
+            num_slots=8, max_seq_len=room, num_draft_tokens=NUM_DRAFT_TOKENS, speculation="model"
+        ),
     ) as engine:
         for turn in range(2):
             for mode in ("standard", "coupled"):
-                seeds = range(turn * len(told), (turn + 1) * len(told)) if mode == "coupled" else repeat(None)
+                seeds = (
+                    range(turn * len(recorded), (turn + 1) * len(recorded))
+                    if mode == "coupled"
+                    else repeat(None)
+                )
                 handles = [
-                    engine.submit(_sampled(f"{mode}-{turn}-{number}", one, seed, plan.workshop.asking))
-                    for number, (one, seed) in enumerate(zip(told, seeds, strict=False))
+                    engine.submit(_sampled(f"{mode}-{turn}-{number}", one, seed, plan.cache.asking))
+                    for number, (one, seed) in enumerate(zip(recorded, seeds, strict=False))
                 ]
                 answers = [handle.result() for handle in handles]
                 accepted, attempted = (
@@ -136,6 +140,6 @@ def _sampling(plan: Plan, domain: str, folder: str) -> Metrics:
     return found
 
 
-def _sampled(name: str, told: Told, seed: int | None, asking: Asking) -> GenerationRequest:
+def _sampled(name: str, recorded: RecordedAnswer, seed: int | None, asking: Asking) -> GenerationRequest:
     sampling = SamplingParams(temperature=1.0, seed=seed, max_tokens=asking.max_tokens)
-    return GenerationRequest(name, tuple(told.prompt_token_ids.tolist()), sampling)
+    return GenerationRequest(name, tuple(recorded.prompt_token_ids.tolist()), sampling)

@@ -1,4 +1,4 @@
-"""The arms: how a draft may learn from a stream of told requests, and what each was worth as it went.
+"""The arms: how a draft may learn from a stream of recorded requests, and what each was worth as it went.
 
 `ours` is the product's own learner, gate included, fed through the product's store; `paper` is the setting
 of Online Speculative Decoding, ungated; `offline` distils everything that `ours` may learn from until nothing
@@ -18,10 +18,10 @@ import numpy as np
 
 from benchmarks.adapted import Recipe, adapt
 from benchmarks.osd.held_out import HeldOut
+from benchmarks.osd.recorded_answers import RecordedAnswer
 from benchmarks.osd.replay import Replay, Replayed, chunks
-from benchmarks.osd.told import Told
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import StreamKey
 from learner.distill import build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft, build_draft, import_weights
@@ -47,7 +47,7 @@ class Material:
     """What every arm is given."""
 
     pair: ModelPair
-    stream: Sequence[Told]
+    stream: Sequence[RecordedAnswer]
     held_out: Mapping[str, HeldOut]
     """By domain."""
     evaluate_every: int = 200
@@ -130,7 +130,7 @@ def ours(material: Material, settings: LearnerSettings) -> Outcome:
                 serving.evaluate(outcome, material)
         outcome.facts, outcome.num_steps = learner.snapshot(), learner.snapshot()["num_steps"]
         outcome.facts["held_out_routes"] = {
-            domain: serving.routes_of(prompts.told) for domain, prompts in material.held_out.items()
+            domain: serving.routes_of(prompts.recorded) for domain, prompts in material.held_out.items()
         }
     outcome.states = serving.states
     return outcome
@@ -144,21 +144,21 @@ class _Serving:
         self._versions: dict[str, int] = {}
         self.states: dict[str, AdapterState | None] = {DEFAULT_ROUTE: None}
 
-    def by_route(self, part: Sequence[Told]) -> dict[str, list[Told]]:
-        found: dict[str, list[Told]] = {}
+    def by_route(self, part: Sequence[RecordedAnswer]) -> dict[str, list[RecordedAnswer]]:
+        found: dict[str, list[RecordedAnswer]] = {}
         for one in part:
             found.setdefault(self.route_of(one), []).append(one)
         return found
 
-    def route_of(self, told: Told) -> str:
+    def route_of(self, recorded: RecordedAnswer) -> str:
         if self._routing == "tags":
-            return told.domain
+            return recorded.domain
         table = self._feed.route_table() if self._routing == "router" else None
-        return DEFAULT_ROUTE if table is None else table.route_of(told.prompt_embedding_H)
+        return DEFAULT_ROUTE if table is None else table.route_of(recorded.prompt_embedding_H)
 
-    def routes_of(self, told: Sequence[Told]) -> Counter[str]:
+    def routes_of(self, recorded: Sequence[RecordedAnswer]) -> Counter[str]:
         """How many of the requests each route would get."""
-        return Counter(map(self.route_of, told))
+        return Counter(map(self.route_of, recorded))
 
     def version(self, route: str) -> int:
         """That serves, of the route's own draft."""
@@ -185,7 +185,7 @@ class _Serving:
     def evaluate(self, outcome: Outcome, material: Material) -> None:
         """Each domain with the draft that most of its requests would meet."""
         for domain, prompts in material.held_out.items():
-            ((route, _),) = self.routes_of(prompts.told).most_common(1)
+            ((route, _),) = self.routes_of(prompts.recorded).most_common(1)
             value = prompts.acceptance(self.draft_of(route))
             outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
 

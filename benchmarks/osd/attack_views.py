@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.osd.attack_house import Outcome
+from benchmarks.osd.attack_outcome import Outcome
 from deploy.errors import DeployError
 
 OFFLINE = ("adapter", "candidate", "records")
@@ -54,7 +54,7 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "rounds_until_rollback_median": float(np.median(rounds)) if rounds else None,
         "rounds_until_rollback_max": max(rounds, default=None),
         "num_promoted_again": sum(outcome.promoted_again for outcome in live),
-        "num_untold": sum(not outcome.told for outcome in [*offline, *live] if not _is_missed(outcome)),
+        "num_untold": sum(not outcome.recorded for outcome in [*offline, *live] if not _is_missed(outcome)),
         "num_shifts": len(controls),
         "num_good_rolled_back": sum(outcome.rolled_back for outcome in controls),
         "by_kind": by_kind,
@@ -62,7 +62,7 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _is_missed(outcome: Outcome) -> bool:
-    """Served and left there: nothing was decided that could be told."""
+    """Served and left there: nothing was decided that could be recorded."""
     return outcome.served and not outcome.rolled_back
 
 

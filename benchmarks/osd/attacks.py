@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.osd.attack_house import (
+from benchmarks.osd.attack_outcome import (
     AS_IT_IS,
     ATTACK,
     FRESH,
@@ -34,53 +34,55 @@ from benchmarks.osd.live_attacks import (
     shift,
     unjudged,
 )
-from benchmarks.osd.stand import INCUMBENT, Stand, scaled
+from benchmarks.osd.testbed import INCUMBENT, Testbed, scaled
 from buffer.errors import VersionConflictError
 from learner.draft import AdapterState, export_weights
 
-Attack = Callable[[Stand, int], Outcome]
+Attack = Callable[[Testbed, int], Outcome]
 
 
 # adapters that somebody or something spoilt on the way
 
 
-def spoilt_adapter(stand: Stand, seed: int, kind: str) -> Outcome:
-    with stand.house(**WATCH_ONLY) as house:
-        weights = export_weights(better(stand))
-        manifest = stand.manifest(weights, ATTACK, house.draft)
-        house.feed.publish(*BAD_ADAPTERS[kind](manifest, weights, np.random.default_rng(seed)))
-        house.replica.follow()
-        served = stand.engine.draft_version != INCUMBENT
-        house.turn()
-        assert house.pointed_version == INCUMBENT or served
-        return refused(house, Outcome("adapter", kind, seed, served=served), "replica", "rejected_by_replica")
+def spoilt_adapter(testbed: Testbed, seed: int, kind: str) -> Outcome:
+    with testbed.deployment(**WATCH_ONLY) as deployment:
+        weights = export_weights(better(testbed))
+        manifest = testbed.manifest(weights, ATTACK, deployment.draft)
+        deployment.feed.publish(*BAD_ADAPTERS[kind](manifest, weights, np.random.default_rng(seed)))
+        deployment.replica.follow()
+        served = testbed.engine.draft_version != INCUMBENT
+        deployment.turn()
+        assert deployment.pointed_version == INCUMBENT or served
+        return refused(
+            deployment, Outcome("adapter", kind, seed, served=served), "replica", "rejected_by_replica"
+        )
 
 
-def replayed_version(stand: Stand, seed: int) -> Outcome:
+def replayed_version(testbed: Testbed, seed: int) -> Outcome:
     """Other weights under the number that serves."""
-    with stand.house(**WATCH_ONLY) as house:
+    with testbed.deployment(**WATCH_ONLY) as deployment:
         try:
-            house.publish(export_weights(scaled(stand.incumbent_state, 0.1 * seed)), INCUMBENT)
+            deployment.publish(export_weights(scaled(testbed.incumbent_state, 0.1 * seed)), INCUMBENT)
         except VersionConflictError as error:
-            return Outcome("adapter", "version replayed", seed, "feed", reason=str(error), told=True)
+            return Outcome("adapter", "version replayed", seed, "feed", reason=str(error), recorded=True)
         return Outcome("adapter", "version replayed", seed, served=True)
 
 
 # candidates that the gate has to judge
 
 
-def bad_training(stand: Stand, seed: int, kind: str) -> Outcome:
+def bad_training(testbed: Testbed, seed: int, kind: str) -> Outcome:
     """Honest held-out records, spoilt ones to learn from."""
     rng = np.random.default_rng(seed)
-    honest = mixed(stand, rng, HELD_OUT + FRESH)
-    with stand.house() as house:
-        house.give(honest[:HELD_OUT], held_out=True)
+    honest = mixed(testbed, rng, HELD_OUT + FRESH)
+    with testbed.deployment() as deployment:
+        deployment.give(honest[:HELD_OUT], held_out=True)
         try:
-            house.give([BAD_RECORDS[kind](record, rng) for record in honest[HELD_OUT:]], held_out=False)
+            deployment.give([BAD_RECORDS[kind](record, rng) for record in honest[HELD_OUT:]], held_out=False)
         except ValueError as error:  # the store takes only what can be a record
-            return Outcome("records", kind, seed, "store", reason=str(error), told=True)
-        house.turn()
-        return judged(house, Outcome("records", kind, seed))
+            return Outcome("records", kind, seed, "store", reason=str(error), recorded=True)
+        deployment.turn()
+        return judged(deployment, Outcome("records", kind, seed))
 
 
 def _filled(state: AdapterState, rng: np.random.Generator, value: float) -> AdapterState:
@@ -99,15 +101,15 @@ CANDIDATES: Mapping[str, Candidate] = {
 }
 
 
-def bad_candidate(stand: Stand, seed: int, kind: str) -> Outcome:
+def bad_candidate(testbed: Testbed, seed: int, kind: str) -> Outcome:
     """Honest records, but the weights that are judged are not what training made."""
     rng = np.random.default_rng(seed)
-    with stand.house(**AS_IT_IS) as house:
-        house.offer(CANDIDATES[kind](stand.incumbent_state, rng))
-        house.give(mixed(stand, rng, HELD_OUT), held_out=True)
-        house.give(mixed(stand, rng, FRESH), held_out=False)
-        house.turn()
-        return judged(house, Outcome("candidate", kind, seed))
+    with testbed.deployment(**AS_IT_IS) as deployment:
+        deployment.offer(CANDIDATES[kind](testbed.incumbent_state, rng))
+        deployment.give(mixed(testbed, rng, HELD_OUT), held_out=True)
+        deployment.give(mixed(testbed, rng, FRESH), held_out=False)
+        deployment.turn()
+        return judged(deployment, Outcome("candidate", kind, seed))
 
 
 def attacks() -> dict[str, list[tuple[str, Attack]]]:
@@ -125,7 +127,10 @@ def attacks() -> dict[str, list[tuple[str, Attack]]]:
 
 
 def run(
-    stand: Stand, num_seeds: int, families: Sequence[str] | None = None, tell: Callable[[str], None] = print
+    testbed: Testbed,
+    num_seeds: int,
+    families: Sequence[str] | None = None,
+    report: Callable[[str], None] = print,
 ) -> list[Outcome]:
     """Every attack with every seed."""
     outcomes = []
@@ -134,6 +139,6 @@ def run(
             continue
         for place, (kind, attack) in enumerate(listed):
             for seed in range(num_seeds):
-                outcomes.append(attack(stand, 1000 * place + seed))
-            tell(f"{family}: {kind}, {num_seeds} times")
+                outcomes.append(attack(testbed, 1000 * place + seed))
+            report(f"{family}: {kind}, {num_seeds} times")
     return outcomes

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import Metrics, Plan, Series, moving_acceptance, with_seeds
+from benchmarks.osd.plan import ExperimentPlan, Metrics, Series, moving_acceptance, with_seeds
 
 PHASE_RECORDS = 600
 
 
-def shift(plan: Plan) -> tuple[Metrics, Series]:
+def shift(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     """The domains one after another: how fast it recovers, and what it forgets of the first."""
     count = min(plan.num_records, PHASE_RECORDS)
     replay = Job("ours", plan.domains, num_records=count)
@@ -54,7 +54,7 @@ def shift(plan: Plan) -> tuple[Metrics, Series]:
     return metrics, series
 
 
-def _add_shift(metrics: Metrics, plan: Plan, arm: str, found: Sequence[Result], count: int) -> None:
+def _add_shift(metrics: Metrics, plan: ExperimentPlan, arm: str, found: Sequence[Result], count: int) -> None:
     at_end = {}
     for index, domain in enumerate(plan.domains):
         curves = [result.held_out[domain] for result in found]
@@ -71,7 +71,7 @@ def _at(curve: Sequence[Sequence[float]], count: int) -> float:
     return [value for at, value in curve if at <= count][-1]
 
 
-def mixture(plan: Plan) -> tuple[Metrics, Series]:
+def mixture(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     """The domains in turn: one draft, a draft for every tag, and the router's own routes without tags; and on
     whole streams, where capacity counts for more than steps, one draft for all against one for each."""
     count = plan.num_records // len(plan.domains)

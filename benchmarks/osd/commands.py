@@ -72,9 +72,9 @@ def osd(
     from transformers.utils import logging
 
     from benchmarks.osd.corpus import DOMAINS, check_domains
-    from benchmarks.osd.plan import Plan
-    from benchmarks.osd.story import tell_experiment
-    from benchmarks.osd.workshop import Workshop
+    from benchmarks.osd.experiment import run_experiment
+    from benchmarks.osd.experiment_cache import ExperimentCache
+    from benchmarks.osd.plan import ExperimentPlan
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -89,12 +89,12 @@ def osd(
     if target is None or draft is None:
         home = _trained_pair(data)
         target, draft = str(home / "target"), str(home / "draft")
-    workshop = Workshop(target, draft, folder, cache_folder())
+    cache = ExperimentCache(target, draft, folder, cache_folder())
     temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
-    plan = Plan(workshop, tuple(domain or DOMAINS), records, seeds, jobs, errors().print, temperatures)
+    plan = ExperimentPlan(cache, tuple(domain or DOMAINS), records, seeds, jobs, errors().print, temperatures)
     report = report or RESULTS / f"osd_{experiment}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
-    tell_experiment(experiment, plan, report, output(), turns=turns)
+    run_experiment(experiment, plan, report, output(), turns=turns)
 
 
 def attacks(
@@ -116,7 +116,7 @@ def attacks(
     from benchmarks.adapted import adapter_for, check_adapter
     from benchmarks.osd.attack_views import check_families, metrics, table
     from benchmarks.osd.attacks import run
-    from benchmarks.osd.stand import demo_stand
+    from benchmarks.osd.testbed import demo_testbed
     from deploy.demo.report import write_report
     from serving.models.loading import load_pair
 
@@ -128,10 +128,10 @@ def attacks(
     pair = load_pair(target, draft)
     learnt = adapter_for(pair, adapter, cache_folder(), demo_settings(), lambda one: errors().print(str(one)))
     assert learnt is not None, "the demo's traffic always teaches something"
-    with demo_stand(pair, learnt, demo_settings()) as stand:
+    with demo_testbed(pair, learnt, demo_settings()) as testbed:
         errors().print("honest records are served first")
-        stand.fill(records)
-        outcomes = run(stand, seeds, family, errors().print)
+        testbed.fill(records)
+        outcomes = run(testbed, seeds, family, errors().print)
     figures = metrics(outcomes)
     output().print(table(figures))
     report.parent.mkdir(parents=True, exist_ok=True)

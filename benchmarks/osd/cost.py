@@ -17,14 +17,15 @@ import torch
 from benchmarks.engine_modes import EngineMode
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
+from benchmarks.osd.experiment_cache import ExperimentCache
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import Changes, Plan
+from benchmarks.osd.plan import Changes, ExperimentPlan
 from benchmarks.osd.speed import adapted
-from benchmarks.osd.workshop import Workshop
 from learner.settings import LearnerSettings
 from learner.trainer import Trainer
 from serving.engine.counters import acceptance_rate, expected_block_efficiency
 from serving.local import build_engine
+from serving.options import EngineOptions
 
 NUM_TOKENS = 48
 NUM_PROMPTS = 16
@@ -34,7 +35,7 @@ STATIONARY_ROUNDS = 3
 NEVER_STOPS: Changes = (("max_rest_records", 0),)
 
 
-def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
+def measure(plan: ExperimentPlan, turns: int = 5) -> dict[str, Any]:
     """The price of learning, and what stopping saves, in every domain; serving beside the learner and the
     cost model in the first."""
     lives = {
@@ -66,14 +67,14 @@ def measure(plan: Plan, turns: int = 5) -> dict[str, Any]:
     }
 
 
-def _price(plan: Plan, ours: Result, floor: Result, domain: str) -> dict[str, float]:
-    told = plan.workshop.stream(domain, 0.0)[: plan.num_records]
+def _price(plan: ExperimentPlan, ours: Result, floor: Result, domain: str) -> dict[str, float]:
+    recorded = plan.cache.stream(domain, 0.0)[: plan.num_records]
     points = 100 * (ours.final[domain].acceptance - floor.final[domain].acceptance)
     return {
         "points_of_acceptance": points,
         "learner_s": ours.learner_s,
         "learner_s_per_point": ours.learner_s / points,
-        "told_tokens_per_point": sum(one.num_tokens for one in told) / points,
+        "recorded_tokens_per_point": sum(one.num_tokens for one in recorded) / points,
         "num_steps": ours.num_steps,
         "num_swaps": len(ours.swaps),
     }
@@ -93,25 +94,26 @@ def _stopped(stops: Result, never: Result, domain: str) -> dict[str, Any]:
     }
 
 
-def _beside(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
+def _beside(plan: ExperimentPlan, domain: str, folder: str, turns: int) -> dict[str, Any]:
     """Tokens a second with the learner at work beside (its own niceness and busy share), over without."""
     context = get_context("spawn")
     at_work = context.Event()
-    process = context.Process(target=_learn_while, args=(plan.workshop, domain, at_work), daemon=True)
+    process = context.Process(target=_learn_while, args=(plan.cache, domain, at_work), daemon=True)
     process.start()
-    pair, found = plan.workshop.pair(), {}
-    prompts = [one.prompt_token_ids.tolist() for one in plan.workshop.held_out(domain, 0.0)[:NUM_PROMPTS]]
+    pair, found = plan.cache.pair(), {}
+    prompts = [one.prompt_token_ids.tolist() for one in plan.cache.held_out(domain, 0.0)[:NUM_PROMPTS]]
     try:
         for clients in (1, 8):
             engine = build_engine(
-                replace(pair, draft=adapted(pair, folder)), num_slots=8, max_seq_len=192, compile="auto"
+                replace(pair, draft=adapted(pair, folder)),
+                options=EngineOptions(num_slots=8, max_seq_len=192, compile="auto"),
             )
             mode, ratios = EngineMode(engine, cap=None), []
             for turn in range(turns + 1):
                 rates = []
                 for busy in (False, True):
                     (at_work.set if busy else at_work.clear)()
-                    plan.tell(f"{clients} clients, learner {'at work' if busy else 'at rest'}, turn {turn}")
+                    plan.report(f"{clients} clients, learner {'at work' if busy else 'at rest'}, turn {turn}")
                     outcome = mode.generate(
                         prompts, concurrency=clients, num_tokens=NUM_TOKENS, temperature=0.0
                     )
@@ -126,15 +128,16 @@ def _beside(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
     return found
 
 
-def _learn_while(workshop: Workshop, domain: str, at_work: Event) -> None:
-    """The learner's process: steps on told records while the event is set, resting as the product does."""
+def _learn_while(cache: ExperimentCache, domain: str, at_work: Event) -> None:
+    """The learner's process: steps on recorded records while the event is set, resting as the product
+    does."""
     settings = LearnerSettings(seed=0)
     os.nice(settings.niceness)
     torch.set_num_threads(settings.num_threads)
-    replay = workshop.replay(NUM_DRAFT_TOKENS)
-    told = workshop.stream(domain, 0.0)[:256]
-    trainer = Trainer(trainable(workshop.pair(), settings_of("ours", {})), settings)
-    records = [replay.bare_record(one) for one in told]
+    replay = cache.replay(NUM_DRAFT_TOKENS)
+    recorded = cache.stream(domain, 0.0)[:256]
+    trainer = Trainer(trainable(cache.pair(), settings_of("ours", {})), settings)
+    records = [replay.bare_record(one) for one in recorded]
 
     def rest(step_s: float) -> bool:
         time.sleep(step_s * (1 / settings.max_busy_share - 1))
@@ -145,24 +148,26 @@ def _learn_while(workshop: Workshop, domain: str, at_work: Event) -> None:
         trainer.train(records, [], rest)
 
 
-def _model(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
+def _model(plan: ExperimentPlan, domain: str, folder: str, turns: int) -> dict[str, Any]:
     """Fixed draft lengths: speed-up as measured, by the paper's formula, and by ours."""
-    pair = plan.workshop.pair()
+    pair = plan.cache.pair()
     room = 192
     runners = pass_runners(pair, num_slots=1, max_seq_len=room, compile="auto")
     forwards = measure_forwards(runners, batch_size=1, context_tokens=room // 2)
-    prompts = [one.prompt_token_ids.tolist() for one in plan.workshop.held_out(domain, 0.0)[:NUM_PROMPTS]]
+    prompts = [one.prompt_token_ids.tolist() for one in plan.cache.held_out(domain, 0.0)[:NUM_PROMPTS]]
 
     def mode(length: int) -> EngineMode:
         draft = adapted(pair, folder)
         engine = build_engine(
             replace(pair, draft=draft),
-            num_slots=1,
-            max_seq_len=room,
-            num_draft_tokens=length or None,
-            speculation="model",
-            compile="auto",
-            prefix_cache_mib=0,
+            options=EngineOptions(
+                num_slots=1,
+                max_seq_len=room,
+                num_draft_tokens=length or None,
+                speculation="model",
+                compile="auto",
+                prefix_cache_mib=0,
+            ),
         )
         return EngineMode(engine, cap=None if length else 0, ignore_eos=False)
 
@@ -170,7 +175,7 @@ def _model(plan: Plan, domain: str, folder: str, turns: int) -> dict[str, Any]:
     outcomes: dict[int, list[Any]] = {length: [] for length in modes}
     for turn in range(turns + 1):
         for length, one in modes.items():
-            plan.tell(f"draft length {length}, turn {turn}")
+            plan.report(f"draft length {length}, turn {turn}")
             outcome = one.generate(prompts, concurrency=1, num_tokens=NUM_TOKENS, temperature=0.0)
             if turn:
                 outcomes[length].append(outcome)

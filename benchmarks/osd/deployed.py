@@ -11,9 +11,9 @@ from typing import Any
 
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS
 from benchmarks.osd.corpus import exchanges
+from benchmarks.osd.experiment_cache import ExperimentCache, Report
 from benchmarks.osd.plan import moving_acceptance
-from benchmarks.osd.workshop import Tell, Workshop
-from buffer.records import DEFAULT_ROUTE
+from buffer.names import DEFAULT_ROUTE
 from deploy.demo.corpus import Prompt
 from deploy.demo.traffic import Ask, Clients, Outcome
 from deploy.settings_source import load_settings
@@ -25,16 +25,16 @@ NUM_HELD_OUT = 64
 
 
 def measure_deployed(
-    workshop: Workshop, domain: str, num_records: int, tell: Tell, port: int = 8000
+    cache: ExperimentCache, domain: str, num_records: int, report: Report, port: int = 8000
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Stream, then ask the held-out prompts of the floor's state and of what was learnt, learner at rest."""
-    rows = exchanges(workshop.data, domain, "stream")[:num_records]
-    asks = [_ask(domain, row.question, workshop.asking.max_tokens) for row in rows]
-    held = exchanges(workshop.data, domain, "heldout")[:NUM_HELD_OUT]
-    judged = [_ask(domain, row.question, workshop.asking.max_tokens, store=False) for row in held]
+    rows = exchanges(cache.data, domain, "stream")[:num_records]
+    asks = [_ask(domain, row.question, cache.asking.max_tokens) for row in rows]
+    held = exchanges(cache.data, domain, "heldout")[:NUM_HELD_OUT]
+    judged = [_ask(domain, row.question, cache.asking.max_tokens, store=False) for row in held]
     with TemporaryDirectory() as folder:
-        settings = load_settings(None, {}, _overrides(workshop, port, Path(folder)))
-        with running_system(settings, tell) as system:
+        settings = load_settings(None, {}, _overrides(cache, port, Path(folder)))
+        with running_system(settings, report) as system:
             clients = Clients(system.url, NUM_CLIENTS)
             before = clients.send(judged)
             outcomes: list[Outcome] = []
@@ -42,7 +42,7 @@ def measure_deployed(
             def on_outcome(outcome: Outcome) -> None:
                 outcomes.append(outcome)
                 if len(outcomes) % 200 == 0:
-                    tell(f"{len(outcomes)} of {len(asks)} answered, draft {outcome.draft_version}")
+                    report(f"{len(outcomes)} of {len(asks)} answered, draft {outcome.draft_version}")
 
             clients.send(asks, on_outcome)
             _rest(system)
@@ -61,12 +61,12 @@ def measure_deployed(
     }, {"acceptance": moving, "draft_version": [outcome.draft_version for outcome in outcomes]}
 
 
-def _overrides(workshop: Workshop, port: int, folder: Path) -> Mapping[str, Mapping[str, Any]]:
-    asking = workshop.asking
+def _overrides(cache: ExperimentCache, port: int, folder: Path) -> Mapping[str, Mapping[str, Any]]:
+    asking = cache.asking
     return {
         "serving": {
-            "target": workshop.target,
-            "draft": workshop.draft,
+            "target": cache.target,
+            "draft": cache.draft,
             "max_seq_len": asking.prompt_tokens + asking.max_tokens + 256,
             "num_draft_tokens": NUM_DRAFT_TOKENS,
             "speculation": "model",

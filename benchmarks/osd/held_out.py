@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.osd.recorded_answers import RecordedAnswer
 from benchmarks.osd.replay import Replay
-from benchmarks.osd.told import Told
 from buffer.records import GenerationRecord
 from learner.draft import TrainableDraft
-from learner.evaluation import score_records
+from learner.judging.evaluation import score_records
 
 _NUM_RESAMPLES = 2000
 
@@ -29,11 +29,11 @@ class Measured:
 
 
 class HeldOut:
-    """Told requests of one domain and temperature."""
+    """RecordedAnswer requests of one domain and temperature."""
 
-    def __init__(self, told: Sequence[Told], replay: Replay) -> None:
-        self.told, self._replay = told, replay
-        self._records = [_standard(replay.bare_record(one)) for one in told]
+    def __init__(self, recorded: Sequence[RecordedAnswer], replay: Replay) -> None:
+        self.recorded, self._replay = recorded, replay
+        self._records = [_standard(replay.bare_record(one)) for one in recorded]
 
     def acceptance(self, draft: TrainableDraft) -> float:
         """Of the draft as it stands."""
@@ -50,8 +50,8 @@ class HeldOut:
 
     def counts(self, draft: TrainableDraft) -> NDArray[np.float64]:
         """[P, 2]: by prompt, accepted (or what is expected of it) and attempted tokens."""
-        if self.told[0].seed is None:
-            played = self._replay.play(draft, 0, self.told)
+        if self.recorded[0].seed is None:
+            played = self._replay.play(draft, 0, self.recorded)
             return np.array([(one.num_accepted, one.num_attempted) for one in played], float)
         scores = score_records(
             draft,

@@ -1,6 +1,6 @@
 """One learning life as a job: what streams in, who learns how, what came of it; several at a time, kept.
 
-Invariant: a job's result follows from the job and the workshop alone, so a run that was killed goes on and an
+Invariant: a job's result follows from the job and the cache alone, so a run that was killed goes on and an
 experiment may take what another worked out.
 """
 
@@ -19,11 +19,11 @@ import torch
 from benchmarks.adapted import Adapter
 from benchmarks.osd import arms
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, Routing, settings_of
+from benchmarks.osd.experiment_cache import ExperimentCache, Report
 from benchmarks.osd.held_out import HeldOut, Measured
 from benchmarks.osd.kept_rows import with_kept
-from benchmarks.osd.told import Told, interleaved, shuffled
-from benchmarks.osd.workshop import Tell, Workshop
-from buffer.records import DEFAULT_ROUTE
+from benchmarks.osd.recorded_answers import RecordedAnswer, interleaved, shuffled
+from buffer.names import DEFAULT_ROUTE
 from learner.draft import export_weights
 from learner.settings import LearnerSettings
 from serving.engine.capture import TOP_K
@@ -88,18 +88,18 @@ class Result:
         return cls(**kept)
 
 
-def run(job: Job, workshop: Workshop) -> Result:
+def run(job: Job, cache: ExperimentCache) -> Result:
     """Do it now, or read what was kept."""
-    folder = workshop.folder() / "runs" / job.key
+    folder = cache.folder() / "runs" / job.key
     if (folder / "result.json").exists():
         return Result.read(folder)
-    pair, settings = workshop.pair(), job.learner
-    replay = workshop.replay(NUM_DRAFT_TOKENS)
+    pair, settings = cache.pair(), job.learner
+    replay = cache.replay(NUM_DRAFT_TOKENS)
     held_out = {
-        domain: HeldOut(workshop.held_out(domain, job.temperature), replay)
+        domain: HeldOut(cache.held_out(domain, job.temperature), replay)
         for domain in dict.fromkeys(job.domains)
     }
-    stream = _stream(job, workshop)
+    stream = _stream(job, cache)
     if job.num_kept != TOP_K:
         stream = [with_kept(pair, one, job.num_kept) for one in stream]
     material = Material(pair, stream, held_out, job.evaluate_every, job.routing)
@@ -109,7 +109,7 @@ def run(job: Job, workshop: Workshop) -> Result:
 
 def run_all(
     jobs: Iterable[Job],
-    workshop: Workshop,
+    cache: ExperimentCache,
     num_processes: int,
     on_done: Callable[[Job, Result], None] = lambda job, result: None,
 ) -> dict[Job, Result]:
@@ -117,7 +117,7 @@ def run_all(
     wanted = list(jobs)
     once = {job.key: job for job in wanted}
     with ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(run, job, workshop): job for job in once.values()}
+        running = {pool.submit(run, job, cache): job for job in once.values()}
         results = {}
         for future in as_completed(running):
             job = running[future]
@@ -126,28 +126,29 @@ def run_all(
     return {job: results[job.key] for job in wanted}
 
 
-def tell_all(wanted: Sequence[tuple[str, float]], workshop: Workshop, num_processes: int, tell: Tell) -> None:
-    """The told requests of these domains and temperatures, several at a time."""
+def record_all(
+    wanted: Sequence[tuple[str, float]], cache: ExperimentCache, num_processes: int, report: Report
+) -> None:
+    """The recorded requests of these domains and temperatures, several at a time."""
     with ProcessPoolExecutor(num_processes, get_context("spawn"), initializer=_one_thread) as pool:
-        running = {pool.submit(_tell, workshop, *one): one for one in wanted}
+        running = {pool.submit(_record, cache, *one): one for one in wanted}
         for future in as_completed(running):
             domain, temperature = running[future]
-            tell(f"{domain} at temperature {temperature:g}: {future.result()} requests told")
+            report(f"{domain} at temperature {temperature:g}: {future.result()} requests recorded")
 
 
-def _tell(workshop: Workshop, domain: str, temperature: float) -> int:
-    held_out = workshop.held_out(domain, temperature)
-    return len(held_out) + len(workshop.stream(domain, temperature))
+def _record(cache: ExperimentCache, domain: str, temperature: float) -> int:
+    held_out = cache.held_out(domain, temperature)
+    return len(held_out) + len(cache.stream(domain, temperature))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _stream(job: Job, workshop: Workshop) -> Sequence[Told]:
+def _stream(job: Job, cache: ExperimentCache) -> Sequence[RecordedAnswer]:
     streams = [
-        shuffled(workshop.stream(domain, job.temperature), job.seed, job.num_records)
-        for domain in job.domains
+        shuffled(cache.stream(domain, job.temperature), job.seed, job.num_records) for domain in job.domains
     ]
     if job.order == "in turn":
         return list(interleaved(streams))

@@ -1,7 +1,7 @@
-"""What a record keeps of the target's rows: the same told requests with more or fewer entries, and what the
-estimator of acceptance makes of them against whole rows.
+"""What a record keeps of the target's rows: the same recorded requests with more or fewer entries, and what
+the estimator of acceptance makes of them against whole rows.
 
-Legend: N told tokens of a request, K kept entries, V vocabulary.
+Legend: N recorded tokens of a request, K kept entries, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,48 +12,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.osd.recorded_answers import RecordedAnswer
 from benchmarks.osd.replay import Replay
-from benchmarks.osd.told import Told
-from learner.acceptance import position_acceptance
 from learner.batch import collate
 from learner.draft import TrainableDraft
+from learner.judging.acceptance import position_acceptance
 from learner.rows import trajectory_row
 from serving.models.loading import ModelPair
 
 
 @torch.inference_mode()
-def target_rows(pair: ModelPair, told: Told) -> Tensor:
-    """[N, V]: the target's log-probabilities at temperature 1 along what it told."""
+def target_rows(pair: ModelPair, recorded: RecordedAnswer) -> Tensor:
+    """[N, V]: the target's log-probabilities at temperature 1 along what it recorded."""
     model: Any = pair.target
-    ids_T = np.concatenate([told.prompt_token_ids, told.token_ids_N[:-1]]).astype(np.int64)
+    ids_T = np.concatenate([recorded.prompt_token_ids, recorded.token_ids_N[:-1]]).astype(np.int64)
     logits_TV: Tensor = model(torch.from_numpy(ids_T)[None]).logits[0]
-    return torch.log_softmax(logits_TV[len(told.prompt_token_ids) - 1 :].float(), -1)
+    return torch.log_softmax(logits_TV[len(recorded.prompt_token_ids) - 1 :].float(), -1)
 
 
-def with_kept(pair: ModelPair, told: Told, num_kept: int) -> Told:
+def with_kept(pair: ModelPair, recorded: RecordedAnswer, num_kept: int) -> RecordedAnswer:
     """The same request as a record of so many entries a position would have it."""
-    top = target_rows(pair, told).topk(min(num_kept, pair.vocab_size), -1)
+    top = target_rows(pair, recorded).topk(min(num_kept, pair.vocab_size), -1)
     return replace(
-        told,
+        recorded,
         topk_token_ids_NK=top.indices.to(torch.int32).numpy(),
         topk_logprobs_NK=top.values.half().numpy(),
     )
 
 
 def bytes_per_token(num_kept: int) -> int:
-    """Of a told position in a record: kept entries, the scalar that re-tempers, the emitted token's."""
+    """Of a recorded position in a record: kept entries, the scalar that re-tempers, the emitted token's."""
     return 6 * num_kept + 8
 
 
 @torch.inference_mode()
 def acceptance_from(
-    pair: ModelPair, draft: TrainableDraft, told: Sequence[Told], replay: Replay
+    pair: ModelPair, draft: TrainableDraft, recorded: Sequence[RecordedAnswer], replay: Replay
 ) -> dict[str, float]:
     """Of the ratio test: by whole rows (the truth), and by the estimator from what the records keep; and of
-    shared noise, by the estimator. Means over told positions."""
+    shared noise, by the estimator. Means over recorded positions."""
     sums = {"whole_rows": 0.0, "kept_rows": 0.0, "kept_rows_coupled": 0.0}
     num_positions = 0
-    for one in told:
+    for one in recorded:
         record = replay.bare_record(one)
         own_NV = torch.log_softmax(_draft_logits(draft, record), -1)
         truth_NV = target_rows(pair, one)

@@ -6,12 +6,12 @@ Knows no thresholds. `shift` is no attack but the control: that draft must stay.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import cycle
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
 
-from benchmarks.osd.attack_house import (
+from benchmarks.osd.attack_outcome import (
     AS_IT_IS,
     ATTACK,
     FRESH,
@@ -27,11 +27,13 @@ from benchmarks.osd.attack_house import (
     watched,
 )
 from benchmarks.osd.bad_records import BAD_RECORDS
-from benchmarks.osd.stand import Stand, scaled
+from benchmarks.osd.testbed import Testbed, scaled
+from buffer.records import AdapterManifest
 from learner.draft import AdapterState, export_weights
-from learner.evaluation import RecordScore
+from learner.judging.evaluation import RecordScore
 from learner.trainer import Trainer
-from serving.models.draft_weights import DraftWeights, StagedWeights
+from serving.models.draft_weights import StagedWeights
+from serving.served_drafts import ServedDrafts
 
 SHIFT_REQUESTS = 36
 MUCH_WORSE, MOST_TWISTS = 0.15, 10
@@ -41,26 +43,26 @@ Merged = Mapping[str, torch.Tensor]
 BadSwap = Callable[[StagedWeights, np.random.Generator], Merged]
 
 
-def misleading_window(stand: Stand, seed: int) -> Outcome:
+def misleading_window(testbed: Testbed, seed: int) -> Outcome:
     """Better on all that was held out, since it learnt that well and something else wrong; then traffic is
     the something else. Afterwards the same weights knock again."""
     rng = np.random.default_rng(seed)
-    kinds = list(stand.prompts)
+    kinds = list(testbed.prompts)
     shown, other = (kinds[index] for index in rng.permutation(len(kinds))[:2])
-    candidate = _two_faced(stand, shown, other, rng)
-    with stand.house(**AS_IT_IS) as house:
-        house.offer(candidate)
-        house.give(drawn(stand, shown, rng, HELD_OUT), held_out=True)
-        house.give(drawn(stand, shown, rng, FRESH), held_out=False)
-        house.turn()
+    candidate = _two_faced(testbed, shown, other, rng)
+    with testbed.deployment(**AS_IT_IS) as deployment:
+        deployment.offer(candidate)
+        deployment.give(drawn(testbed, shown, rng, HELD_OUT), held_out=True)
+        deployment.give(drawn(testbed, shown, rng, FRESH), held_out=False)
+        deployment.turn()
         found = Outcome("window", f"{shown}, then {other}", seed)
-        if house.pointed_version != ATTACK:
-            return judged(house, found)
-        found = watched(house, found, candidate, stand.incumbent_state, cycle([other]))
-        house.offer(candidate)
-        house.give(drawn(stand, shown, rng, FRESH), held_out=False)
-        house.turn()
-        return Outcome(**asdict(found) | {"promoted_again": house.pointed_version > ATTACK})
+        if deployment.pointed_version != ATTACK:
+            return judged(deployment, found)
+        found = watched(deployment, found, candidate, testbed.incumbent_state, cycle([other]))
+        deployment.offer(candidate)
+        deployment.give(drawn(testbed, shown, rng, FRESH), held_out=False)
+        deployment.turn()
+        return Outcome(**asdict(found) | {"promoted_again": deployment.pointed_version > ATTACK})
 
 
 UNJUDGED: Mapping[str, Candidate] = {
@@ -73,14 +75,14 @@ UNJUDGED: Mapping[str, Candidate] = {
 }
 
 
-def unjudged(stand: Stand, seed: int, kind: str) -> Outcome:
+def unjudged(testbed: Testbed, seed: int, kind: str) -> Outcome:
     """Published past the gate, fitting in every respect."""
-    bad = UNJUDGED[kind](stand.incumbent_state, np.random.default_rng(seed))
-    with stand.house(**WATCH_ONLY) as house:
-        house.publish(export_weights(bad), ATTACK)
-        house.turn()
+    bad = UNJUDGED[kind](testbed.incumbent_state, np.random.default_rng(seed))
+    with testbed.deployment(**WATCH_ONLY) as deployment:
+        deployment.publish(export_weights(bad), ATTACK)
+        deployment.turn()
         found = Outcome("unjudged", kind, seed)
-        return watched(house, found, bad, stand.incumbent_state, traffic(stand, seed))
+        return watched(deployment, found, bad, testbed.incumbent_state, traffic(testbed, seed))
 
 
 def _half(staged: StagedWeights, rng: np.random.Generator) -> Merged:
@@ -106,63 +108,67 @@ BAD_SWAPS: Mapping[str, BadSwap] = {
 }
 
 
-class FaultyWeights:
-    """A replica's weights that stage one adapter well and make another one live."""
+class FaultyDrafts(ServedDrafts):
+    """A replica's drafts that stage one adapter well and make another one live."""
 
-    def __init__(self, weights: DraftWeights, swap: BadSwap, rng: np.random.Generator) -> None:
-        self._weights, self._swap, self._rng = weights, swap, rng
+    def __init__(self, testbed: Testbed, bad_swap: BadSwap, rng: np.random.Generator) -> None:
+        drafts = testbed.engine.drafts
+        assert drafts is not None
+        super().__init__(testbed.engine, drafts.default, _no_draft)
+        self._bad_swap, self._rng = bad_swap, rng
 
-    def stage(self, weights: bytes, **said: Any) -> StagedWeights:
-        staged = self._weights.stage(weights, **said)
+    def stage(self, route: str, manifest: AdapterManifest | None, weights: bytes = b"") -> StagedWeights:
+        staged = super().stage(route, manifest, weights)
         if staged.draft_version != ATTACK:
             return staged
-        return StagedWeights(ATTACK, staged.owner, self._swap(staged, self._rng))
-
-    def stage_floor(self) -> StagedWeights:
-        return self._weights.stage_floor()
+        return StagedWeights(ATTACK, staged.owner, self._bad_swap(staged, self._rng))
 
 
-def bad_swap(stand: Stand, seed: int, kind: str) -> Outcome:
+def _no_draft() -> NoReturn:
+    raise AssertionError("no route is opened here")
+
+
+def bad_swap(testbed: Testbed, seed: int, kind: str) -> Outcome:
     """A good draft, but what serves under its number is something else."""
-    said = better(stand)
-    weights = stand.engine.draft_weights
-    assert weights is not None
-    faulty = FaultyWeights(weights, BAD_SWAPS[kind], np.random.default_rng(seed))
-    with stand.house(faulty, **WATCH_ONLY) as house:
-        house.publish(export_weights(said), ATTACK)
-        house.turn()
-        return watched(house, Outcome("swap", kind, seed), None, said, traffic(stand, seed))
+    said = better(testbed)
+    faulty = FaultyDrafts(testbed, BAD_SWAPS[kind], np.random.default_rng(seed))
+    with testbed.deployment(faulty, **WATCH_ONLY) as deployment:
+        deployment.publish(export_weights(said), ATTACK)
+        deployment.turn()
+        return watched(deployment, Outcome("swap", kind, seed), None, said, traffic(testbed, seed))
 
 
-def shift(stand: Stand, seed: int) -> Outcome:
+def shift(testbed: Testbed, seed: int) -> Outcome:
     """A good draft; one kind of traffic, then another, harder or easier."""
     rng = np.random.default_rng(seed)
-    kinds = list(stand.prompts)
+    kinds = list(testbed.prompts)
     first, second = (kinds[index] for index in rng.permutation(len(kinds))[:2])
-    with stand.house(**WATCH_ONLY) as house:
-        house.publish(export_weights(better(stand)), ATTACK)
-        house.turn()
-        served = stand.engine.draft_version == ATTACK
+    with testbed.deployment(**WATCH_ONLY) as deployment:
+        deployment.publish(export_weights(better(testbed)), ATTACK)
+        deployment.turn()
+        served = testbed.engine.draft_version == ATTACK
         for number in range(SHIFT_REQUESTS // REQUESTS_A_LOOK):
-            house.serve(first if 3 * number < SHIFT_REQUESTS // REQUESTS_A_LOOK else second, REQUESTS_A_LOOK)
-            house.turn()
-        gone = house.pointed_version != ATTACK
-        reason = house.events("rolled_back")[-1].reason if gone else ""
+            deployment.serve(
+                first if 3 * number < SHIFT_REQUESTS // REQUESTS_A_LOOK else second, REQUESTS_A_LOOK
+            )
+            deployment.turn()
+        gone = deployment.pointed_version != ATTACK
+        reason = deployment.events("rolled_back")[-1].reason if gone else ""
         return Outcome("shift", f"{first}, then {second}", seed, "", served, gone, reason=reason)
 
 
-def _two_faced(stand: Stand, shown: str, other: str, rng: np.random.Generator) -> AdapterState:
+def _two_faced(testbed: Testbed, shown: str, other: str, rng: np.random.Generator) -> AdapterState:
     """Trained on one kind of traffic as it is and on another one poisoned, until that is much worse than the
     incumbent's."""
-    draft = stand.trainable()
-    trainer = Trainer(draft, stand.settings)
-    trainer.reset(better(stand))
-    unseen, poison = drawn(stand, other, rng, 12), BAD_RECORDS["poisoned"]
-    enough = _mean(trainer.score(stand.incumbent_state, unseen)) - MUCH_WORSE
+    draft = testbed.trainable()
+    trainer = Trainer(draft, testbed.settings)
+    trainer.reset(better(testbed))
+    unseen, poison = drawn(testbed, other, rng, 12), BAD_RECORDS["poisoned"]
+    enough = _mean(trainer.score(testbed.incumbent_state, unseen)) - MUCH_WORSE
     for _ in range(MOST_TWISTS):
         for _ in range(3):
-            wrong = [poison(record, rng) for record in drawn(stand, other, rng, 6)]
-            trainer.step([*drawn(stand, shown, rng, 8), *wrong])
+            wrong = [poison(record, rng) for record in drawn(testbed, other, rng, 6)]
+            trainer.step([*drawn(testbed, shown, rng, 8), *wrong])
         if _mean(trainer.score(draft.state(), unseen)) < enough:
             break
     return draft.state()

@@ -53,13 +53,13 @@ class PairPlan:
         return self.out / name
 
 
-def train_pair(plan: PairPlan, tell: Callable[[str], None] = print) -> None:
+def train_pair(plan: PairPlan, report: Callable[[str], None] = print) -> None:
     """Train what is missing of tokenizer, draft and target, in this order. Raises CorpusError."""
-    tokenizer = _tokenizer(plan, tell)
+    tokenizer = _tokenizer(plan, report)
     if not plan.folder("draft").exists():
-        _train(plan, "draft", plan.draft, _english_draw(plan, tokenizer), tokenizer, tell)
+        _train(plan, "draft", plan.draft, _english_draw(plan, tokenizer), tokenizer, report)
     if not plan.folder("target").exists():
-        _train(plan, "target", plan.target, _domain_draw(plan, tokenizer), tokenizer, tell)
+        _train(plan, "target", plan.target, _domain_draw(plan, tokenizer), tokenizer, report)
 
 
 def _train(
@@ -68,13 +68,13 @@ def _train(
     shape: Shape,
     draw: Draw,
     tokenizer: PreTrainedTokenizerFast,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     is_target = name == "target"
     torch.manual_seed(plan.seed + is_target)
     model = LlamaForCausalLM(small_llama(tokenizer, shape.num_layers, shape.width, tied=is_target))
     nn.Module.to(model, plan.device)
-    tell(f"{name}: {asdict(shape)}, {sum(weight.numel() for weight in model.parameters()):,} parameters")
+    report(f"{name}: {asdict(shape)}, {sum(weight.numel() for weight in model.parameters()):,} parameters")
 
     def losses_at(step: int) -> list[Callable[[], torch.Tensor]]:
         batch = batch_at(step, draw, seed=plan.seed, num_rows=NUM_ROWS, length=ROW_TOKENS)
@@ -83,15 +83,15 @@ def _train(
 
     budget = Budget(10**6, plan.target_minutes if is_target else plan.draft_minutes)
     optimizers = optimizers_for(model, matrix_rate=RATE, other_rate=RATE)
-    report = fit(model, losses_at, optimizers, budget, plan.out / f"{name}.pt")
+    fitted = fit(model, losses_at, optimizers, budget, plan.out / f"{name}.pt")
     save_pretrained(model, tokenizer, plan.folder(name))
-    tell(f"{name}: {report.num_steps} steps in {report.elapsed_s / 60:.0f} minutes, loss {report.loss:.2f}")
+    report(f"{name}: {fitted.num_steps} steps in {fitted.elapsed_s / 60:.0f} minutes, loss {fitted.loss:.2f}")
 
 
-def _tokenizer(plan: PairPlan, tell: Callable[[str], None]) -> PreTrainedTokenizerFast:
+def _tokenizer(plan: PairPlan, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
     folder = plan.folder("tokenizer")
     if not folder.exists():
-        tell(f"tokenizer: {plan.vocab_size} tokens")
+        report(f"tokenizer: {plan.vocab_size} tokens")
         texts = [
             f"{row.question}\n{row.answer}"
             for domain in DOMAINS

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import Changes, Metrics, Plan, Series, label, moving_acceptance
+from benchmarks.osd.plan import Changes, ExperimentPlan, Metrics, Series, label, moving_acceptance
 
 PAPER_RATES = (3e-4, 1e-3, 3e-3)
 
 
-def per_domain(plan: Plan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
+def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
     """Floor, the paper's setting at its best rate, ours, and the ceiling, on every domain. The last value:
     by domain and arm, the folder of the first seed's greedy adapter."""
     rates = paper_rates(plan)
@@ -45,7 +45,7 @@ def per_domain(plan: Plan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
     return metrics, series, adapters
 
 
-def paper_rates(plan: Plan) -> dict[str, float]:
+def paper_rates(plan: ExperimentPlan) -> dict[str, float]:
     """The learning rate at which the paper's setting ends best, by domain, on a shorter stream."""
     count = min(plan.num_records, 600)
     jobs = {
@@ -63,7 +63,7 @@ def paper_rates(plan: Plan) -> dict[str, float]:
     return {domain: max(PAPER_RATES, key=lambda rate: final(domain, rate)) for domain in plan.domains}
 
 
-def _life(plan: Plan, domain: str, temperature: float, arm: str, rate: float, seed: int) -> Job:
+def _life(plan: ExperimentPlan, domain: str, temperature: float, arm: str, rate: float, seed: int) -> Job:
     count = plan.num_records
     if arm == "floor":
         return Job("floor", (domain,), temperature, 0, count)
@@ -75,8 +75,8 @@ def _life(plan: Plan, domain: str, temperature: float, arm: str, rate: float, se
     return Job("offline", (domain,), temperature, 0, count, settings=full)
 
 
-def _seeds(plan: Plan, temperature: float) -> range:
-    """Sampled lives are told by the first seed alone."""
+def _seeds(plan: ExperimentPlan, temperature: float) -> range:
+    """Sampled lives are recorded by the first seed alone."""
     return range(1 if temperature else plan.num_seeds)
 
 

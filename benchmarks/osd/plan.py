@@ -1,14 +1,14 @@
 """How much of an experiment, its jobs worked out, and what every experiment does with their results.
 
-Knows no learner: a job is told what to do by names and settings alone.
+Knows no learner: a job is recorded what to do by names and settings alone.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.osd.jobs import Job, Result, run_all, tell_all
-from benchmarks.osd.workshop import Tell, Workshop
+from benchmarks.osd.experiment_cache import ExperimentCache, Report
+from benchmarks.osd.jobs import Job, Result, record_all, run_all
 from serving.engine.counters import acceptance_rate
 
 WINDOW = 50
@@ -22,21 +22,21 @@ Changes = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """How much of everything."""
 
-    workshop: Workshop
+    cache: ExperimentCache
     domains: tuple[str, ...]
     num_records: int
     num_seeds: int
     num_processes: int
-    tell: Tell
+    report: Report
     temperatures: tuple[float, ...] = (0.0, 1.0)
 
-    def told(self) -> None:
+    def recorded(self) -> None:
         """Ask the target for everything at once, so that every process finds it."""
         wanted = [(domain, temperature) for temperature in self.temperatures for domain in self.domains]
-        tell_all(wanted, self.workshop, self.num_processes, self.tell)
+        record_all(wanted, self.cache, self.num_processes, self.report)
 
     def work(self, jobs: Iterable[Job]) -> dict[Job, Result]:
         wanted = list(jobs)
@@ -47,9 +47,9 @@ class Plan:
             nonlocal number
             number += 1
             final = ", ".join(f"{name} {measured.acceptance:.3f}" for name, measured in result.final.items())
-            self.tell(f"{number} of {num_lives}: {job}: {final}")
+            self.report(f"{number} of {num_lives}: {job}: {final}")
 
-        return run_all(wanted, self.workshop, self.num_processes, on_done)
+        return run_all(wanted, self.cache, self.num_processes, on_done)
 
 
 def label(domain: str, temperature: float) -> str:

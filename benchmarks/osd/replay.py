@@ -1,10 +1,11 @@
-"""Rounds that never ran: which draft tokens the target would have taken, from what it told once.
+"""Rounds that never ran: which draft tokens the target would have taken, from what it recorded once.
 
-In greedy and in coupled mode the told text does not depend on the draft, so what a draft would have proposed
-at every told position follows from one pass over the told text, and with it every round at a fixed draft
-length. Positions after a rejection were never told; their rows are left NaN, so nothing can learn from them.
+In greedy and in coupled mode the recorded text does not depend on the draft, so what a draft would have
+proposed at every recorded position follows from one pass over the recorded text, and with it every round at a
+fixed draft length. Positions after a rejection were never recorded; their rows are left NaN, so nothing can
+learn from them.
 
-Legend: N told tokens, G drafted tokens of a round, V vocabulary.
+Legend: N recorded tokens, G drafted tokens of a round, V vocabulary.
 """
 
 import time
@@ -17,15 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.osd.told import Told
-from buffer.records import (
-    DEFAULT_ROUTE,
-    FLOOR_VERSION,
-    MODEL_DRAFTER,
-    GenerationRecord,
-    RecordSampling,
-    RoundTrace,
-)
+from benchmarks.osd.recorded_answers import RecordedAnswer
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION, MODEL_DRAFTER
+from buffer.records import GenerationRecord, RecordSampling, RoundTrace
 from learner.batch import collate, pack
 from learner.draft import TrainableDraft
 from learner.rows import trajectory_row
@@ -49,7 +44,7 @@ class Replayed:
 
 
 class Replay:
-    """Rounds of `num_draft_tokens` on told requests of one target."""
+    """Rounds of `num_draft_tokens` on recorded requests of one target."""
 
     def __init__(self, target_revision: str, num_draft_tokens: int) -> None:
         self.target_revision = target_revision
@@ -59,22 +54,23 @@ class Replay:
         self,
         draft: TrainableDraft,
         draft_version: int,
-        told: Sequence[Told],
+        recorded: Sequence[RecordedAnswer],
         route: str = DEFAULT_ROUTE,
         draft_route: str | None = None,
     ) -> list[Replayed]:
         """What the draft, as it stands, would have done; one a request, in order. `draft_route`: whose draft
         it is; None: the route's own."""
-        chosen, served = self.chosen(draft, told), (draft_route or route, draft_version)
+        chosen, served = self.chosen(draft, recorded), (draft_route or route, draft_version)
         return [
-            self._replayed(one, choice_N, served, route) for one, choice_N in zip(told, chosen, strict=True)
+            self._replayed(one, choice_N, served, route)
+            for one, choice_N in zip(recorded, chosen, strict=True)
         ]
 
-    def chosen(self, draft: TrainableDraft, told: Sequence[Told]) -> list[NDArray[np.int64]]:
-        """The draft's own token [N] at every told position, given all told tokens before it."""
-        rows = [trajectory_row(self.bare_record(one), 1 << 20) for one in told]
+    def chosen(self, draft: TrainableDraft, recorded: Sequence[RecordedAnswer]) -> list[NDArray[np.int64]]:
+        """The draft's own token [N] at every recorded position, given all recorded tokens before it."""
+        rows = [trajectory_row(self.bare_record(one), 1 << 20) for one in recorded]
         assert all(row is not None for row in rows)
-        by_row = {id(row): one for row, one in zip(rows, told, strict=True)}
+        by_row = {id(row): one for row, one in zip(rows, recorded, strict=True)}
         found: dict[str, NDArray[np.int64]] = {}
         present = [row for row in rows if row is not None]
         for group in pack(present, _TOKENS_PER_PASS, _POSITIONS_PER_PASS):
@@ -84,75 +80,81 @@ class Replay:
             for row, logits in zip(group, logits_NV.tensor_split(ends), strict=True):
                 one = by_row[id(row)]
                 found[one.request_id] = _choice(one, logits).numpy()
-        return [found[one.request_id] for one in told]
+        return [found[one.request_id] for one in recorded]
 
-    def bare_record(self, told: Told, route: str = DEFAULT_ROUTE) -> GenerationRecord:
-        """Everything that was told as one round without drafts."""
+    def bare_record(self, recorded: RecordedAnswer, route: str = DEFAULT_ROUTE) -> GenerationRecord:
+        """Everything that was recorded as one round without drafts."""
         nothing_G = np.zeros(0, np.int64)
         served = route, FLOOR_VERSION
-        return self._record(told, (_trace(told, 0, told.num_tokens, 0, nothing_G, served),), route)
+        return self._record(
+            recorded, (_trace(recorded, 0, recorded.num_tokens, 0, nothing_G, served),), route
+        )
 
-    def _replayed(self, told: Told, choice_N: NDArray[np.int64], served: Served, route: str) -> Replayed:
-        hits_N = choice_N == told.token_ids_N
+    def _replayed(
+        self, recorded: RecordedAnswer, choice_N: NDArray[np.int64], served: Served, route: str
+    ) -> Replayed:
+        hits_N = choice_N == recorded.token_ids_N
         rounds, start = [], 0
-        while start < told.num_tokens:
-            room = min(self.num_draft_tokens, told.num_tokens - start - (not told.stopped))
+        while start < recorded.num_tokens:
+            room = min(self.num_draft_tokens, recorded.num_tokens - start - (not recorded.stopped))
             hits = hits_N[start : start + room]
             accepted = int(room if hits.all() else hits.argmin())
             drafted_G = choice_N[start : start + min(room, accepted + 1)]
-            num_emitted = min(accepted + 1, told.num_tokens - start)
-            rounds.append(_trace(told, start, num_emitted, accepted, drafted_G, served))
+            num_emitted = min(accepted + 1, recorded.num_tokens - start)
+            rounds.append(_trace(recorded, start, num_emitted, accepted, drafted_G, served))
             start += num_emitted
         return Replayed(
-            self._record(told, tuple(rounds), route),
+            self._record(recorded, tuple(rounds), route),
             sum(trace.num_accepted for trace in rounds),
             sum(trace.num_attempted for trace in rounds),
             len(rounds),
         )
 
-    def _record(self, told: Told, rounds: tuple[RoundTrace, ...], route: str) -> GenerationRecord:
+    def _record(
+        self, recorded: RecordedAnswer, rounds: tuple[RoundTrace, ...], route: str
+    ) -> GenerationRecord:
         now_s = time.time()
-        mode = "greedy" if told.temperature == 0 else "coupled"
+        mode = "greedy" if recorded.temperature == 0 else "coupled"
         return GenerationRecord(
-            record_id=f"{told.request_id}-0-{told.arrival}",
-            request_id=told.request_id,
+            record_id=f"{recorded.request_id}-0-{recorded.arrival}",
+            request_id=recorded.request_id,
             route=route,
             target_revision=self.target_revision,
-            sampling=RecordSampling(temperature=told.temperature, mode=mode),
-            prompt_token_ids=told.prompt_token_ids,
-            output_token_ids=told.token_ids_N,
+            sampling=RecordSampling(temperature=recorded.temperature, mode=mode),
+            prompt_token_ids=recorded.prompt_token_ids,
+            output_token_ids=recorded.token_ids_N,
             rounds=rounds,
             created_at_s=now_s,
             expires_at_s=now_s + RECORD_TTL_S,
-            prompt_embedding_H=told.prompt_embedding_H,
+            prompt_embedding_H=recorded.prompt_embedding_H,
         )
 
 
-def _choice(told: Told, logits_NV: Tensor) -> Tensor:
+def _choice(recorded: RecordedAnswer, logits_NV: Tensor) -> Tensor:
     """Greedy: the likeliest. Coupled: the winner of the race that the target ran with the same noise."""
-    if told.seed is None:
+    if recorded.seed is None:
         return logits_NV.argmax(-1)
-    key_1 = torch.tensor([noise_key(told.seed, 0)])
-    positions_1N = torch.arange(told.num_tokens)[None]
+    key_1 = torch.tensor([noise_key(recorded.seed, 0)])
+    positions_1N = torch.arange(recorded.num_tokens)[None]
     noise_NV = gumbel_noise(key_1, positions_1N, logits_NV.shape[-1])[0]
-    return (torch.log_softmax(logits_NV / told.temperature, -1) + noise_NV).argmax(-1)
+    return (torch.log_softmax(logits_NV / recorded.temperature, -1) + noise_NV).argmax(-1)
 
 
 def _trace(
-    told: Told,
+    recorded: RecordedAnswer,
     start: int,
     num_emitted: int,
     num_accepted: int,
     drafted_G: NDArray[np.int64],
     served: Served,
 ) -> RoundTrace:
-    """A round that emitted the told tokens from `start` on."""
+    """A round that emitted the recorded tokens from `start` on."""
     span = slice(start, start + num_emitted)
-    num_drafted, num_kept = len(drafted_G), told.topk_token_ids_NK.shape[1]
+    num_drafted, num_kept = len(drafted_G), recorded.topk_token_ids_NK.shape[1]
     missing = max(0, num_drafted + 1 - num_emitted)
     empty_G = np.zeros(num_drafted, np.float32)
     return RoundTrace(
-        start=len(told.prompt_token_ids) + start,
+        start=len(recorded.prompt_token_ids) + start,
         drafter_id=MODEL_DRAFTER,
         draft_route=served[0],
         draft_version=served[1],
@@ -161,9 +163,9 @@ def _trace(
         drafted_token_ids_G=drafted_G.astype(np.int32),
         drafted_target_logprobs_G=empty_G,
         drafted_draft_logprobs_G=empty_G,
-        emitted_target_logprobs_C=told.emitted_logprob_N[span],
-        topk_token_ids_EK=_padded(told.topk_token_ids_NK[span], missing, np.arange(num_kept)),
-        topk_logprobs_EK=_padded(told.topk_logprobs_NK[span], missing, np.full(num_kept, np.nan)),
+        emitted_target_logprobs_C=recorded.emitted_logprob_N[span],
+        topk_token_ids_EK=_padded(recorded.topk_token_ids_NK[span], missing, np.arange(num_kept)),
+        topk_logprobs_EK=_padded(recorded.topk_logprobs_NK[span], missing, np.full(num_kept, np.nan)),
         retemper_E=np.zeros(num_emitted + missing, np.float32),
     )
 
@@ -174,6 +176,6 @@ def _padded(array_NK: NDArray[Kept], missing: int, row_K: NDArray[Any]) -> NDArr
     return np.concatenate([array_NK, np.tile(row_K.astype(array_NK.dtype), (missing, 1))])
 
 
-def chunks(told: Sequence[Told], size: int) -> Iterator[Sequence[Told]]:
-    for start in range(0, len(told), size):
-        yield told[start : start + size]
+def chunks(recorded: Sequence[RecordedAnswer], size: int) -> Iterator[Sequence[RecordedAnswer]]:
+    for start in range(0, len(recorded), size):
+        yield recorded[start : start + size]

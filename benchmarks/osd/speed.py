@@ -18,12 +18,13 @@ from benchmarks.engine_modes import EngineMode
 from benchmarks.forwards import measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import Mode, Outcome, Rounds
-from benchmarks.osd.told import Told
-from benchmarks.osd.workshop import Tell
+from benchmarks.osd.experiment_cache import Report
+from benchmarks.osd.recorded_answers import RecordedAnswer
 from serving.compiling import CompileChoice
 from serving.engine.counters import acceptance_rate, block_efficiency
 from serving.local import build_engine
 from serving.models.loading import ModelPair
+from serving.options import EngineOptions
 
 OFF = "off"
 NUM_TOKENS = 64
@@ -33,11 +34,11 @@ NUM_TOKENS = 64
 def measure_speed(
     pair: ModelPair,
     adapters: Mapping[str, str],
-    asked: Sequence[Told],
+    asked: Sequence[RecordedAnswer],
     *,
     turns: int,
     compile: CompileChoice,
-    tell: Tell,
+    report: Report,
 ) -> dict[str, dict[str, Any]]:
     """By arm. `adapters`: the folder of each arm's adapter, empty for the floor."""
     prompts = [one.prompt_token_ids.tolist() for one in asked]
@@ -48,7 +49,7 @@ def measure_speed(
     try:
         for turn in range(turns + 1):
             for arm, kept in outcomes.items():
-                tell(f"{arm}, turn {turn} of {turns}")
+                report(f"{arm}, turn {turn} of {turns}")
                 outcome = lineup.run(arm, prompts, concurrency=1, num_tokens=NUM_TOKENS, temperature=0.0)
                 if isinstance(outcome, str):
                     raise RuntimeError(f"{arm} could not run: {outcome}")
@@ -86,11 +87,9 @@ def _maker(pair: ModelPair, folder: str, room: int, compile: CompileChoice, cap:
     def make() -> Mode:
         engine = build_engine(
             replace(pair, draft=adapted(pair, folder)),
-            num_slots=1,
-            max_seq_len=room,
-            speculation="model",
-            compile=compile,
-            prefix_cache_mib=0,
+            options=EngineOptions(
+                num_slots=1, max_seq_len=room, speculation="model", compile=compile, prefix_cache_mib=0
+            ),
         )
         return EngineMode(engine, cap=cap, ignore_eos=False)
 

@@ -47,10 +47,10 @@ def demo(
     began_s = time.monotonic()
     from deploy.commands.invitation import invite
     from deploy.demo.figures import metrics_of, save_plot, series
-    from deploy.demo.plan import Plan, Timekeeper
+    from deploy.demo.plan import DemoPlan, Timekeeper
     from deploy.demo.report import write_report
     from deploy.demo.screen import Screen
-    from deploy.demo.story import Teller
+    from deploy.demo.session import DemoSession
     from deploy.demo.summary import summarise
     from deploy.settings_source import load_settings
     from deploy.signals import wait_for_stop
@@ -68,14 +68,14 @@ def demo(
         with running_system(settings, errors().print) as system:
             with closing(open_feed(system.redis_url, system.target_revision)) as feed:
                 with Screen(console) as screen:
-                    story = Teller(system, feed, screen, Plan(), Timekeeper()).tell()
-                metrics = metrics_of(story, feed, wall_s=time.monotonic() - began_s)
-            summarise(console, screen, story, metrics)
-            save_plot(story, plot)
+                    result = DemoSession(system, feed, screen, DemoPlan(), Timekeeper()).run()
+                metrics = metrics_of(result, feed, wall_s=time.monotonic() - began_s)
+            summarise(console, screen, result, metrics)
+            save_plot(result, plot)
             console.print()
             console.print(f"acceptance over requests: {plot}")
             if report is not None:
-                write_report(report, "demo", metrics, series(story))
+                write_report(report, "demo", metrics, series(result))
                 console.print(f"figures: {report}")
             if not leave:
                 invite(console, system)

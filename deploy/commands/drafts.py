@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION, AdapterEvent, AdapterManifest
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
 from deploy.commands.console import (
     DEFAULT_STATE_DIR,
@@ -22,7 +23,7 @@ from deploy.commands.console import (
 )
 from deploy.commands.targets import TargetOption, target_meant
 from deploy.commands.words import ago, decimals, sized
-from learner.story import TURNS
+from learner.tracking.report_text import SERVING_CHANGES
 
 app = typer.Typer(help="Drafts by route: list, show, roll back, pin.", no_args_is_help=True)
 
@@ -166,9 +167,9 @@ def _concerning(version: int, events: list[AdapterEvent]) -> Iterator[AdapterEve
     """What happened to a draft, what made another one serve in its place included."""
     served = FLOOR_VERSION
     for event in events:
-        if version in (event.draft_version, served if event.kind in TURNS else None):
+        if version in (event.draft_version, served if event.kind in SERVING_CHANGES else None):
             yield event
-        served = event.draft_version if event.kind in TURNS else served
+        served = event.draft_version if event.kind in SERVING_CHANGES else served
 
 
 def _history(events: list[AdapterEvent]) -> Table:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from buffer.records import FLOOR_VERSION, NGRAM_DRAFTER, DrafterCounts, ServingStatus
+from buffer.names import FLOOR_VERSION, NGRAM_DRAFTER
+from buffer.records import DrafterCounts, ServingStatus
 from buffer.store import AdapterFeed, RecordStore
 from deploy.commands.console import (
     DEFAULT_STATE_DIR,

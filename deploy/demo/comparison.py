@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from buffer.records import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import AdapterFeed
 from deploy.demo.corpus import Prompt
 from deploy.demo.plan import MeasuringPlan, TimeLimit

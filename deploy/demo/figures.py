@@ -5,18 +5,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from buffer.records import DEFAULT_ROUTE, ServingStatus
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import ServingStatus
 from buffer.store import AdapterFeed
 from deploy.demo.comparison import ARMS, Comparison
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.plot import moving_acceptance, plot_acceptance, swaps
-from deploy.demo.story import Story
+from deploy.demo.session import DemoResult
 
 
-def metrics_of(story: Story, feed: AdapterFeed, *, wall_s: float) -> dict[str, Any]:
+def metrics_of(result: DemoResult, feed: AdapterFeed, *, wall_s: float) -> dict[str, Any]:
     """Those by domain are dictionaries. `wall_s`: since the demo began."""
     events = feed.history(DEFAULT_ROUTE, max_events=10_000)
-    outcomes = story.outcomes
+    outcomes = result.outcomes
     metrics: dict[str, Any] = {
         "num_requests": len(outcomes),
         "num_failed_requests": sum(bool(outcome.error) for outcome in outcomes),
@@ -24,17 +25,17 @@ def metrics_of(story: Story, feed: AdapterFeed, *, wall_s: float) -> dict[str, A
         "num_refusals": sum(event.kind == "refused" for event in events),
         "num_rollbacks": sum(event.kind == "rolled_back" for event in events),
         **_replica_figures(feed.statuses()),
-        "greedy_identical_fraction": story.identity.fraction,
-        "num_greedy_compared": story.identity.num_compared,
-        "num_greedy_near_ties": story.identity.num_near_ties,
-        "num_greedy_unexplained": story.identity.num_unexplained,
-        "phases": [asdict(phase) for phase in story.phases],
-        "passes_while_measuring": story.passes,
-        "loads": {name: asdict(load) for name, load in story.loads.items()},
-        "cautions": story.cautions,
+        "greedy_identical_fraction": result.identity.fraction,
+        "num_greedy_compared": result.identity.num_compared,
+        "num_greedy_near_ties": result.identity.num_near_ties,
+        "num_greedy_unexplained": result.identity.num_unexplained,
+        "phases": [asdict(phase) for phase in result.phases],
+        "passes_while_measuring": result.passes,
+        "loads": {name: asdict(load) for name, load in result.loads.items()},
+        "caveats": result.caveats,
         "demo_wall_s": wall_s,
     }
-    for num_clients, comparison in story.comparisons.items():
+    for num_clients, comparison in result.comparisons.items():
         metrics |= _measured(comparison, "" if num_clients == 1 else f"_{num_clients}_clients")
     return metrics
 
@@ -66,18 +67,18 @@ def _measured(comparison: Comparison, suffix: str) -> dict[str, Any]:
     return metrics
 
 
-def series(story: Story) -> dict[str, list[Any]]:
+def series(result: DemoResult) -> dict[str, list[Any]]:
     """What the plot shows, as numbers."""
     return {
         "acceptance_moving_average": [
-            None if rate is None else round(rate, 4) for rate in moving_acceptance(story.traffic)
+            None if rate is None else round(rate, 4) for rate in moving_acceptance(result.traffic)
         ],
-        "domain": [outcome.domain for outcome in story.traffic],
-        "draft_version": [outcome.draft_version for outcome in story.traffic],
-        "swaps": [list(swap) for swap in swaps(story.traffic)],
-        "phases": [[phase.name, phase.num_requests] for phase in story.phases],
+        "domain": [outcome.domain for outcome in result.traffic],
+        "draft_version": [outcome.draft_version for outcome in result.traffic],
+        "swaps": [list(swap) for swap in swaps(result.traffic)],
+        "phases": [[phase.name, phase.num_requests] for phase in result.phases],
     }
 
 
-def save_plot(story: Story, file: Path) -> None:
-    plot_acceptance(story.traffic, [(phase.name, phase.num_requests) for phase in story.phases], file)
+def save_plot(result: DemoResult, file: Path) -> None:
+    plot_acceptance(result.traffic, [(phase.name, phase.num_requests) for phase in result.phases], file)

@@ -40,7 +40,7 @@ class MeasuringPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """What the demo does and how long each part may take: under six minutes at the very most, four on two
     quiet, quick cores. Starting and stopping are on top: they are as long as they are."""
 

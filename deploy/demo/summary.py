@@ -10,19 +10,19 @@ from rich.text import Text
 from deploy.demo.comparison import ARMS, Comparison, verdict
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.screen import Screen
-from deploy.demo.story import Phase, Story
+from deploy.demo.session import DemoResult, Phase
 
 NONE = "-"
 
 
-def summarise(console: Console, screen: Screen, story: Story, metrics: Mapping[str, Any]) -> None:
+def summarise(console: Console, screen: Screen, result: DemoResult, metrics: Mapping[str, Any]) -> None:
     """Tables, then sentences."""
     console.print("", screen.traffic_table(), "", sep="\n")
-    for num_clients, comparison in story.comparisons.items():
+    for num_clients, comparison in result.comparisons.items():
         console.print(comparison_table(_title(num_clients, comparison), comparison))
         for sentence in (*gaps(comparison), speed_sentence(comparison), ""):
             console.print(sentence)
-    for sentence in (*conditions(story), *unpromoted(story.phases), *totals(metrics)):
+    for sentence in (*conditions(result), *unpromoted(result.phases), *totals(metrics)):
         console.print(sentence)
 
 
@@ -80,13 +80,13 @@ def speed_sentence(comparison: Comparison) -> str:
     return f"adapted against no speculation: {verdict(ratios)} ({won}, {median:.2f}x in the median one)"
 
 
-def conditions(story: Story) -> list[str]:
+def conditions(result: DemoResult) -> list[str]:
     """What the figures were measured under."""
-    sentences = [f"while {name}, {load}" for name, load in story.loads.items()]
-    if story.passes:
-        changes = " -> ".join(dict.fromkeys(story.passes))
+    sentences = [f"while {name}, {load}" for name, load in result.loads.items()]
+    if result.passes:
+        changes = " -> ".join(dict.fromkeys(result.passes))
         sentences.append(f"the models' passes while measuring: {changes}")
-    return sentences + story.cautions
+    return sentences + result.caveats
 
 
 def totals(metrics: Mapping[str, Any]) -> list[str]:

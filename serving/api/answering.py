@@ -13,13 +13,13 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serving.api import sse
+from serving.api.active_request import ActiveRequest, open_request
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, internal_error
 from serving.api.figures import metrics, usage
-from serving.api.plan import Plan
+from serving.api.request_plan import RequestPlan
 from serving.api.response_schema import Body, Metrics, Usage
-from serving.api.run import Run, open_run
 
 _log = logging.getLogger(__name__)
 
@@ -45,23 +45,23 @@ class Renderer(Protocol):
         ...
 
 
-async def respond(context: AppContext, request: Request, plan: Plan, renderer: Renderer) -> Response:
+async def respond(context: AppContext, request: Request, plan: RequestPlan, renderer: Renderer) -> Response:
     """Raises ApiError if the request cannot start, or if it fails and is not streamed."""
     with ExitStack() as ends:
-        run = open_run(context, plan)
-        ends.callback(run.close)
-        response = await _unless_client_leaves(request, _begun(run, plan, renderer))
+        active = open_request(context, plan)
+        ends.callback(active.close)
+        response = await _unless_client_leaves(request, _begun(active, plan, renderer))
         if isinstance(response, sse.EventStream):
-            ends.pop_all()  # from here on the stream closes the run, and notices a client that leaves
+            ends.pop_all()  # from here on the stream closes the request, and notices a client that leaves
         return response or Response(status_code=CLIENT_LEFT)
 
 
-async def _begun(run: Run, plan: Plan, renderer: Renderer) -> Response:
+async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> Response:
     """Everything submitted, and the answer, or the stream that it will come by."""
-    await run.submit()
+    await active.submit()
     if plan.body.stream:
-        return sse.EventStream(_events(run, plan, renderer), on_close=run.close)
-    body = await _whole(run, plan, renderer)
+        return sse.EventStream(_events(active, plan, renderer), on_close=active.close)
+    body = await _whole(active, plan, renderer)
     return Response(body.to_json(), media_type="application/json")
 
 
@@ -83,24 +83,24 @@ async def _client_left(request: Request) -> None:
         pass
 
 
-async def _whole(run: Run, plan: Plan, renderer: Renderer) -> Body:
+async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> Body:
     deltas: list[list[ChoiceDelta]] = [[] for _ in range(plan.num_choices)]
-    async for delta in run.deltas():
+    async for delta in active.deltas():
         deltas[delta.index].append(delta)
     choices = [ChoiceDelta.join(of_choice) for of_choice in deltas]
-    return renderer.answer(choices, *_figures(run, plan))
+    return renderer.answer(choices, *_figures(active, plan))
 
 
-async def _events(run: Run, plan: Plan, renderer: Renderer) -> AsyncIterator[str]:
+async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
     """After the headers an error is an event too; `[DONE]` comes last in any case."""
     try:
         for chunk in renderer.opening():
             yield sse.event(chunk.to_json())
-        async for delta in run.deltas():
+        async for delta in active.deltas():
             if _says_something(delta, plan):
                 yield sse.event(renderer.chunk(delta).to_json())
         if plan.body.include_usage:
-            yield sse.event(renderer.closing(*_figures(run, plan)).to_json())
+            yield sse.event(renderer.closing(*_figures(active, plan)).to_json())
     except ApiError as error:
         yield sse.event(error.body.model_dump_json())
     except Exception:
@@ -109,12 +109,12 @@ async def _events(run: Run, plan: Plan, renderer: Renderer) -> AsyncIterator[str
     yield sse.DONE
 
 
-def _says_something(delta: ChoiceDelta, plan: Plan) -> bool:
+def _says_something(delta: ChoiceDelta, plan: RequestPlan) -> bool:
     """Whether a chunk is worth sending: held-back text alone is not."""
     wants_tokens = plan.body.return_token_ids or plan.sampling.logprobs is not None
     return bool(delta.text or delta.finish_reason or (wants_tokens and delta.token_ids))
 
 
-def _figures(run: Run, plan: Plan) -> tuple[Usage, Metrics]:
-    generations = run.generations
-    return usage(plan.num_prompt_tokens, run.num_output_tokens, generations), metrics(generations)
+def _figures(active: ActiveRequest, plan: RequestPlan) -> tuple[Usage, Metrics]:
+    generations = active.generations
+    return usage(plan.num_prompt_tokens, active.num_output_tokens, generations), metrics(generations)

@@ -2,11 +2,11 @@
 
 from fastapi import FastAPI
 
+from serving.api.auth_middleware import AuthMiddleware
 from serving.api.body_limit import BodyLimit
 from serving.api.chat import chat_routes
 from serving.api.completions import completion_routes
 from serving.api.context import AppContext
-from serving.api.door import Door
 from serving.api.errors import install_error_handlers
 from serving.api.openapi import describe
 from serving.api.operations import admin_routes, health_routes, model_routes, token_routes
@@ -15,12 +15,12 @@ from serving.api.operations import admin_routes, health_routes, model_routes, to
 def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI:
     """An ASGI app that needs no lifespan: the context's owner made its parts and closes them.
 
-    `sends_request_id`: see `Door`."""
+    `sends_request_id`: see `AuthMiddleware`."""
     app = FastAPI(title="everdraft", version=context.version)
     for routes in (completion_routes, chat_routes, model_routes, token_routes, health_routes, admin_routes):
         app.include_router(routes(context))
     install_error_handlers(app)
     describe(app, context.keys)
     app.add_middleware(BodyLimit, limits=context.limits)
-    app.add_middleware(Door, keys=context.keys, sends_request_id=sends_request_id)
+    app.add_middleware(AuthMiddleware, keys=context.keys, sends_request_id=sends_request_id)
     return app

@@ -17,7 +17,7 @@ from serving.api.errors import bad_request
 from serving.api.incoming import check_model, route_of
 from serving.api.logprobs import chat_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
-from serving.api.plan import Plan, fit_max_tokens, sampling_of
+from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import ChatBody, ChatMessage
 from serving.api.response_schema import (
     AssistantMessage,
@@ -85,12 +85,12 @@ def _plain(message: ChatMessage) -> dict[str, str]:
     return {"role": role, "content": message.text, **kept}
 
 
-def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[int]) -> Plan:
+def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[int]) -> RequestPlan:
     max_tokens = fit_max_tokens(
         body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
     )
     api_id = f"chatcmpl-{uuid.uuid4().hex}"
-    return Plan(
+    return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
         model=context.model_name,
@@ -105,7 +105,7 @@ def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[in
 class ChatRenderer:
     """`chat.completion` and its chunks."""
 
-    def __init__(self, codec: TokenCodec, plan: Plan) -> None:
+    def __init__(self, codec: TokenCodec, plan: RequestPlan) -> None:
         self._codec, self._plan = codec, plan
         self._extras = ChoiceExtras(plan)
 

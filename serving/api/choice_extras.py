@@ -2,13 +2,13 @@
 
 from serving.api.choices import ChoiceDelta
 from serving.api.figures import weight_versions
-from serving.api.plan import Plan
+from serving.api.request_plan import RequestPlan
 
 
 class ChoiceExtras:
     """Follows the deltas of one answer, in order."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RequestPlan) -> None:
         self._plan = plan
         self._num_tokens = [0] * plan.num_choices
 

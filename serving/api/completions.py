@@ -16,7 +16,7 @@ from serving.api.errors import bad_request
 from serving.api.incoming import check_model, encode, route_of
 from serving.api.logprobs import completion_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
-from serving.api.plan import Plan, fit_max_tokens, sampling_of
+from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import CompletionBody
 from serving.api.response_schema import Completion, CompletionChoice, Metrics, Usage
 from serving.api.token_codec import TokenCodec
@@ -78,13 +78,15 @@ async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[in
     return await asyncio.to_thread(echoes)
 
 
-def _plan(context: AppContext, body: CompletionBody, request: Request, prompts: list[list[int]]) -> Plan:
+def _plan(
+    context: AppContext, body: CompletionBody, request: Request, prompts: list[list[int]]
+) -> RequestPlan:
     longest = max(len(prompt) for prompt in prompts)
     max_tokens = fit_max_tokens(
         body.max_tokens, DEFAULT_MAX_TOKENS, longest, context.engine.max_seq_len, prompt_field="prompt"
     )
     api_id = f"cmpl-{uuid.uuid4().hex}"
-    return Plan(
+    return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
         model=context.model_name,
@@ -99,7 +101,7 @@ def _plan(context: AppContext, body: CompletionBody, request: Request, prompts: 
 class CompletionRenderer:
     """`echoes`: what goes before the text of each prompt's choices."""
 
-    def __init__(self, codec: TokenCodec, plan: Plan, echoes: list[str]) -> None:
+    def __init__(self, codec: TokenCodec, plan: RequestPlan, echoes: list[str]) -> None:
         self._codec, self._plan, self._echoes = codec, plan, echoes
         self._opened: set[int] = set()
         self._extras = ChoiceExtras(plan)

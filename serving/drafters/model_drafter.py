@@ -3,7 +3,7 @@
 Its cache may lag behind the sequence: `cached[slot]` tokens are in it, at most n - 1. Whatever is missing
 is fed at the next proposal: one or two tokens in the common case, the whole prompt at first. A row too far
 behind catches up by one chunk, alone, and drafts nothing in that round. After a swap old columns stay
-legal (the law drawn from is the law verified) and are renewed one slot a round.
+legal (the distribution drawn from is the distribution verified) and are renewed one slot a round.
 """
 
 from dataclasses import replace
@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from buffer.names import MODEL_DRAFTER
 from serving.drafters.stopping import LimitOnly, StoppingRule
-from serving.engine.proposal import MODEL_DRAFTER, Proposal
-from serving.engine.runner import Runner
-from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.transfer import to_device
+from serving.engine.proposal import Proposal
+from serving.engine.sampling import draw, draw_uniforms, processed_logprobs
 from serving.engine.sequence import Batch
-from serving.engine.transfer import to_device
 
 _MAX_SHARED_LAG = 8
 """Rows missing no more tokens than this catch up together, in the pass that drafts: it is as wide for all."""
@@ -70,16 +71,16 @@ class ModelDrafter:
             return replace(nothing, num_chunks=num_chunks)
         logits_BV, columns_BD = self._first_pass(batch, wanted)
         tokens: list[Tensor] = []
-        laws, token_logprobs = [], []
+        draft_logprobs, token_logprobs = [], []
         for position in range(num_drafts):
             _cut(wanted, position, self._stopping.before_draw(logits_BV))
             if position >= max(wanted):
                 break
-            token_B, law_BV, logprob_B = _draw_one(batch, logits_BV, tokens, noise_BEV, generator)
+            token_B, logprobs_BV, logprob_B = _draw_one(batch, logits_BV, tokens, noise_BEV, generator)
             tokens.append(token_B)
             token_logprobs.append(logprob_B)
-            if law_BV is not None:
-                laws.append(law_BV)
+            if logprobs_BV is not None:
+                draft_logprobs.append(logprobs_BV)
             _cut(wanted, position + 1, self._stopping.after_draw(logits_BV))
             if position + 1 >= max(wanted):
                 break
@@ -91,7 +92,7 @@ class ModelDrafter:
             draft_version=self.draft_version,
             token_ids_BG=torch.stack(tokens, dim=1),
             num_drafted_B=tuple(wanted),
-            logprobs_BGV=torch.stack(laws, dim=1) if laws else None,
+            logprobs_BGV=torch.stack(draft_logprobs, dim=1) if draft_logprobs else None,
             token_logprobs_BG=torch.stack(token_logprobs, dim=1),
             num_chunks=num_chunks,
         )
@@ -199,8 +200,8 @@ def _draw_one(
     noise_BEV: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Tokens [B], their law's log-probabilities [B, V] (None: greedy), and those of the tokens [B]: NaN where
-    the draft is broken, -inf where it gives no token that the request allows.
+    """Tokens [B], their distribution's log-probabilities [B, V] (None: greedy), and those of the tokens [B]:
+    NaN where the draft is broken, -inf where it gives no token that the request allows.
 
     `drafted`: the tokens [B] drawn before, in this round."""
     position = len(drafted)
@@ -208,23 +209,23 @@ def _draw_one(
     if batch.processing is not None:
         drafted_BD = torch.stack(drafted, dim=1) if drafted else logits_BV.new_zeros((len(batch), 0)).long()
         logits_BV = batch.processing.apply(logits_BV[:, None], drafted_BD, position)[:, 0]
-    if batch.law.all_greedy:
+    if batch.sampling.all_greedy:
         best = logits_BV.max(dim=-1)
         logprob_B = best.values - best.values  # 0, or NaN of what is not finite
         return best.indices, None, _none_allowed(batch, raw_logits_BV, best.values, logprob_B)
-    law: SamplingLaw = batch.law
+
     best_B = logits_BV.amax(-1)
-    law_BV = law_logprobs(logits_BV[:, None], law)[:, 0]
-    law_BV = torch.where(torch.isfinite(best_B)[:, None], law_BV, torch.nan)
+    logprobs_BV = processed_logprobs(logits_BV[:, None], batch.sampling)[:, 0]
+    logprobs_BV = torch.where(torch.isfinite(best_B)[:, None], logprobs_BV, torch.nan)
     if batch.any_standard:
-        token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
+        token_B = draw(logprobs_BV.exp(), draw_uniforms(logprobs_BV, generator))
     else:
-        token_B = law_BV.argmax(dim=-1)
+        token_B = logprobs_BV.argmax(dim=-1)
     if noise_BEV is not None:
-        coupled_B = (law_BV + noise_BEV[:, position]).argmax(dim=-1)
+        coupled_B = (logprobs_BV + noise_BEV[:, position]).argmax(dim=-1)
         token_B = torch.where(batch.coupled_B, coupled_B, token_B)
-    logprob_B = law_BV.gather(-1, token_B[:, None])[:, 0]
-    return token_B, law_BV, _none_allowed(batch, raw_logits_BV, best_B, logprob_B)
+    logprob_B = logprobs_BV.gather(-1, token_B[:, None])[:, 0]
+    return token_B, logprobs_BV, _none_allowed(batch, raw_logits_BV, best_B, logprob_B)
 
 
 def _none_allowed(batch: Batch, raw_logits_BV: Tensor, best_B: Tensor, logprob_B: Tensor) -> Tensor:

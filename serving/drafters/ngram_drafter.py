@@ -1,9 +1,9 @@
 """Drafts by copying: the longest suffix of the text that occurred before, and what followed it then.
 
-Needs no model and no pass. The most recent occurrence wins. What was copied is believed with certainty
-(a one-hot law), which verification makes exact whatever it says. Invariant: a slot's index holds the n-grams
-of its first `num_indexed` tokens, each with the place of what followed its latest occurrence; a new token
-costs one entry a size.
+Needs no model and no pass. The most recent occurrence wins. What was copied is estimated with certainty (a
+one-hot distribution), which verification makes exact whatever it says. Invariant: a slot's index holds the
+n-grams of its first `num_indexed` tokens, each with the place of what followed its latest occurrence; a new
+token costs one entry a size.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from serving.engine.proposal import FLOOR_VERSION, NGRAM_DRAFTER, Proposal
+from buffer.names import FLOOR_VERSION, NGRAM_DRAFTER
+from serving.engine.proposal import Proposal
 from serving.engine.sequence import Batch
 
 _SIZES = (4, 3, 2)

@@ -56,7 +56,7 @@ class TopProbability:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Nothing is drawn where the draft's law has more than `threshold` nats of entropy."""
+    """Nothing is drawn where the draft's distribution has more than `threshold` nats of entropy."""
 
     threshold: float = DEFAULT_ENTROPY
 

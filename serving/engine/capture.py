@@ -1,7 +1,8 @@
 """What the target said at every verified position of a round, taken for the recorder.
 
-Raw top-K at temperature 1, one scalar that re-tempers it exactly, and the final law at drafted and emitted
-tokens. Positions after a first rejection are kept too: they are conditioned on the draft's own mistakes.
+Raw top-K at temperature 1, one scalar that re-tempers it exactly, and the final distribution at drafted and
+emitted tokens. Positions after a first rejection are kept too: they are conditioned on the draft's own
+mistakes.
 """
 
 from dataclasses import dataclass, fields
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from serving.engine.proposal import MODEL_DRAFTER, Proposal, ServingDraft
+from buffer.names import MODEL_DRAFTER
+from serving.engine.passes.transfer import HostArrays
+from serving.engine.proposal import Proposal, ServingDraft
 from serving.engine.request import CapturedRound
 from serving.engine.sequence import Advance, Batch
-from serving.engine.transfer import HostArrays
 
 TOP_K = 32
 """Kept entries a position (fewer in a smaller vocabulary)."""
@@ -66,27 +68,27 @@ def capture_tensors(
     proposal: Proposal,
     raw_logits_BEV: Tensor,
     logsumexp_BE: Tensor,
-    law_BEV: Tensor | None,
+    logprobs_BEV: Tensor | None,
     choice_BE: Tensor | None,
     num_accepted_B: Tensor,
     next_token_B: Tensor,
 ) -> dict[str, Tensor]:
-    """What a RoundCapture is made of, still on the device, by its names. `law_BEV` is the final law's
-    log-probabilities; None when every row is greedy (`choice_BE` is it)."""
+    """What a RoundCapture is made of, still on the device, by its names. `logprobs_BEV` is the final
+    distribution's log-probabilities; None when every row is greedy (`choice_BE` is it)."""
     num_kept = min(TOP_K, raw_logits_BEV.shape[-1])
     topk_BEK = raw_logits_BEV.topk(num_kept, dim=-1)
     drafted_BG = proposal.token_ids_BG
     num_drafts = drafted_BG.shape[1]
-    if law_BEV is None:
+    if logprobs_BEV is None:
         assert choice_BE is not None
         drafted_target_BG = torch.zeros(drafted_BG.shape, device=drafted_BG.device).masked_fill_(
             choice_BE[:, :num_drafts] != drafted_BG, -torch.inf
         )
         next_target_B = torch.zeros(len(batch), device=drafted_BG.device)
     else:
-        drafted_target_BG = law_BEV[:, :num_drafts].gather(-1, drafted_BG[..., None])[..., 0]
+        drafted_target_BG = logprobs_BEV[:, :num_drafts].gather(-1, drafted_BG[..., None])[..., 0]
         rows_B = torch.arange(len(batch), device=drafted_BG.device)
-        next_target_B = law_BEV[rows_B, num_accepted_B, next_token_B]
+        next_target_B = logprobs_BEV[rows_B, num_accepted_B, next_token_B]
     return {
         "topk_token_ids_BEK": topk_BEK.indices.to(torch.int32),
         "topk_logprobs_BEK": (topk_BEK.values - logsumexp_BE[..., None]).half(),
@@ -102,8 +104,8 @@ def capture_tensors(
 
 def _retemper(batch: Batch, raw_logits_BEV: Tensor, logsumexp_BE: Tensor) -> Tensor:
     """logsumexp(logits) / T - logsumexp(logits / T); 0 on greedy rows and at temperature 1."""
-    if batch.law.all_greedy:
+    if batch.sampling.all_greedy:
         return torch.zeros_like(logsumexp_BE)
-    temperature_B1 = batch.law.temperature_N[:, None]
+    temperature_B1 = batch.sampling.temperature_N[:, None]
     warm_BE = torch.logsumexp(raw_logits_BEV / temperature_B1[..., None], dim=-1)
     return logsumexp_BE / temperature_B1 - warm_BE

@@ -4,40 +4,11 @@ Tokens are cut at the first that ends the sequence (stop token, token limit) bef
 position behind the cut was not attempted. Legend as in `round`.
 """
 
-import torch
-from torch import Tensor
-
 from serving.engine.capture import RoundCapture
+from serving.engine.passes.transfer import HostArrays
 from serving.engine.proposal import Proposal, ServingDraft
 from serving.engine.request import TopLogprobs
 from serving.engine.sequence import NO_ADVANCE, Advance, Batch, Sequence
-from serving.engine.transfer import HostArrays
-from serving.engine.verification import Verification
-
-
-def outcome_tensors(
-    batch: Batch,
-    proposal: Proposal,
-    num_usable_B: Tensor,
-    verification: Verification,
-    finite_B: Tensor,
-    raw_logits_BEV: Tensor,
-    logsumexp_BE: Tensor,
-) -> dict[str, Tensor]:
-    """All that `commit` wants to know, still on the device."""
-    emitted_BE = torch.cat([proposal.token_ids_BG, proposal.token_ids_BG.new_zeros((len(batch), 1))], dim=1)
-    emitted_BE.scatter_(1, verification.num_accepted_B[:, None], verification.next_token_B[:, None])
-    outcome = {
-        "num_drafted_B": num_usable_B,
-        "num_accepted_B": verification.num_accepted_B,
-        "emitted_BE": emitted_BE,
-        "raw_BE": raw_logits_BEV.gather(-1, emitted_BE[..., None])[..., 0] - logsumexp_BE,
-        "finite_B": finite_B,
-    }
-    if batch.any_logprobs:
-        top = raw_logits_BEV.topk(min(batch.max_top_logprobs, raw_logits_BEV.shape[-1]), dim=-1)
-        outcome |= {"top_ids_BEK": top.indices, "top_BEK": top.values - logsumexp_BE[..., None]}
-    return outcome
 
 
 def commit(
@@ -45,15 +16,16 @@ def commit(
     proposal: Proposal,
     drafts_B: tuple[ServingDraft, ...],
     outcome: HostArrays,
-    capture: RoundCapture | None,
 ) -> list[Advance]:
-    """Advance every sequence. A row whose target logits are not finite commits nothing: after drafts, which
-    may have caused it, the next round goes without; without drafts the generation ends with an error."""
+    """Advance every sequence by what `outcome_tensors` said. A row whose target logits are not finite commits
+    nothing: after drafts, which may have caused it, the next round goes without; without drafts the
+    generation ends with an error."""
     accepted_B: list[int] = outcome["num_accepted_B"].tolist()
     drafted_B: list[int] = outcome["num_drafted_B"].tolist()
     is_finite: list[bool] = outcome["finite_B"].tolist()
     emitted_rows, raw_rows = outcome["emitted_BE"].tolist(), outcome["raw_BE"].tolist()
     top_BE = _top_logprobs(outcome)
+    capture = RoundCapture.read(drafts_B, outcome) if batch.any_capture else None
 
     advances = []
     for row, sequence in enumerate(batch.sequences):
@@ -80,6 +52,8 @@ def commit(
         if capture is not None and sequence.request.capture:
             sequence.captured_rounds.append(capture.of(row, start, advance))
         advances.append(advance)
+    if batch.processing is not None:
+        batch.processing.commit([advance.token_ids for advance in advances])
     return advances
 
 

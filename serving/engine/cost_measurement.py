@@ -9,7 +9,7 @@ import time
 import torch
 
 from serving.engine.cost_table import CostTable
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
 
 
 def measure_costs(

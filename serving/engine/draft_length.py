@@ -1,6 +1,6 @@
 """Who drafts how many tokens in a round, nobody included: the plan with the most expected tokens a second.
 
-Expected tokens, from what is believed of each row (see acceptance_belief), are summed over the batch and
+Expected tokens, from what is estimated of each row (see acceptance_belief), are summed over the batch and
 divided by the cost table's seconds at its size (arXiv 2310.18813), so that load shortens drafts by itself.
 Three kinds of plan compete: the model drafts for all rows; rows copy where that promises more, the model
 drafts for the rest; rows copy, and no model runs. Where the rows have several models (drafts of several
@@ -12,9 +12,9 @@ least text to catch up with; the more probes fail, the rarer they are.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from serving.engine.acceptance_belief import MODEL, Rates, RouteBeliefs, SequenceBelief
+from buffer.names import DEFAULT_ROUTE
+from serving.engine.acceptance_estimate import MODEL, Rates, RouteEstimates, SequenceEstimate
 from serving.engine.cost_table import CostTable
-from serving.engine.request import DEFAULT_ROUTE
 
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
@@ -31,7 +31,7 @@ class Row:
     """One sequence, as far as drafting goes."""
 
     route: str
-    belief: SequenceBelief
+    estimate: SequenceEstimate
     num_tokens: int
     max_draft_tokens: int
     """By what it may still emit and what its request allows."""
@@ -81,7 +81,7 @@ class DraftLengthController:
         self._current = 3 if fixed is None else fixed
         self.num_copied = 0
         """The longest copy of the last round."""
-        self._routes = RouteBeliefs()
+        self._routes = RouteEstimates()
         self._copy_probe = _Probe()
         self._model_probes: dict[str, _Probe] = {}
         """By the route of the draft."""
@@ -130,7 +130,7 @@ class DraftLengthController:
     def observe(
         self,
         route: str,
-        belief: SequenceBelief,
+        estimate: SequenceEstimate,
         num_matched: int,
         num_attempted: int,
         num_accepted: int,
@@ -141,7 +141,7 @@ class DraftLengthController:
             return
         probe = self._model_probe(draft) if num_matched == MODEL else self._copy_probe
         self._routes.observe(
-            route, belief, num_matched, num_attempted, num_accepted, is_probe=probe.pending
+            route, estimate, num_matched, num_attempted, num_accepted, is_probe=probe.pending
         )
         if probe.pending:
             probe.judge(num_accepted)
@@ -166,11 +166,11 @@ class DraftLengthController:
         by_model, by_copy = [], []
         for row in rows:
             drawn = can_draft and row.draft is not None
-            rates = self._routes.rates(row.route, row.belief, MODEL) if drawn else (0.0, 0.0)
+            rates = self._routes.rates(row.route, row.estimate, MODEL) if drawn else (0.0, 0.0)
             by_model.append(_expected_tokens(rates, row.max_draft_tokens, self._longest))
             copied = None
             if row.num_matched:
-                rates = self._routes.rates(row.route, row.belief, row.num_matched)
+                rates = self._routes.rates(row.route, row.estimate, row.num_matched)
                 copied = _expected_tokens(rates, row.max_draft_tokens, self._longest)
             by_copy.append(copied)
         return by_model, by_copy

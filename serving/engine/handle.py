@@ -1,7 +1,7 @@
 """What `Engine.submit` returns: follow a generation, wait for it, or cancel it.
 
 Waking a waiting thread costs the engine's thread more than a round's bookkeeping, so whoever waits for the
-result is woken once, at the end; only who iterates is woken for each event.
+result is resumed once, at the end; only who iterates is resumed for each event.
 """
 
 import threading

@@ -1,17 +1,18 @@
-"""From raw logits to those the final law is made of: bias, penalties, held-back stops. All in one place.
+"""From raw logits to those the final distribution is made of: bias, penalties, held-back stops. All in one
+place.
 
 What happens at output position i, in this order; each means what it means to OpenAI and vLLM:
 1. `logit_bias` is added, -inf bans an id; with `allowed_token_ids` every other id is banned.
 2. `repetition_penalty`, over ids in the prompt or output[:i]: divides positive logits, multiplies the others.
 3. `frequency_penalty` times the id's count in output[:i] is subtracted; `presence_penalty` if it is there.
 4. While i < `min_tokens` every stop id is banned.
-5. Temperature, top-k, top-p, min-p: `sampling.law_logprobs`.
+5. Temperature, top-k, top-p, min-p: `sampling.processed_logprobs`.
 
 Target and draft pass through the same `apply`. Invariant: what it does at a position depends on the tokens
-before that position alone, committed or drafted in this round, so the law of a position is the same however
-many tokens were drafted. Knows neither models nor rounds; log-probabilities that are reported stay raw.
-Legend: B rows of a batch, R those that ask for something, X positions, D drafted tokens before the last of
-them, V vocabulary.
+before that position alone, committed or drafted in this round, so the distribution of a position is the same
+however many tokens were drafted. Knows neither models nor rounds; log-probabilities that are reported stay
+raw. Legend: B rows of a batch, R those that ask for something, X positions, D drafted tokens before the last
+of them, V vocabulary.
 """
 
 import math

@@ -13,10 +13,10 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.engine.live_draft import LiveDraft
-from serving.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
-from serving.engine.prompt_embedding import BlockMean, PromptStates
-from serving.engine.runner import Runner
+from serving.engine.draft_pool import DraftPool
+from serving.engine.passes.prefix_cache import BLOCK_TOKENS, PrefixCache
+from serving.engine.passes.prompt_embedding import BlockMean, PromptStates
+from serving.engine.passes.runner import Runner
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence
 from serving.engine.stats import Meter
@@ -33,7 +33,7 @@ class Prefill:
     def __init__(
         self,
         target: Runner,
-        draft: LiveDraft,
+        draft: DraftPool,
         scheduler: Scheduler,
         meter: Meter,
         *,

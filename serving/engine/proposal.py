@@ -1,7 +1,7 @@
 """What a drafter offers, the Protocol behind which every drafter stands, and who drafts for whom in a round.
 
-A law of None is one-hot: the proposal is certain of its tokens, and is judged so. That is exact for any
-tokens whatever, copied, stale or random. Legend: B rows (row = slot), G drafted, V vocabulary.
+A distribution of None is one-hot: the proposal is certain of its tokens, and is judged so. That is exact for
+any tokens whatever, copied, stale or random. Legend: B rows (row = slot), G drafted, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from buffer.names import MODEL_DRAFTER, NGRAM_DRAFTER
+from serving.engine.passes.transfer import to_device
 from serving.engine.sequence import Batch
-from serving.engine.transfer import to_device
-
-FLOOR_VERSION = 0
-"""The draft as it was loaded, on every route. This and the names below are those of `buffer.records`, which
-the engine does not import; a test compares them."""
-
-MODEL_DRAFTER = "draft"
-"""`drafter_id` of a draft model, whose weights have versions."""
-
-NGRAM_DRAFTER = "ngram"
-"""`drafter_id` of what copies from the text: no draft may be credited with it."""
 
 
 class DrafterVersion(NamedTuple):
@@ -38,17 +29,19 @@ COPIED = DrafterVersion(NGRAM_DRAFTER, None)
 
 @dataclass(frozen=True)
 class Proposal:
-    """Up to G draft tokens a row, and the laws they were drawn from (snapshots, not live weights)."""
+    """Up to G draft tokens a row, and the distributions they were drawn from (snapshots, not live
+    weights)."""
 
     draft_version: int
     token_ids_BG: Tensor
     """int64; columns past a row's num_drafted are padding."""
     num_drafted_B: tuple[int, ...]
     logprobs_BGV: Tensor | None
-    """Final law of the draft at each position; None if it is one-hot in every row (greedy, or copied)."""
+    """Final distribution of the draft at each position; None if it is one-hot in every row (greedy, or
+    copied)."""
     token_logprobs_BG: Tensor
-    """That law at the drafted tokens; 0 where it is one-hot. Where it is not finite, that token and all after
-    it count as not drafted; NaN says that the draft is broken."""
+    """That distribution at the drafted tokens; 0 where it is one-hot. Where it is not finite, that token and
+    all after it count as not drafted; NaN says that the draft is broken."""
     num_matched_B: tuple[int, ...] = ()
     """Context tokens that a row's copied drafts continue; 0 where a model drafted. Empty: 0 in all rows."""
     num_chunks: int = 0
@@ -131,8 +124,8 @@ class LookupDrafter(Drafter, Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one drafter is asked for in a round; no row is in two shares."""
+class DraftAssignment:
+    """What one drafter is asked for in a round; no row is in two assignments."""
 
     drafter: Drafter
     num_draft_tokens_B: list[int]
@@ -152,20 +145,20 @@ class ServingDraft(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """Who drafts for which rows in a round. No shares: plain decoding."""
+    """Who drafts for which rows in a round. No assignments: plain decoding."""
 
     drafts_B: tuple[ServingDraft, ...]
     """Whether or not they draft."""
-    shares: tuple[Share, ...] = ()
+    assignments: tuple[DraftAssignment, ...] = ()
 
     @property
     def max_draft_tokens(self) -> int:
-        return max((max(share.num_draft_tokens_B) for share in self.shares), default=0)
+        return max((max(assignment.num_draft_tokens_B) for assignment in self.assignments), default=0)
 
 
 def combine(parts: Sequence[Proposal]) -> Proposal:
-    """The proposals of a round's shares as one; each row from whoever drafted for it, its laws too. The
-    version is the first's: whose drafts a row has is for the plan to say."""
+    """The proposals of all assignments of a round as one; each row from whoever drafted for it, its
+    distributions too. The version is the first's: whose drafts a row has is for the plan to say."""
     whole = parts[0]
     for part in parts[1:]:
         whole = _lay_over(whole, part)
@@ -185,11 +178,11 @@ def _lay_over(below: Proposal, above: Proposal) -> Proposal:
         0, rows_N, _widen(above.token_ids_BG, width)[rows_N]
     )
     logprobs_BGV = None
-    with_law = below.logprobs_BGV if below.logprobs_BGV is not None else above.logprobs_BGV
-    if with_law is not None:
-        vocab_size = with_law.shape[-1]
-        logprobs_BGV = _laws(below, width, vocab_size).index_copy(
-            0, rows_N, _laws(above, width, vocab_size, rows_N)
+    example = below.logprobs_BGV if below.logprobs_BGV is not None else above.logprobs_BGV
+    if example is not None:
+        vocab_size = example.shape[-1]
+        logprobs_BGV = _logprobs(below, width, vocab_size).index_copy(
+            0, rows_N, _logprobs(above, width, vocab_size, rows_N)
         )
     taken = set(rows)
     return Proposal(
@@ -211,8 +204,8 @@ def _lay_over(below: Proposal, above: Proposal) -> Proposal:
     )
 
 
-def _laws(part: Proposal, width: int, vocab_size: int, rows_N: Tensor | None = None) -> Tensor:
-    """[B, width, V] or, of some rows, [N, width, V]: laws as they are, or one-hot at the tokens."""
+def _logprobs(part: Proposal, width: int, vocab_size: int, rows_N: Tensor | None = None) -> Tensor:
+    """[B, width, V] or, of some rows, [N, width, V]: distributions as they are, or one-hot at the tokens."""
     rows = slice(None) if rows_N is None else rows_N
     if part.logprobs_BGV is not None:
         missing = width - part.max_drafted

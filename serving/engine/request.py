@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 SamplingMode = Literal["greedy", "standard", "coupled"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
-DEFAULT_ROUTE = "default"
 """Of what is tagged with no route and belongs to none. Its draft serves every route that has none."""
 
 MIN_TEMPERATURE = 1e-5
@@ -101,7 +100,8 @@ class SamplingParams:
 
     @property
     def context_dependent(self) -> bool:
-        """Whether the law at a position is more than temperature, top-k, top-p and min-p of its logits."""
+        """Whether the distribution at a position is more than temperature, top-k, top-p and min-p of its
+        logits."""
         return self.min_tokens > 0 or self.biases_logits or self.penalises
 
     @property

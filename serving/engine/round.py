@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engine.capture import RoundCapture, capture_tensors
-from serving.engine.commit import commit, outcome_tensors
+from buffer.names import NGRAM_DRAFTER
+from serving.engine.commit import commit
 from serving.engine.noise import gumbel_noise
-from serving.engine.proposal import NGRAM_DRAFTER, DraftPlan, Proposal, ServingDraft, Share, combine
-from serving.engine.runner import Runner
-from serving.engine.sampling import draw_uniforms, law_logprobs
+from serving.engine.outcome import VerifiedRound, outcome_tensors
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.transfer import HostArrays, RoundClock, to_device, to_host
+from serving.engine.proposal import DraftAssignment, DraftPlan, Proposal, ServingDraft, combine
+from serving.engine.sampling import draw_uniforms, processed_logprobs
 from serving.engine.sequence import Advance, Batch
-from serving.engine.transfer import HostArrays, RoundClock, to_device, to_host
 from serving.engine.verification import Verification, leading, match_choice, merge, ratio_test
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class RoundReport:
     """Passes of the drafter that only caught up."""
     target_pass_s: float
     broken_drafts: frozenset[ServingDraft]
-    """Those that raised, or drew from a law that is NaN."""
+    """Those that raised, or drew from a distribution that is NaN."""
 
 
 @torch.inference_mode()
@@ -57,57 +58,39 @@ def run_round(
     clock = RoundClock(batch.device)
     clock.mark()
     noise_BEV = _coupled_noise(batch, plan.max_draft_tokens + 1, target)
-    parts = [_propose(batch, share, noise_BEV, generator) for share in plan.shares]
+    proposals = [_propose(batch, assignment, noise_BEV, generator) for assignment in plan.assignments]
     nothing = Proposal.empty(len(batch), plan.drafts_B[0].draft_version, batch.device)
-    proposal = combine(parts) if parts else nothing
+    proposal = combine(proposals) if proposals else nothing
     clock.mark()
     raw_logits_BEV, num_drafted_B = _target_pass(batch, proposal, target)
     clock.mark()
 
-    # A draft token whose law was not finite, and all after it, count as not drafted.
+    # A draft token whose distribution was not finite, and all after it, count as not drafted.
     num_usable_B = leading(torch.isfinite(proposal.token_logprobs_BG), num_drafted_B)
     logits_BEV = raw_logits_BEV
     if batch.processing is not None:
         logits_BEV = batch.processing.apply(raw_logits_BEV, proposal.token_ids_BG)
-    law_BEV, choice_BE = _target_choice(batch, logits_BEV, noise_BEV)
-    verification = _verify(batch, proposal, num_usable_B, law_BEV, choice_BE, generator)
-
-    logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
-    finite_B = torch.isfinite(logsumexp_BE).all(dim=-1)
-    if batch.processing is not None:  # what is allowed may be what the target's own padding excludes
-        finite_B &= torch.isfinite(logits_BEV.amax(dim=-1)).all(dim=-1)
-    verification = replace(verification, num_accepted_B=verification.num_accepted_B * finite_B)
-    outcome = outcome_tensors(
-        batch, proposal, num_usable_B, verification, finite_B, raw_logits_BEV, logsumexp_BE
+    logprobs_BEV, choice_BE = _target_choice(batch, logits_BEV, noise_BEV)
+    verification = _verify(batch, proposal, num_usable_B, logprobs_BEV, choice_BE, generator)
+    verified = VerifiedRound(
+        proposal, num_usable_B, verification, raw_logits_BEV, logits_BEV, logprobs_BEV, choice_BE
     )
-    if batch.any_capture:
-        outcome |= capture_tensors(
-            batch,
-            proposal,
-            raw_logits_BEV,
-            logsumexp_BE,
-            law_BEV,
-            choice_BE,
-            verification.num_accepted_B,
-            verification.next_token_B,
-        )
-    host = to_host(outcome | {"token_logprobs_BG": proposal.token_logprobs_BG})
+    host = to_host(outcome_tensors(batch, verified))
 
-    _observe(plan.shares, parts, host)
-    capture = RoundCapture.read(plan.drafts_B, host) if batch.any_capture else None
-    advances = commit(batch, proposal, plan.drafts_B, host, capture)
-    if batch.processing is not None:
-        batch.processing.commit([advance.token_ids for advance in advances])
+    _observe(plan.assignments, proposals, host)
+    advances = commit(batch, proposal, plan.drafts_B, host)
     propose_s, target_pass_s = clock.seconds()
     return RoundReport(
         drafts_B=plan.drafts_B,
         num_draft_tokens=proposal.max_drafted,
-        draft_passes=tuple(part.max_drafted for part in parts if part.max_drafted and not part.num_matched_B),
+        draft_passes=tuple(
+            part.max_drafted for part in proposals if part.max_drafted and not part.num_matched_B
+        ),
         advances=advances,
         propose_s=propose_s,
         num_chunks=proposal.num_chunks,
         target_pass_s=target_pass_s,
-        broken_drafts=_broken_drafts(plan, parts, proposal, host),
+        broken_drafts=_broken_drafts(plan, proposals, proposal, host),
     )
 
 
@@ -120,13 +103,13 @@ def _coupled_noise(batch: Batch, num_positions: int, target: Runner) -> Tensor |
 
 
 def _propose(
-    batch: Batch, share: Share, noise_BEV: Tensor | None, generator: torch.Generator | None
+    batch: Batch, assignment: DraftAssignment, noise_BEV: Tensor | None, generator: torch.Generator | None
 ) -> Proposal:
-    drafter = share.drafter
-    if max(share.num_draft_tokens_B) == 0:
+    drafter = assignment.drafter
+    if max(assignment.num_draft_tokens_B) == 0:
         return Proposal.empty(len(batch), drafter.draft_version, batch.device)
     try:
-        return drafter.propose(batch, share.num_draft_tokens_B, noise_BEV, generator)
+        return drafter.propose(batch, assignment.num_draft_tokens_B, noise_BEV, generator)
     except Exception:  # a draft may cost speed, never an answer
         _log.exception("drafting failed; this round goes without")
         proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
@@ -134,12 +117,12 @@ def _propose(
         return replace(proposal, num_broken_rows=num_broken)
 
 
-def _observe(shares: Sequence[Share], parts: Sequence[Proposal], host: HostArrays) -> None:
+def _observe(assignments: Sequence[DraftAssignment], parts: Sequence[Proposal], host: HostArrays) -> None:
     """Tell each drafter how its own rows fared."""
     usable_B, accepted_B = host["num_drafted_B"].tolist(), host["num_accepted_B"].tolist()
-    for share, part in zip(shares, parts, strict=True):
+    for assignment, part in zip(assignments, parts, strict=True):
         drafted_B = [min(own, usable) for own, usable in zip(part.num_drafted_B, usable_B, strict=True)]
-        share.drafter.observe(drafted_B, accepted_B)
+        assignment.drafter.observe(drafted_B, accepted_B)
 
 
 def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> tuple[Tensor, Tensor]:
@@ -170,22 +153,22 @@ def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> tuple[Tens
 def _target_choice(
     batch: Batch, logits_BEV: Tensor, noise_BEV: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The target's final law, and its own choice where one exists (greedy and coupled rows)."""
-    if batch.law.all_greedy:
+    """The target's final distribution, and its own choice where one exists (greedy and coupled rows)."""
+    if batch.sampling.all_greedy:
         return None, logits_BEV.argmax(dim=-1)
-    law_BEV = law_logprobs(logits_BEV, batch.law)
-    if not batch.any_coupled and not batch.law.any_greedy:
-        return law_BEV, None
+    logprobs_BEV = processed_logprobs(logits_BEV, batch.sampling)
+    if not batch.any_coupled and not batch.sampling.any_greedy:
+        return logprobs_BEV, None
     if noise_BEV is None:
-        return law_BEV, law_BEV.argmax(dim=-1)
-    return law_BEV, (law_BEV + noise_BEV[:, : law_BEV.shape[1]]).argmax(dim=-1)
+        return logprobs_BEV, logprobs_BEV.argmax(dim=-1)
+    return logprobs_BEV, (logprobs_BEV + noise_BEV[:, : logprobs_BEV.shape[1]]).argmax(dim=-1)
 
 
 def _verify(
     batch: Batch,
     proposal: Proposal,
     num_drafted_B: Tensor,
-    law_BEV: Tensor | None,
+    logprobs_BEV: Tensor | None,
     choice_BE: Tensor | None,
     generator: torch.Generator | None,
 ) -> Verification:
@@ -194,11 +177,11 @@ def _verify(
     if choice_BE is not None:
         choice = match_choice(choice_BE, proposal.token_ids_BG, num_drafted_B)
     if batch.any_standard:
-        assert law_BEV is not None
+        assert logprobs_BEV is not None
         uniform_BG = torch.rand(proposal.token_ids_BG.shape, generator=generator, device=batch.device)
-        lot_B = draw_uniforms(law_BEV[:, 0], generator)
+        uniform_B = draw_uniforms(logprobs_BEV[:, 0], generator)
         ratio = ratio_test(
-            law_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, lot_B
+            logprobs_BEV, proposal.logprobs_BGV, proposal.token_ids_BG, num_drafted_B, uniform_BG, uniform_B
         )
     if choice is not None and ratio is not None:
         return merge(batch.standard_B, ratio, choice)
@@ -212,9 +195,9 @@ def _broken_drafts(
 ) -> frozenset[ServingDraft]:
     """One broken row is enough; the drafts of the other rows go on."""
     broken = set[ServingDraft]()
-    for share, part in zip(plan.shares, parts, strict=True):
+    for assignment, part in zip(plan.assignments, parts, strict=True):
         if part.num_broken_rows:
-            asked = zip(plan.drafts_B, share.num_draft_tokens_B, strict=True)
+            asked = zip(plan.drafts_B, assignment.num_draft_tokens_B, strict=True)
             broken.update(draft for draft, count in asked if count)
     counts = zip(host["num_drafted_B"].tolist(), proposal.num_drafted_B, strict=True)
     for row, (usable, num_drafted) in enumerate(counts):

@@ -1,8 +1,8 @@
-"""From logits to the law that tokens are drawn from; the same code for draft, target and learner.
+"""From logits to the distribution that tokens are drawn from; the same code for draft, target and learner.
 
-The final law of a row: logits / temperature, then top-k, then top-p, then min-p, each on what the one
-before left; greedy rows put all mass on the argmax. Pure functions; randomness is an argument.
-Legend: N rows (one a sequence), X positions of a row, V vocabulary.
+The final distribution of a row: logits / temperature, then top-k, then top-p, then min-p, each on what the
+one before left; greedy rows put all mass on the argmax. Pure functions; randomness is an argument. Legend: N
+rows (one a sequence), X positions of a row, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LawRow = tuple[float, int, float, float]
+SamplingRow = tuple[float, int, float, float]
 """(temperature, top_k, top_p, min_p) of one sequence; 0, 0, 1, 0 are greedy, off, off, off."""
 
 
 @dataclass(frozen=True)
-class SamplingLaw:
+class SamplingMetadata:
     """The sampling parameters of N sequences as tensors, and what they need at most."""
 
     temperature_N: Tensor
@@ -32,7 +32,7 @@ class SamplingLaw:
     any_min_p: bool
 
     @classmethod
-    def stack(cls, rows: Sequence[LawRow], device: torch.device | str = "cpu") -> "SamplingLaw":
+    def stack(cls, rows: Sequence[SamplingRow], device: torch.device | str = "cpu") -> "SamplingMetadata":
         """One row a sequence, in order."""
         temperatures, top_ks, top_ps, min_ps = zip(*rows, strict=True)
         greedy = [temperature == 0.0 for temperature in temperatures]
@@ -51,25 +51,25 @@ class SamplingLaw:
         )
 
 
-def law_logprobs(logits_NXV: Tensor, law: SamplingLaw) -> Tensor:
-    """Log-probabilities under the final law; -inf where it excludes a token. Float32 in and out.
+def processed_logprobs(logits_NXV: Tensor, sampling: SamplingMetadata) -> Tensor:
+    """Log-probabilities under the final distribution; -inf where it excludes a token. Float32 in and out.
 
     Differentiable where not greedy. A logit of -inf stays excluded.
     """
-    assert logits_NXV.dim() == 3 and logits_NXV.shape[0] == law.temperature_N.shape[0]
-    if law.all_greedy:
+    assert logits_NXV.dim() == 3 and logits_NXV.shape[0] == sampling.temperature_N.shape[0]
+    if sampling.all_greedy:
         return _one_hot_logprobs(logits_NXV)
-    warm_NXV = logits_NXV.float() / law.temperature_N[:, None, None]
-    if law.max_top_k > 0:
-        warm_NXV = _keep_top_k(warm_NXV, law)
-    if law.any_top_p:
-        warm_NXV = _keep_top_p(warm_NXV, law.top_p_N)
-    if law.any_min_p:
-        warm_NXV = _keep_min_p(warm_NXV, law.min_p_N)
+    warm_NXV = logits_NXV.float() / sampling.temperature_N[:, None, None]
+    if sampling.max_top_k > 0:
+        warm_NXV = _keep_top_k(warm_NXV, sampling)
+    if sampling.any_top_p:
+        warm_NXV = _keep_top_p(warm_NXV, sampling.top_p_N)
+    if sampling.any_min_p:
+        warm_NXV = _keep_min_p(warm_NXV, sampling.min_p_N)
     logprobs_NXV = torch.log_softmax(warm_NXV, dim=-1)
-    if law.any_greedy:
+    if sampling.any_greedy:
         one_hot_NXV = _one_hot_logprobs(logits_NXV)
-        logprobs_NXV = torch.where(law.greedy_N[:, None, None], one_hot_NXV, logprobs_NXV)
+        logprobs_NXV = torch.where(sampling.greedy_N[:, None, None], one_hot_NXV, logprobs_NXV)
     return logprobs_NXV
 
 
@@ -79,11 +79,11 @@ def _one_hot_logprobs(logits_NXV: Tensor) -> Tensor:
     return excluded_NXV.scatter_(-1, best_NX1, 0.0)
 
 
-def _keep_top_k(warm_NXV: Tensor, law: SamplingLaw) -> Tensor:
+def _keep_top_k(warm_NXV: Tensor, sampling: SamplingMetadata) -> Tensor:
     """Keep the k largest (ties with the k-th stay); rows with k = 0 keep all."""
     num_tokens = warm_NXV.shape[-1]
-    k_N = law.top_k_N.clamp(max=num_tokens)
-    largest_NXk = warm_NXV.topk(min(law.max_top_k, num_tokens), dim=-1).values
+    k_N = sampling.top_k_N.clamp(max=num_tokens)
+    largest_NXk = warm_NXV.topk(min(sampling.max_top_k, num_tokens), dim=-1).values
     index_NX1 = (k_N - 1).clamp(min=0)[:, None, None].expand(*warm_NXV.shape[:2], 1)
     threshold_NX1 = largest_NXk.gather(-1, index_NX1)
     drop_NXV = (warm_NXV < threshold_NX1) & (k_N > 0)[:, None, None]
@@ -110,8 +110,8 @@ def _keep_min_p(warm_NXV: Tensor, min_p_N: Tensor) -> Tensor:
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row, [B], by the law `probs / sum(probs)`: where the running sum, in float64, first exceeds
-    `uniform` of the whole. A token of probability 0 is never drawn."""
+    """One token a row, [B], by the distribution `probs / sum(probs)`: where the running sum, in float64,
+    first exceeds `uniform` of the whole. A token of probability 0 is never drawn."""
     mass_BV = probs_BV.double().cumsum(dim=-1)
     whole_B1 = mass_BV[:, -1:].contiguous()
     token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * whole_B1, right=True)

@@ -8,11 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from serving.engine.acceptance_belief import SequenceBelief
+from buffer.names import DEFAULT_ROUTE
+from serving.engine.acceptance_estimate import SequenceEstimate
 from serving.engine.logits_processing import LogitsProcessing, RowContext
 from serving.engine.noise import noise_key
+from serving.engine.passes.transfer import to_device
 from serving.engine.request import (
-    DEFAULT_ROUTE,
     CapturedRound,
     EventCallback,
     FinishReason,
@@ -21,8 +22,7 @@ from serving.engine.request import (
     TopLogprobs,
     VersionSpan,
 )
-from serving.engine.sampling import SamplingLaw
-from serving.engine.transfer import to_device
+from serving.engine.sampling import SamplingMetadata
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Sequence:
     """Columns of the target's slot that hold this sequence's tokens."""
     num_reused: int = 0
     """Of them, prompt columns that were copied instead of computed."""
-    belief: SequenceBelief = field(default_factory=SequenceBelief)
+    estimate: SequenceEstimate = field(default_factory=SequenceEstimate)
     drafts_next: bool = True
     """False for the round after one whose drafts may have made the target overflow."""
     last_advance: Advance = NO_ADVANCE
@@ -157,7 +157,7 @@ class Batch:
         modes = [param.mode for param in params]
         self.sequences = sequences
         self.device = device
-        self.law = SamplingLaw.stack(
+        self.sampling = SamplingMetadata.stack(
             [(param.temperature, param.top_k, param.top_p, param.min_p) for param in params], device
         )
         self.any_standard = "standard" in modes

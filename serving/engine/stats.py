@@ -8,10 +8,10 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 
+from buffer.names import DEFAULT_ROUTE
 from serving.engine.counters import RoundCounters
-from serving.engine.prefix_cache import PrefixCacheStats
+from serving.engine.passes.prefix_cache import PrefixCacheStats
 from serving.engine.proposal import DrafterVersion
-from serving.engine.request import DEFAULT_ROUTE
 from serving.engine.round import RoundReport
 
 _MEMORY_ROUNDS = 512

@@ -1,12 +1,12 @@
 """Which draft tokens stand, and what follows them. Pure functions; randomness is an argument.
 
-Two lossless acceptance rules. `match_choice`: the target's own choice at every position is known (its
-argmax, with shared Gumbel noise in coupled mode); a draft token stands iff it is that choice.
-`ratio_test`: speculative sampling (arXiv 2211.17192); keep with probability min(1, target / draft), after a
-rejection draw from the normalised positive part of target - draft. A one-hot draft law makes it: keep with
+Two lossless acceptance rules. `match_choice`: the target's own choice at every position is known (its argmax,
+with shared Gumbel noise in coupled mode); a draft token stands iff it is that choice. `ratio_test`:
+speculative sampling (arXiv 2211.17192); keep with probability min(1, target / draft), after a rejection draw
+from the normalised positive part of target - draft. A one-hot draft distribution makes it: keep with
 probability target, else draw from the target without that token; exact for any proposal, even a random one.
-Shared noise never meets the ratio test.
-Legend: B rows, G drafted, E = G + 1 verified positions, V vocabulary.
+Shared noise never meets the ratio test. Legend: B rows, G drafted, E = G + 1 verified positions, V
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -38,13 +38,13 @@ def ratio_test(
     drafted_BG: Tensor,
     num_drafted_B: Tensor,
     uniform_BG: Tensor,
-    lot_B: Tensor,
+    uniform_B: Tensor,
 ) -> Verification:
     """Accept while `uniform * draft < target` at the drafted token; see the module's docstring.
 
-    `draft_logprobs_BGV` must be the law each token was drawn from, None for one-hot laws; `uniform_BG` and
-    `lot_B` (for the next token) on [0, 1).
-    A residual that is numerically zero falls back to the target's law.
+    `draft_logprobs_BGV` must be the distribution each token was drawn from, None for one-hot distributions;
+    `uniform_BG` and `uniform_B` (for the next token) on [0, 1). A residual that is numerically zero falls
+    back to the target's distribution.
     """
     num_drafts = drafted_BG.shape[1]
     picked_BG1 = drafted_BG[..., None]
@@ -54,17 +54,17 @@ def ratio_test(
     num_accepted_B = leading(uniform_BG < target_BG, num_drafted_B)
 
     rows_B = torch.arange(drafted_BG.shape[0], device=drafted_BG.device)
-    law_BV = target_logprobs_BEV[rows_B, num_accepted_B].exp()
+    probs_BV = target_logprobs_BEV[rows_B, num_accepted_B].exp()
     if num_drafts > 0:
         rejected_at_B = num_accepted_B.clamp(max=num_drafts - 1)
         if draft_logprobs_BGV is None:
-            residual_BV = law_BV.scatter(1, drafted_BG[rows_B, rejected_at_B][:, None], 0.0)
+            residual_BV = probs_BV.scatter(1, drafted_BG[rows_B, rejected_at_B][:, None], 0.0)
         else:
-            draft_law_BV = draft_logprobs_BGV[rows_B, rejected_at_B].exp()
-            residual_BV = (law_BV - draft_law_BV).clamp_(min=0.0)
+            draft_probs_BV = draft_logprobs_BGV[rows_B, rejected_at_B].exp()
+            residual_BV = (probs_BV - draft_probs_BV).clamp_(min=0.0)
         use_residual_B = (num_accepted_B < num_drafted_B) & (residual_BV.sum(-1) > 0)
-        law_BV = torch.where(use_residual_B[:, None], residual_BV, law_BV)
-    return Verification(num_accepted_B, draw(law_BV, lot_B))
+        probs_BV = torch.where(use_residual_B[:, None], residual_BV, probs_BV)
+    return Verification(num_accepted_B, draw(probs_BV, uniform_B))
 
 
 def merge(ratio_rows_B: Tensor, ratio: Verification, choice: Verification) -> Verification:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from buffer.names import FLOOR_VERSION
 from serving.models.adapter import AdapterRejectedError, merge_adapter
-
-FLOOR_VERSION = 0
-"""As in `buffer.records`, which this room does not import; a test compares them."""
 
 
 @dataclass(frozen=True, eq=False)

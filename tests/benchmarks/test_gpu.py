@@ -10,7 +10,7 @@ import torch
 from benchmarks import gpu_models
 from benchmarks.gpu import main
 from benchmarks.gpu_models import SyntheticAcceptance
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
 from tests.test_architecture import SERVICES, run_in_a_clean_interpreter
 
 

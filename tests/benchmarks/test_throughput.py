@@ -16,11 +16,12 @@ from benchmarks.lineup import Lineup
 from benchmarks.modes import MODES, Outcome, Rounds
 from benchmarks.prompts import SHORT_TOKENS, DataError, demo_prompts, folder_prompts
 from benchmarks.rows import KEYS, Measured, Setting
-from benchmarks.throughput import Plan, figures, full_settings, measure, quick_settings
+from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
 from benchmarks.throughput_views import plot_throughput, table
 from serving.engine import SamplingParams
 from serving.local import load_engine
 from serving.models.loading import ModelPair, load_pair
+from serving.options import EngineOptions
 from tests.support.tiny_learner import quick_settings as quick_learner
 from tests.support.tiny_models import save_tiny_pair
 
@@ -64,11 +65,11 @@ def adapter(pair: ModelPair, data: Path) -> Adapter:
 @pytest.fixture(scope="module")
 def measured(
     folders: tuple[str, str], data: Path, adapter: Adapter, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Plan, list[Measured]]:
+) -> tuple[ThroughputPlan, list[Measured]]:
     """All modes, at one request and at three, two turns each."""
     adapter_folder = tmp_path_factory.mktemp("adapter")
     adapter.save(adapter_folder)
-    plan = Plan(
+    plan = ThroughputPlan(
         target=folders[0],
         draft=folders[1],
         settings=(Setting(1, "float32", 0.0, 16), Setting(3, "float32", 0.0, 16)),
@@ -79,14 +80,14 @@ def measured(
         compile="off",
     )
     said: list[str] = []
-    found = list(measure(plan, on_cycle=lambda cycle: None, tell=said.append))
+    found = list(measure(plan, on_cycle=lambda cycle: None, report=said.append))
     assert len(said) == plan.num_steps
     return plan, found
 
 
 @pytest.mark.slow
 def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
-    measured: tuple[Plan, list[Measured]],
+    measured: tuple[ThroughputPlan, list[Measured]],
 ) -> None:
     metrics, _ = figures(*measured)
     assert [row["mode"] for row in metrics["rows"]] == [*MODES, *MODES]
@@ -98,7 +99,9 @@ def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
 
 
 @pytest.mark.slow
-def test_every_mode_says_what_the_target_says_in_float32(measured: tuple[Plan, list[Measured]]) -> None:
+def test_every_mode_says_what_the_target_says_in_float32(
+    measured: tuple[ThroughputPlan, list[Measured]],
+) -> None:
     metrics, _ = figures(*measured)
     fractions = metrics["greedy_float32_identical_fraction"]
     assert set(MODES) - set(fractions) <= {"engine_ngram"}
@@ -106,7 +109,9 @@ def test_every_mode_says_what_the_target_says_in_float32(measured: tuple[Plan, l
 
 
 @pytest.mark.slow
-def test_figures_of_rounds_are_there_where_a_mode_has_rounds(measured: tuple[Plan, list[Measured]]) -> None:
+def test_figures_of_rounds_are_there_where_a_mode_has_rounds(
+    measured: tuple[ThroughputPlan, list[Measured]],
+) -> None:
     rows = {row["mode"]: row for row in measured[1][0].rows()}
     assert rows["engine_off"]["block_efficiency"] == 1.0
     assert rows["engine_off"]["measured_speedup"] == 1.0
@@ -121,7 +126,7 @@ def test_figures_of_rounds_are_there_where_a_mode_has_rounds(measured: tuple[Pla
 
 @pytest.mark.slow
 def test_the_report_is_plain_json_and_can_be_drawn(
-    measured: tuple[Plan, list[Measured]], tmp_path: Path
+    measured: tuple[ThroughputPlan, list[Measured]], tmp_path: Path
 ) -> None:
     metrics, series = figures(*measured)
     assert json.loads(json.dumps([metrics, series])) is not None
@@ -179,7 +184,7 @@ def test_clients_keep_so_many_requests_under_way_and_answers_stay_in_order(
 ) -> None:
     prompts = [[5 + index, 9] for index in range(7)]
     greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
-    with load_engine(*folders, num_slots=4, max_seq_len=64) as engine:
+    with load_engine(*folders, EngineOptions(num_slots=4, max_seq_len=64)) as engine:
         asked = ask_by_clients(engine, prompts, greedy, 3)
         alone = engine.generate(prompts, greedy)
     assert [g.output_token_ids for g in asked] == [g.output_token_ids for g in alone]

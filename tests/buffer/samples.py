@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from buffer.codec import SCHEMA_VERSION
-from buffer.records import MODEL_DRAFTER, AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
+from buffer.names import MODEL_DRAFTER
+from buffer.records import AdapterManifest, GenerationRecord, RecordSampling, RoundTrace
 from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 

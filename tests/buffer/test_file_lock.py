@@ -96,7 +96,7 @@ def test_a_child_keeps_the_lock_of_a_killed_parent_only_if_it_was_passed_on(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": "x"}', '{"pid": -1}', "null"])
-def test_what_a_file_says_while_nobody_holds_it_is_not_believed(tmp_path: Path, content: str) -> None:
+def test_what_a_file_says_while_nobody_holds_it_is_not_trusted(tmp_path: Path, content: str) -> None:
     (tmp_path / "lock").write_text(content)
     assert taken(tmp_path / "lock")
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from buffer.codec import encode
 from buffer.store import Bounds, Delivery, RecordStore, StreamKey
-from learner.inbox import Inbox
+from learner.record_inbox import Inbox
 from tests.buffer.samples import START_S, FakeClock, OpenStore, borrowed, make_record
 
 KEY = StreamKey("revision", "default")

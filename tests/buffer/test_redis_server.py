@@ -163,7 +163,7 @@ def test_a_folder_has_one_server_and_the_next_waits_for_what_a_killed_one_left(t
     try:
         with pytest.raises(StoreUnavailableError, match=rf"a Redis server of process {parent.pid};"):
             EmbeddedRedis(folder=tmp_path).start()
-        supervisor.suspend()  # its server outlives the parent until it is woken
+        supervisor.suspend()  # its server outlives the parent until it is resumed
         parent.kill()
         parent.wait()
         with pytest.raises(StoreUnavailableError, match=f"what is left of process {parent.pid};"):

@@ -19,7 +19,7 @@ from deploy.demo.plan import Timekeeper
 from deploy.demo.plot import moving_acceptance, plot_acceptance, swaps
 from deploy.demo.report import write_report
 from deploy.demo.screen import Screen
-from deploy.demo.story import Phase, Story
+from deploy.demo.session import DemoResult, Phase
 from deploy.demo.summary import speed_sentence, summarise
 from deploy.demo.traffic import Ask, Clients, Outcome
 
@@ -42,14 +42,14 @@ def _pair(number: int, domain: str, seconds: tuple[float, ...] = (1.0, 1.0, 1.0)
     ]
 
 
-def _summary(story: Story) -> str:
+def _summary(result: DemoResult) -> str:
     """What a person without a terminal reads at the end."""
     written = io.StringIO()
     console = Console(file=written, soft_wrap=True, width=80)
     screen = Screen(console)
-    for phase in story.phases:
+    for phase in result.phases:
         screen.begin(phase.name, phase.num_planned)
-    summarise(console, screen, story, metrics_of(story, MemoryAdapterFeed(), wall_s=1.0))
+    summarise(console, screen, result, metrics_of(result, MemoryAdapterFeed(), wall_s=1.0))
     return written.getvalue()
 
 
@@ -155,12 +155,12 @@ def test_the_picture_and_the_report_are_written(tmp_path: Path) -> None:
 
 
 def test_a_story_in_which_nothing_came_to_pass_claims_nothing(tmp_path: Path) -> None:
-    story = Story(
+    result = DemoResult(
         phases=[Phase(name, 0, 320, 0) for name in (*DOMAINS, "mixed")],
         comparisons={1: Comparison([], ARMS[:-1], "its 60 s were used")},
         passes=["eager (no C++ compiler is installed)"],
     )
-    told = _summary(story)
+    told = _summary(result)
     for domain in DOMAINS:
         assert f"{domain} " in told
     assert told.count("0 of 320") == 6
@@ -170,20 +170,20 @@ def test_a_story_in_which_nothing_came_to_pass_claims_nothing(tmp_path: Path) ->
     assert "no answer was compared" in told and "no pause was measured" in told
     assert "%" not in told and "0.0 ms" not in told and "0.00" not in told
     assert "eager (no C++ compiler is installed)" in told
-    metrics = metrics_of(story, MemoryAdapterFeed(), wall_s=1.0)
+    metrics = metrics_of(result, MemoryAdapterFeed(), wall_s=1.0)
     assert metrics["speed_up"] == metrics["acceptance_rate_floor"] == dict.fromkeys(DOMAINS)
     assert metrics["greedy_identical_fraction"] is metrics["swap_pause_s_max"] is None
     assert metrics["num_pairs"] == dict.fromkeys(DOMAINS, 0)
-    save_plot(story, tmp_path / "empty.png")
-    write_report(tmp_path / "r.json", "demo", metrics, series(story))
+    save_plot(result, tmp_path / "empty.png")
+    write_report(tmp_path / "r.json", "demo", metrics, series(result))
 
 
 def test_a_domain_that_saw_no_promotion_says_so_and_a_cut_one_says_why() -> None:
     phases = [Phase("prose", 320, 320, 1), Phase("sql", 90, 320, 0), Phase("maths", 80, 320, 2)]
     turns = [turn for domain in ("prose", "code", "sql") for turn in _pair(0, domain)]
     turns += _pair(0, "maths", (1.0, 1.0))
-    story = Story(phases, comparisons={1: Comparison(turns, shortage="its 60 s were used")})
-    told = _summary(story)
+    result = DemoResult(phases, comparisons={1: Comparison(turns, shortage="its 60 s were used")})
+    told = _summary(result)
     assert "no draft was promoted during the traffic of sql\n" in told
     assert "not measured: maths, chat (its 60 s were used)" in told
     assert max(map(len, told.partition("\nnot measured")[0].splitlines())) <= 80
@@ -193,10 +193,10 @@ def test_a_domain_that_saw_no_promotion_says_so_and_a_cut_one_says_why() -> None
 
 
 def test_the_summary_tells_the_load_beside() -> None:
-    story = Story(loads={"measuring": Load(wall_s=90.0, num_cores=2, own_cores=0.31, other_cores=1.68)})
-    told = _summary(story)
+    result = DemoResult(loads={"measuring": Load(wall_s=90.0, num_cores=2, own_cores=0.31, other_cores=1.68)})
+    told = _summary(result)
     assert "while measuring, other processes used 1.7 of 2 cores, everdraft's own 0.3" in told
-    loads = metrics_of(story, MemoryAdapterFeed(), wall_s=1.0)["loads"]
+    loads = metrics_of(result, MemoryAdapterFeed(), wall_s=1.0)["loads"]
     assert loads["measuring"]["other_cores"] == 1.68
 
 

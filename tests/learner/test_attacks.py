@@ -16,13 +16,14 @@ from benchmarks.osd.arms import trainable
 from benchmarks.osd.attack_views import MOST_ROUNDS, metrics
 from benchmarks.osd.bad_adapters import BAD_ADAPTERS
 from benchmarks.osd.bad_records import BAD_RECORDS
-from benchmarks.osd.stand import STAND_SETTINGS, WEAKENED, House, Stand, weakened
+from benchmarks.osd.testbed import TESTBED_SETTINGS, WEAKENED, InProcessDeployment, Testbed, weakened
 from learner.draft import export_weights
-from learner.gate import GateDecision
-from learner.judge import Judge, Judgement
+from learner.judging.gate import GateDecision
+from learner.judging.judge import Judge, Judgement
 from learner.settings import LearnerSettings
 from serving.local import build_engine
 from serving.models.loading import ModelPair, load_pair
+from serving.options import EngineOptions
 from tests.support.tiny_learner import quick_settings
 from tests.support.tiny_models import save_tiny_pair
 
@@ -38,22 +39,24 @@ def prompts(first: int) -> Iterator[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+def testbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Testbed]:
     """The target is the draft with a random adapter merged in: three quarters of that are the incumbent,
     the whole is the better draft, and nobody has to be trained."""
     pair = load_pair(*save_tiny_pair(tmp_path_factory.mktemp("pair")))
     settings = quick_settings(
-        **STAND_SETTINGS, target_modules=MODULES, lora_rank=8, lora_alpha=16.0, held_out_window_records=64
+        **TESTBED_SETTINGS, target_modules=MODULES, lora_rank=8, lora_alpha=16.0, held_out_window_records=64
     )
     truth = _random_adapter(pair, settings)
     assert pair.draft is not None
     pair = replace(pair, target=truth.merged(pair.draft), target_revision="draft and adapter")
     traffic = {f"kind {first}": prompts(first) for first in (10, 110, 210)}
-    with build_engine(pair, num_slots=8, max_seq_len=64, prefix_cache_mib=0, num_draft_tokens=3) as engine:
+    with build_engine(
+        pair, options=EngineOptions(num_slots=8, max_seq_len=64, prefix_cache_mib=0, num_draft_tokens=3)
+    ) as engine:
         engine.seed(0)
-        stand = Stand(pair, engine, settings, weakened(truth, WEAKENED), traffic, max_tokens=24)
-        stand.fill(32)
-        yield stand
+        testbed = Testbed(pair, engine, settings, weakened(truth, WEAKENED), traffic, max_tokens=24)
+        testbed.fill(32)
+        yield testbed
 
 
 def _random_adapter(pair: ModelPair, settings: LearnerSettings) -> Adapter:
@@ -66,33 +69,33 @@ def _random_adapter(pair: ModelPair, settings: LearnerSettings) -> Adapter:
 
 
 @pytest.mark.parametrize("kind", BAD_ADAPTERS)
-def test_a_spoilt_adapter_is_refused_by_the_replica_and_taken_back(stand: Stand, kind: str) -> None:
-    outcome = attacks.spoilt_adapter(stand, 3, kind)
+def test_a_spoilt_adapter_is_refused_by_the_replica_and_taken_back(testbed: Testbed, kind: str) -> None:
+    outcome = attacks.spoilt_adapter(testbed, 3, kind)
     assert not outcome.served
-    assert (outcome.refused_by, outcome.told) == ("replica", True), outcome
+    assert (outcome.refused_by, outcome.recorded) == ("replica", True), outcome
 
 
 @pytest.mark.parametrize("kind", attacks.CANDIDATES)
-def test_a_bad_candidate_is_refused_by_the_gate(stand: Stand, kind: str) -> None:
-    outcome = attacks.bad_candidate(stand, 0, kind)
+def test_a_bad_candidate_is_refused_by_the_gate(testbed: Testbed, kind: str) -> None:
+    outcome = attacks.bad_candidate(testbed, 0, kind)
     assert not outcome.served
-    assert outcome.told and outcome.reason
+    assert outcome.recorded and outcome.reason
 
 
 @pytest.mark.parametrize("kind", BAD_RECORDS)
-def test_training_on_bad_records_serves_nothing(stand: Stand, kind: str) -> None:
-    outcome = attacks.bad_training(stand, 0, kind)
+def test_training_on_bad_records_serves_nothing(testbed: Testbed, kind: str) -> None:
+    outcome = attacks.bad_training(testbed, 0, kind)
     assert not outcome.served
-    assert outcome.told and outcome.reason
+    assert outcome.recorded and outcome.reason
 
 
-def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_again(stand: Stand) -> None:
+def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_again(testbed: Testbed) -> None:
     outcomes = [
-        live_attacks.unjudged(stand, 0, "random weights"),
-        live_attacks.unjudged(stand, 1, "the floor"),
-        live_attacks.bad_swap(stand, 0, "nothing was copied"),
-        live_attacks.bad_swap(stand, 1, "merged twice"),
-        live_attacks.misleading_window(stand, 1),
+        live_attacks.unjudged(testbed, 0, "random weights"),
+        live_attacks.unjudged(testbed, 1, "the floor"),
+        live_attacks.bad_swap(testbed, 0, "nothing was copied"),
+        live_attacks.bad_swap(testbed, 1, "merged twice"),
+        live_attacks.misleading_window(testbed, 1),
     ]
     assert all(outcome.served and outcome.rolled_back for outcome in outcomes), outcomes
     figures = metrics(outcomes)
@@ -102,8 +105,8 @@ def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_agai
     assert figures["num_promoted_again"] == figures["num_untold"] == 0
 
 
-def test_a_good_draft_stays_when_traffic_shifts(stand: Stand) -> None:
-    outcome = live_attacks.shift(stand, 0)
+def test_a_good_draft_stays_when_traffic_shifts(testbed: Testbed) -> None:
+    outcome = live_attacks.shift(testbed, 0)
     assert outcome.served
     assert not outcome.rolled_back, outcome
 
@@ -116,9 +119,9 @@ class OpenDoor(Judge):
 
 
 def test_with_the_gates_test_disabled_attacks_get_through_and_are_seen(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch
+    testbed: Testbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(House, "judge_type", OpenDoor)
+    monkeypatch.setattr(InProcessDeployment, "judge_type", OpenDoor)
     for kind in ("random weights", "the floor again"):
-        assert attacks.bad_candidate(stand, 0, kind).served
-    assert attacks.bad_training(stand, 0, "poisoned").served
+        assert attacks.bad_candidate(testbed, 0, kind).served
+    assert attacks.bad_training(testbed, 0, "poisoned").served

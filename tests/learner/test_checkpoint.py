@@ -1,5 +1,6 @@
 """Killed and resumed, the learner goes on bit for bit; a corrupt file never ends it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from buffer.records import AdapterManifest, GenerationRecord
 from learner import checkpoint
 from learner.checkpoint import Checkpoint
-from learner.route_book import RouteBook, read_book, write_book
-from learner.routing import Standing
+from learner.routing.policy import Standing
+from learner.routing.route_book import RouteBook, read_book, write_book
 from learner.trainer import Trainer
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
@@ -81,16 +82,33 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
         incumbent_manifest=MANIFEST,
         incumbent_weights=b"abc",
         mlflow_run_id="run",
-        pace={"slowdown": 2},
+        schedule={"slowdown": 2},
     )
     checkpoint.write(tmp_path, written)
     found = checkpoint.read_latest(tmp_path)
     assert found is not None
     assert found.incumbent_manifest == MANIFEST
     assert found.incumbent_weights == b"abc"
-    for name in ("num_steps", "num_records_seen", "last_version", "acked_entry_ids", "mlflow_run_id", "pace"):
+    for name in (
+        "num_steps",
+        "num_records_seen",
+        "last_version",
+        "acked_entry_ids",
+        "mlflow_run_id",
+        "schedule",
+    ):
         assert getattr(found, name) == getattr(written, name)
     assert found.generator_state == written.generator_state
+
+
+def test_the_schedule_under_its_older_name_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written before version 0.2, which called it `pace`."""
+    written = saved(Trainer(tiny_draft(), quick_settings()), schedule={"slow": True})
+    dumps = json.dumps
+    monkeypatch.setattr(checkpoint.json, "dumps", lambda plain: dumps(plain).replace('"schedule"', '"pace"'))
+    checkpoint.write(tmp_path, written)
+    found = checkpoint.read_latest(tmp_path)
+    assert found is not None and found.schedule == {"slow": True}
 
 
 def test_a_corrupt_or_torn_file_gives_the_one_before(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from buffer.records import GenerationRecord, RecordSampling
 from learner.batch import Batch
 from learner.distill import Objective, build_optimizer, distill_step, weighted_loss
 from learner.draft import TrainableDraft
-from learner.gate import acceptance
+from learner.judging.gate import acceptance
 from learner.trainer import Trainer
 from tests.support.record_factory import GREEDY, RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair

@@ -9,7 +9,7 @@ from learner import divergences as d
 V = 9
 
 
-def laws(seed: int, num_rows: int = 20) -> tuple[Tensor, Tensor]:
+def distributions(seed: int, num_rows: int = 20) -> tuple[Tensor, Tensor]:
     """(target log-probabilities, draft logits), [N, V], float32, target sorted."""
     generator = torch.Generator().manual_seed(seed)
     target_NV = torch.log_softmax(2 * torch.randn(num_rows, V, generator=generator), -1)
@@ -46,7 +46,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_every_token_kept_value_and_gradient_are_those_of_the_full_vocabulary(name: str) -> None:
-    target_NV, draft_NV = laws(0)
+    target_NV, draft_NV = distributions(0)
     draft_NV.requires_grad_()
     kept = d.partition(torch.log_softmax(draft_NV, -1))
     found_N = d.named_divergence(name)(d.partition(target_NV), kept)
@@ -59,7 +59,7 @@ def test_with_every_token_kept_value_and_gradient_are_those_of_the_full_vocabula
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_a_tail_the_value_is_that_of_the_merged_vocabulary_and_a_lower_bound(name: str) -> None:
-    target_NV, draft_NV = laws(1)
+    target_NV, draft_NV = distributions(1)
     draft_NV = torch.log_softmax(draft_NV, -1)
 
     def merged(logprobs_NV: Tensor) -> Tensor:
@@ -84,14 +84,14 @@ def test_padded_and_nearly_certain_cells_give_finite_gradients(name: str) -> Non
 
 
 def test_tv_weighted_kl_has_the_gradient_that_osd_has_on_average_over_what_is_drafted() -> None:
-    target_NV, draft_NV = laws(2, num_rows=1)
+    target_NV, draft_NV = distributions(2, num_rows=1)
     draft_NV.requires_grad_()
-    draft_law_NV = torch.log_softmax(draft_NV, -1)
-    target_NP, draft_NP = d.partition(target_NV), d.partition(draft_law_NV)
+    draft_probs_NV = torch.log_softmax(draft_NV, -1)
+    target_NP, draft_NP = d.partition(target_NV), d.partition(draft_probs_NV)
     (osd_gradient,) = torch.autograd.grad(
         d.named_divergence("osd")(target_NP, draft_NP).sum(), draft_NV, retain_graph=True
     )
-    drafted_V, target_V = draft_law_NV.detach().exp()[0], target_NV.exp()[0]
+    drafted_V, target_V = draft_probs_NV.detach().exp()[0], target_NV.exp()[0]
     rejected_V = 1 - (target_V / drafted_V).clamp(max=1)
     expected_gradient = sum(drafted_V[v] * rejected_V[v] * osd_gradient for v in range(V))
     (gradient,) = torch.autograd.grad(d.tv_weighted_kl(target_NP, draft_NP).sum(), draft_NV)

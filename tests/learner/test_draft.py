@@ -76,7 +76,7 @@ def test_a_state_survives_export_and_import_bit_for_bit() -> None:
 def test_wearing_another_state_leaves_no_trace() -> None:
     draft = trained_draft()
     before, own = draft.state(), next_token_logits(draft)
-    with draft.wearing(None):
+    with draft.with_weights(None):
         floor = next_token_logits(draft)
     assert torch.equal(next_token_logits(draft), own)
     assert not torch.allclose(floor, own)

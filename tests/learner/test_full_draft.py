@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from buffer.memory_store import MemoryAdapterFeed
-from buffer.records import DEFAULT_ROUTE, GenerationRecord, RecordSampling, ServingStatus
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import GenerationRecord, RecordSampling, ServingStatus
 from learner.draft import TrainableDraft, build_draft, export_weights
 from learner.incumbent import Incumbent
 from learner.settings import LearnerSettings
@@ -23,6 +24,7 @@ from serving.local import load_engine
 from serving.models.adapter import AdapterRejectedError, sha256_of
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import load_draft
+from serving.options import EngineOptions
 from tests.support.record_factory import GREEDY, RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
 from tests.support.tiny_models import save_tiny_pair
@@ -100,7 +102,7 @@ def test_a_name_that_fits_nothing_is_refused() -> None:
 
 def test_the_floor_and_what_was_worn_come_back_bit_for_bit(trained: TrainableDraft) -> None:
     own = trained.state()
-    with trained.wearing(None):
+    with trained.with_weights(None):
         floor = trained.state()
     assert all(torch.equal(floor[name], weight) for name, weight in tiny_pair()[1].named_parameters())
     assert all(torch.equal(own[name], weight) for name, weight in trained.state().items())
@@ -139,7 +141,9 @@ def test_what_was_published_is_what_serves_and_the_floor_returns(trained: Traina
 def test_an_engine_drafts_with_exactly_the_published_weights_and_says_the_same_text(tmp_path: Path) -> None:
     target, draft_folder = save_tiny_pair(tmp_path)
     greedy = SamplingParams(temperature=0.0, max_tokens=24)
-    with load_engine(target, draft_folder, num_slots=2, max_seq_len=64, num_draft_tokens=3) as engine:
+    with load_engine(
+        target, draft_folder, options=EngineOptions(num_slots=2, max_seq_len=64, num_draft_tokens=3)
+    ) as engine:
         pair = engine.pair
         before = engine.generate([[5, 6, 7]], greedy)[0]
         draft = build_draft(
@@ -156,8 +160,7 @@ def test_an_engine_drafts_with_exactly_the_published_weights_and_says_the_same_t
         )
         incumbent.publish(draft.state(), {}, 0, "")
         watcher = AdapterWatcher(
-            engine,
-            engine.draft_weights,
+            engine.drafts,
             feed,
             replica_id="r0",
             status=lambda: ServingStatus("r0", 0, {}, ()),
@@ -166,8 +169,8 @@ def test_an_engine_drafts_with_exactly_the_published_weights_and_says_the_same_t
         )
         watcher.follow()
         after = engine.generate([[5, 6, 7]], greedy)[0]
-        assert engine.draft_weights is not None
-        live = dict(engine.draft_weights.module.named_parameters())
+        assert engine.drafts is not None
+        live = dict(engine.drafts.default.module.named_parameters())
         assert all(torch.equal(live[name], weight) for name, weight in draft.state().items())
     assert engine.draft_version == 1
     assert after.output_token_ids == before.output_token_ids

@@ -21,7 +21,7 @@ from buffer.records import (
 from buffer.store import Delivery, StreamKey
 from learner.draft import TrainableDraft, build_draft, export_weights, import_weights
 from learner.loop import Learner
-from learner.tracking import NullTracker
+from learner.tracking.mlflow_tracker import NullTracker
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import MODULES, quick_settings, tiny_draft, tiny_pair
 
@@ -83,7 +83,7 @@ class FlakyStore(MemoryRecordStore):
             raise StoreUnavailableError("the store is away")
 
 
-class House:
+class LoopTestbed:
     """Store, feed, tracker and a learner that can be killed and built again."""
 
     def __init__(self, folder: Path, store: MemoryRecordStore | None = None) -> None:
@@ -130,52 +130,56 @@ def traffic() -> Traffic:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
-    return House(tmp_path)
+def testbed(tmp_path: Path) -> LoopTestbed:
+    return LoopTestbed(tmp_path)
 
 
-def test_records_become_a_promoted_adapter_with_evidence_and_history(house: House, traffic: Traffic) -> None:
-    assert not house.learner.run_cycle()
-    manifest = house.learn_until_promoted(traffic)
+def test_records_become_a_promoted_adapter_with_evidence_and_history(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    assert not testbed.learner.run_cycle()
+    manifest = testbed.learn_until_promoted(traffic)
     assert (manifest.draft_version, manifest.parent_version) == (1, 0)
     assert manifest.evidence["acceptance_candidate"] > manifest.evidence["acceptance_incumbent"]
     assert manifest.target_revision == "target-1"
-    assert manifest.num_bytes == len(house.feed.weights("default", 1))
-    assert house.feed.history("default")[-1].kind == "promoted"
-    assert house.tracker.decisions[-1].startswith("promoted: acceptance")
-    assert house.tracker.serving[-1] == (1, 0, house.tracker.decisions[-1])
-    assert house.tracker.steps[-1] == manifest.num_records_seen  # this cycle's records among them
-    assert house.tracker.metrics["loss"] > 0
-    assert house.store.size(KEY).num_pending == 0
-    facts = house.learner.snapshot()
+    assert manifest.num_bytes == len(testbed.feed.weights("default", 1))
+    assert testbed.feed.history("default")[-1].kind == "promoted"
+    assert testbed.tracker.decisions[-1].startswith("promoted: acceptance")
+    assert testbed.tracker.serving[-1] == (1, 0, testbed.tracker.decisions[-1])
+    assert testbed.tracker.steps[-1] == manifest.num_records_seen  # this cycle's records among them
+    assert testbed.tracker.metrics["loss"] > 0
+    assert testbed.store.size(KEY).num_pending == 0
+    facts = testbed.learner.snapshot()
     assert facts["draft_version"] == 1
     assert facts["num_records_seen"] % 30 == 0
     assert facts["last_decision"]["kind"] == "promoted"
 
 
-def test_too_few_held_out_records_are_a_refusal_in_the_history(house: House, traffic: Traffic) -> None:
-    house.learner = house.build(gate_min_records=1000)
-    house.serve(traffic[0])
-    assert house.learner.run_cycle()
-    event = house.feed.history("default")[-1]
+def test_too_few_held_out_records_are_a_refusal_in_the_history(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    testbed.learner = testbed.build(gate_min_records=1000)
+    testbed.serve(traffic[0])
+    assert testbed.learner.run_cycle()
+    event = testbed.feed.history("default")[-1]
     assert event.kind == "refused"
     assert "1000 are needed" in event.reason
-    assert house.feed.latest("default") is None
+    assert testbed.feed.latest("default") is None
 
 
-def test_a_killed_learner_resumes_and_repeats_no_acked_work(house: House, traffic: Traffic) -> None:
-    house.learn_until_promoted(traffic)
-    before = house.learner.snapshot()
-    house.learner = house.build()
-    assert not house.learner.run_cycle()
-    after = house.learner.snapshot()
+def test_a_killed_learner_resumes_and_repeats_no_acked_work(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learn_until_promoted(traffic)
+    before = testbed.learner.snapshot()
+    testbed.learner = testbed.build()
+    assert not testbed.learner.run_cycle()
+    after = testbed.learner.snapshot()
     for name in ("num_steps", "num_records_seen", "last_version", "draft_version"):
         assert after[name] == before[name]
     assert after["num_held_out_records"] > 0
 
 
 def test_what_was_checkpointed_but_not_acked_is_acked_and_not_relearnt(
-    house: House, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
+    testbed: LoopTestbed, traffic: Traffic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(Exception):
         pass
@@ -183,143 +187,147 @@ def test_what_was_checkpointed_but_not_acked_is_acked_and_not_relearnt(
     def die(*_: object) -> None:
         raise Killed
 
-    house.serve(traffic[0])
+    testbed.serve(traffic[0])
     with monkeypatch.context() as context:
-        context.setattr(house.store, "ack", die)
+        context.setattr(testbed.store, "ack", die)
         with pytest.raises(Killed):
-            house.learner.run_cycle()
-    steps = house.learner.snapshot()["num_steps"]
-    assert house.store.size(KEY).num_pending == 30
-    house.learner = house.build()
-    assert not house.learner.run_cycle()
-    assert house.store.size(KEY).num_pending == 0
-    assert house.learner.snapshot()["num_steps"] == steps
+            testbed.learner.run_cycle()
+    steps = testbed.learner.snapshot()["num_steps"]
+    assert testbed.store.size(KEY).num_pending == 30
+    testbed.learner = testbed.build()
+    assert not testbed.learner.run_cycle()
+    assert testbed.store.size(KEY).num_pending == 0
+    assert testbed.learner.snapshot()["num_steps"] == steps
 
 
-def test_what_was_read_but_not_checkpointed_is_read_again(house: House, traffic: Traffic) -> None:
-    house.serve(traffic[0][:10])
-    assert not house.learner.run_cycle()  # too few: they wait, unacknowledged
-    assert house.learner.snapshot()["num_waiting_records"] == 10
-    house.learner = house.build()
-    house.serve(traffic[0][10:20])
-    assert house.learner.run_cycle()
-    assert house.learner.snapshot()["num_records_seen"] == 20
+def test_what_was_read_but_not_checkpointed_is_read_again(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.serve(traffic[0][:10])
+    assert not testbed.learner.run_cycle()  # too few: they wait, unacknowledged
+    assert testbed.learner.snapshot()["num_waiting_records"] == 10
+    testbed.learner = testbed.build()
+    testbed.serve(traffic[0][10:20])
+    assert testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["num_records_seen"] == 20
 
 
 def test_a_feed_that_comes_back_empty_gets_its_adapter_back_and_versions_go_on(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
-    manifest = house.learn_until_promoted(traffic)
-    house.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
-    house.learner = house.build()
-    assert not house.learner.run_cycle()
-    assert house.feed.latest("default") == manifest
-    house.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
-    house.learner = house.build()
-    assert house.learner.snapshot()["last_version"] == 1
+    manifest = testbed.learn_until_promoted(traffic)
+    testbed.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
+    testbed.learner = testbed.build()
+    assert not testbed.learner.run_cycle()
+    assert testbed.feed.latest("default") == manifest
+    testbed.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
+    testbed.learner = testbed.build()
+    assert testbed.learner.snapshot()["last_version"] == 1
 
 
-def test_an_operators_rollback_is_adopted_and_a_pin_is_not_fought(house: House, traffic: Traffic) -> None:
-    house.learn_until_promoted(traffic)
-    house.feed.rollback("default", "the operator said so")
-    house.learner.run_cycle()
-    assert house.learner.snapshot()["draft_version"] == 0
-    assert house.tracker.serving[-1] == (0, 0, "rolled back: the operator said so")
-    house.feed.pin("default", 0, "hands off")
+def test_an_operators_rollback_is_adopted_and_a_pin_is_not_fought(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    testbed.learn_until_promoted(traffic)
+    testbed.feed.rollback("default", "the operator said so")
+    testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["draft_version"] == 0
+    assert testbed.tracker.serving[-1] == (0, 0, "rolled back: the operator said so")
+    testbed.feed.pin("default", 0, "hands off")
     for records in traffic[-3:]:
-        house.serve(records)
-        house.learner.run_cycle()
-    assert house.feed.last_version("default") == 1
-    assert "pinned" in house.feed.history("default")[-1].reason
+        testbed.serve(records)
+        testbed.learner.run_cycle()
+    assert testbed.feed.last_version("default") == 1
+    assert "pinned" in testbed.feed.history("default")[-1].reason
 
 
-def test_a_broken_swap_is_rolled_back(house: House, traffic: Traffic) -> None:
-    house.learner = house.build(live_records_per_cycle=1000, swap_check_margin=0.02)
-    version = house.learn_until_promoted(traffic, least_gain=0.12).draft_version
+def test_a_broken_swap_is_rolled_back(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learner = testbed.build(live_records_per_cycle=1000, swap_check_margin=0.02)
+    version = testbed.learn_until_promoted(traffic, least_gain=0.12).draft_version
     # replicas claim to serve the new version, and draft as the floor still does
-    house.serve([served_as(version, record) for records in traffic for record in records])
-    house.learner.run_cycle()
-    event = [e for e in house.feed.history("default") if e.kind == "rolled_back"]
+    testbed.serve([served_as(version, record) for records in traffic for record in records])
+    testbed.learner.run_cycle()
+    event = [e for e in testbed.feed.history("default") if e.kind == "rolled_back"]
     assert event
     assert "broken swap" in event[0].reason
-    assert [text for text in house.tracker.decisions if text.startswith("rolled_back: broken swap")]
-    assert [why for _, _, why in house.tracker.serving if why.startswith("rolled back: broken swap")]
+    assert [text for text in testbed.tracker.decisions if text.startswith("rolled_back: broken swap")]
+    assert [why for _, _, why in testbed.tracker.serving if why.startswith("rolled back: broken swap")]
 
 
-def test_a_replicas_rejection_is_told_once_with_its_reason(house: House, traffic: Traffic) -> None:
-    house.learn_until_promoted(traffic)
+def test_a_replicas_rejection_is_told_once_with_its_reason(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learn_until_promoted(traffic)
     rejection = AdapterEvent("rejected_by_replica", "default", 1, "r0: bytes were corrupted", NOW_S + 1)
-    house.feed.add_event(rejection)
+    testbed.feed.add_event(rejection)
     for records in traffic[-2:]:
-        house.serve(records)
-        house.learner.run_cycle()
-    told = [text for text in house.tracker.decisions if text.startswith("rejected_by_replica")]
+        testbed.serve(records)
+        testbed.learner.run_cycle()
+    told = [text for text in testbed.tracker.decisions if text.startswith("rejected_by_replica")]
     assert told == ["rejected_by_replica: r0: bytes were corrupted"]
 
 
 def test_a_learner_of_another_target_takes_nothing_from_the_state_folder(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
     """It would publish the other's draft as its own, since its feed has forgotten it, as it seems."""
-    house.learn_until_promoted(traffic)
-    before = house.learner.snapshot()
+    testbed.learn_until_promoted(traffic)
+    before = testbed.learner.snapshot()
     store, feed = MemoryRecordStore(clock=lambda: NOW_S), MemoryAdapterFeed(clock=lambda: NOW_S)
-    settings = quick_settings(checkpoint_folder=str(house.folder))
+    settings = quick_settings(checkpoint_folder=str(testbed.folder))
     other = Learner(tiny_draft(), store, feed, settings, target_revision="target-2", now_s=lambda: NOW_S)
     assert not other.run_cycle()
     assert (feed.latest("default"), other.snapshot()["num_steps"]) == (None, 0)
-    house.learner = house.build()
-    assert house.learner.snapshot()["num_steps"] == before["num_steps"]
+    testbed.learner = testbed.build()
+    assert testbed.learner.snapshot()["num_steps"] == before["num_steps"]
 
 
 def test_a_new_learner_tells_of_the_draft_that_it_finds_serving(
-    house: House, traffic: Traffic, tmp_path: Path
+    testbed: LoopTestbed, traffic: Traffic, tmp_path: Path
 ) -> None:
-    house.learn_until_promoted(traffic)
-    told, house.tracker = house.tracker.decisions[-1], DiaryTracker()
-    house.folder = tmp_path / "elsewhere"  # its checkpoint is lost
-    house.learner = house.build()
-    house.learner.run_cycle()
-    assert house.tracker.serving == [(1, 0, house.tracker.decisions[-1])]
-    assert house.tracker.adapters == {1: house.tracker.decisions[-1].removeprefix("promoted: ")}
-    assert house.tracker.decisions[-1].startswith("promoted: ") and told.startswith("promoted: ")
+    testbed.learn_until_promoted(traffic)
+    told, testbed.tracker = testbed.tracker.decisions[-1], DiaryTracker()
+    testbed.folder = tmp_path / "elsewhere"  # its checkpoint is lost
+    testbed.learner = testbed.build()
+    testbed.learner.run_cycle()
+    assert testbed.tracker.serving == [(1, 0, testbed.tracker.decisions[-1])]
+    assert testbed.tracker.adapters == {1: testbed.tracker.decisions[-1].removeprefix("promoted: ")}
+    assert testbed.tracker.decisions[-1].startswith("promoted: ") and told.startswith("promoted: ")
 
 
 def test_asleep_it_reads_holds_out_and_acks_but_does_not_train_and_says_what_it_saved(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
     rest = {"first_rest_records": 60, "max_rest_records": 60}
-    house.learner = house.build(stall_gain=1.0, stall_decisions=1, slow_stretch=1, **rest)
+    testbed.learner = testbed.build(stall_gain=1.0, stall_decisions=1, slow_stretch=1, **rest)
     for records in traffic[:2]:
-        house.serve(records)
-        assert house.learner.run_cycle()
-    before = house.learner.snapshot()
+        testbed.serve(records)
+        assert testbed.learner.run_cycle()
+    before = testbed.learner.snapshot()
     assert before["asleep"] and before["learner_s"] > 0
     for records in traffic[2:4]:
-        house.serve(records)
-        assert not house.learner.run_cycle()
-    after = house.learner.snapshot()
+        testbed.serve(records)
+        assert not testbed.learner.run_cycle()
+    after = testbed.learner.snapshot()
     assert after["num_steps"] == before["num_steps"]
     assert after["num_held_out_records"] > before["num_held_out_records"]
     assert (after["num_rested_records"], after["num_records_seen"]) == (60, 120)
     assert after["learner_saved_s"] == pytest.approx(after["learner_s"])
-    assert house.store.size(KEY).num_pending == 0
+    assert testbed.store.size(KEY).num_pending == 0
     for records in traffic[4:6]:
-        house.serve(records)  # a probe
-    assert house.learner.run_cycle()
-    assert house.learner.snapshot()["num_steps"] > after["num_steps"]
+        testbed.serve(records)  # a probe
+    assert testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["num_steps"] > after["num_steps"]
 
 
 def test_a_killed_learner_takes_up_its_watch_and_one_that_others_publish_is_watched(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
-    good = house.learn_until_promoted(traffic, least_gain=0.12)
-    house.learner = house.build(live_trial_records=1000)
-    house.serve([again(record) for record in traffic[0]])
-    house.learner.run_cycle()
-    assert f"version {good.draft_version} is on trial: 30 of 1000" in house.feed.history("default")[-1].reason
+    good = testbed.learn_until_promoted(traffic, least_gain=0.12)
+    testbed.learner = testbed.build(live_trial_records=1000)
+    testbed.serve([again(record) for record in traffic[0]])
+    testbed.learner.run_cycle()
+    assert (
+        f"version {good.draft_version} is on trial: 30 of 1000" in testbed.feed.history("default")[-1].reason
+    )
     floor = export_weights(
-        {key: tensor * 0 for key, tensor in import_weights(weights_of(house, good)).items()}
+        {key: tensor * 0 for key, tensor in import_weights(weights_of(testbed, good)).items()}
     )
     unjudged = replace(
         good,
@@ -327,29 +335,29 @@ def test_a_killed_learner_takes_up_its_watch_and_one_that_others_publish_is_watc
         parent_version=good.draft_version,
         sha256=hashlib.sha256(floor).hexdigest(),
     )
-    house.feed.publish(unjudged, floor)
+    testbed.feed.publish(unjudged, floor)
     for records in traffic[1:5]:
-        house.serve([again(record) for record in records])
-        house.learner.run_cycle()
-    event = next(event for event in house.feed.history("default") if event.kind == "rolled_back")
+        testbed.serve([again(record) for record in records])
+        testbed.learner.run_cycle()
+    event = next(event for event in testbed.feed.history("default") if event.kind == "rolled_back")
     assert (event.draft_version, "worse on live traffic" in event.reason) == (good.draft_version, True)
 
 
 def test_what_no_replica_will_serve_is_taken_back_and_the_tracker_hears_why(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
-    version = house.learn_until_promoted(traffic).draft_version
+    version = testbed.learn_until_promoted(traffic).draft_version
     refusal = AdapterEvent("rejected_by_replica", "default", version, "replica-1: corrupted", NOW_S)
-    house.feed.add_event(refusal)
-    house.feed.report(ServingStatus("replica-2", NOW_S, {"default": version}, ()))
-    house.learner.run_cycle()
-    assert house.feed.latest("default") is not None, "another replica serves it"
-    assert house.tracker.decisions[-1] == "rejected_by_replica: replica-1: corrupted"
-    house.feed.report(ServingStatus("replica-2", NOW_S + 60, {"default": 0}, ()))
-    house.learner.run_cycle()
-    assert house.feed.latest("default") is None
-    assert house.tracker.decisions[-1].startswith("rolled_back: refused by replicas")
-    assert house.tracker.decisions.count("rejected_by_replica: replica-1: corrupted") == 1
+    testbed.feed.add_event(refusal)
+    testbed.feed.report(ServingStatus("replica-2", NOW_S, {"default": version}, ()))
+    testbed.learner.run_cycle()
+    assert testbed.feed.latest("default") is not None, "another replica serves it"
+    assert testbed.tracker.decisions[-1] == "rejected_by_replica: replica-1: corrupted"
+    testbed.feed.report(ServingStatus("replica-2", NOW_S + 60, {"default": 0}, ()))
+    testbed.learner.run_cycle()
+    assert testbed.feed.latest("default") is None
+    assert testbed.tracker.decisions[-1].startswith("rolled_back: refused by replicas")
+    assert testbed.tracker.decisions.count("rejected_by_replica: replica-1: corrupted") == 1
 
 
 @pytest.mark.parametrize(
@@ -361,71 +369,71 @@ def test_what_no_replica_will_serve_is_taken_back_and_the_tracker_hears_why(
     ],
 )
 def test_new_settings_never_replace_a_draft_that_they_cannot_score(
-    house: House, traffic: Traffic, changes: dict[str, object], reason: str
+    testbed: LoopTestbed, traffic: Traffic, changes: dict[str, object], reason: str
 ) -> None:
-    house.learn_until_promoted(traffic)
+    testbed.learn_until_promoted(traffic)
     settings = quick_settings(**({"target_modules": MODULES, "lora_rank": 16, "lora_alpha": 32.0} | changes))
     other = build_draft(tiny_pair()[1], settings, draft_id="tiny-draft", draft_revision="draft-1")
-    house.learner = house.build(other)
-    house.serve(traffic[-1])
-    assert house.learner.run_cycle()
-    event = house.feed.history("default")[-1]
+    testbed.learner = testbed.build(other)
+    testbed.serve(traffic[-1])
+    assert testbed.learner.run_cycle()
+    event = testbed.feed.history("default")[-1]
     assert event.kind == "refused"
     assert reason in event.reason and "roll back to the floor" in event.reason
-    house.feed.rollback("default", "as it was told", 0)
-    house.serve(traffic[-2])
-    house.learner.run_cycle()
-    assert "cannot be scored" not in house.feed.history("default")[-1].reason
+    testbed.feed.rollback("default", "as it was told", 0)
+    testbed.serve(traffic[-2])
+    testbed.learner.run_cycle()
+    assert "cannot be scored" not in testbed.feed.history("default")[-1].reason
 
 
 def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: Traffic) -> None:
-    house = House(tmp_path, FlakyStore(clock=lambda: NOW_S))
-    house.serve(traffic[0])
-    assert house.learner.run_cycle()
-    assert house.store.size(KEY).num_pending == 0
-    assert house.learner.snapshot()["num_records_seen"] == 30
+    testbed = LoopTestbed(tmp_path, FlakyStore(clock=lambda: NOW_S))
+    testbed.serve(traffic[0])
+    assert testbed.learner.run_cycle()
+    assert testbed.store.size(KEY).num_pending == 0
+    assert testbed.learner.snapshot()["num_records_seen"] == 30
 
 
 def test_poisoned_and_foreign_records_are_counted_and_acked_without_harm(
-    house: House, traffic: Traffic
+    testbed: LoopTestbed, traffic: Traffic
 ) -> None:
     foreign = RecordFactory(*tiny_pair(), target_revision="target-2", clock_s=NOW_S).records(5, max_tokens=2)
-    house.store.append(KEY, foreign)
-    house.serve(traffic[0][:25])
-    assert house.learner.run_cycle()
-    assert house.learner.snapshot()["num_refused_records"] == 5
-    assert house.store.size(KEY).num_pending == 0
+    testbed.store.append(KEY, foreign)
+    testbed.serve(traffic[0][:25])
+    assert testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["num_refused_records"] == 5
+    assert testbed.store.size(KEY).num_pending == 0
 
 
-def test_every_route_of_the_target_teaches_the_one_draft(house: House, traffic: Traffic) -> None:
+def test_every_route_of_the_target_teaches_the_one_draft(testbed: LoopTestbed, traffic: Traffic) -> None:
     for route, part in (("sql", traffic[0][:15]), ("code", traffic[0][15:])):
-        house.store.append(StreamKey("target-1", route), part)
-    house.store.append(StreamKey("other", "sql"), traffic[1])
-    assert house.learner.run_cycle()
-    assert house.learner.snapshot()["num_records_seen"] == 30
+        testbed.store.append(StreamKey("target-1", route), part)
+    testbed.store.append(StreamKey("other", "sql"), traffic[1])
+    assert testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["num_records_seen"] == 30
 
 
-def test_it_runs_pauses_resumes_and_stops_in_a_thread(house: House, traffic: Traffic) -> None:
+def test_it_runs_pauses_resumes_and_stops_in_a_thread(testbed: LoopTestbed, traffic: Traffic) -> None:
     stop = threading.Event()
-    house.learner.pause()
-    house.serve(traffic[0])
-    thread = threading.Thread(target=house.learner.run, args=(stop,))
+    testbed.learner.pause()
+    testbed.serve(traffic[0])
+    thread = threading.Thread(target=testbed.learner.run, args=(stop,))
     thread.start()
     try:
-        wait_until(lambda: house.learner.snapshot()["state"] == "paused")
-        assert house.learner.snapshot()["num_steps"] == 0
-        house.learner.resume()
-        wait_until(lambda: house.learner.snapshot()["num_records_seen"] == 30)
+        wait_until(lambda: testbed.learner.snapshot()["state"] == "paused")
+        assert testbed.learner.snapshot()["num_steps"] == 0
+        testbed.learner.resume()
+        wait_until(lambda: testbed.learner.snapshot()["num_records_seen"] == 30)
     finally:
         stop.set()
         thread.join(10)
     assert not thread.is_alive()
-    assert house.learner.snapshot()["state"] == "stopped"
+    assert testbed.learner.snapshot()["state"] == "stopped"
 
 
-def test_published_bytes_are_the_candidates_own_weights(house: House, traffic: Traffic) -> None:
-    house.learn_until_promoted(traffic)
-    weights = house.feed.weights("default", 1)
+def test_published_bytes_are_the_candidates_own_weights(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learn_until_promoted(traffic)
+    weights = testbed.feed.weights("default", 1)
     state = import_weights(weights)
     assert export_weights(state) == weights
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
@@ -435,8 +443,8 @@ def again(record: GenerationRecord) -> GenerationRecord:
     return replace(record, record_id=f"again-{record.record_id}")
 
 
-def weights_of(house: House, manifest: AdapterManifest) -> bytes:
-    return house.feed.weights("default", manifest.draft_version)
+def weights_of(testbed: LoopTestbed, manifest: AdapterManifest) -> bytes:
+    return testbed.feed.weights("default", manifest.draft_version)
 
 
 def served_as(draft_version: int, record: GenerationRecord) -> GenerationRecord:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import AdapterEvent, GenerationRecord, RecordSampling
 from buffer.store import Bounds, StreamKey
-from learner import bandit
-from learner.bandit import FLOOR, ExistingDraft, best_draft
 from learner.draft import import_weights
-from learner.held_out import HeldOutWindow
+from learner.judging import draft_selection
+from learner.judging.draft_selection import FLOOR, ExistingDraft, best_draft
+from learner.judging.held_out import HeldOutWindow
+from learner.judging.watch import ScoreState
 from learner.loop import Learner
 from learner.trainer import Trainer
-from learner.watch import ScoreState
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import VOCAB_SIZE, quick_settings, tiny_draft, tiny_pair
 
@@ -41,7 +41,7 @@ class Clock:
         return self.now_s
 
 
-class House:
+class RoutesTestbed:
     """Store, feed and a learner that can be killed and built again, under a clock that is set by hand."""
 
     def __init__(self, folder: Path, **changes: object) -> None:
@@ -126,46 +126,48 @@ def untagged(traffic: Mapping[str, Records]) -> dict[str, Records]:
     }
 
 
-def worths(traffic: Mapping[str, Records], *drafts: ExistingDraft) -> dict[str, list[float]]:
+def scores_of_drafts(traffic: Mapping[str, Records], *drafts: ExistingDraft) -> dict[str, list[float]]:
     """Of each draft, by topic, on the last records of it."""
     score = Trainer(tiny_draft(), quick_settings()).score
     rows = {topic: row_of(records[-80:], drafts, score) for topic, records in traffic.items()}
     return {topic: [row[draft.key].acceptance for draft in drafts] for topic, row in rows.items()}
 
 
-def row_of(records: Records, drafts: Sequence[ExistingDraft], score: ScoreState) -> bandit.Worths:
+def row_of(
+    records: Records, drafts: Sequence[ExistingDraft], score: ScoreState
+) -> draft_selection.DraftScores:
     window = HeldOutWindow(len(records))
     window.add(records)
-    return bandit.worths(window, drafts, len(records), score)
+    return draft_selection.scores_of_drafts(window, drafts, len(records), score)
 
 
 @pytest.fixture(scope="module")
 def one_draft(tmp_path_factory: pytest.TempPathFactory, traffic: dict[str, Records]) -> ExistingDraft:
-    house = House(tmp_path_factory.mktemp("one"), max_routes=0)
-    house.live({topic: records[:170] for topic, records in traffic.items()})
-    assert house.open_routes() == set()
-    return house.draft("default")
+    testbed = RoutesTestbed(tmp_path_factory.mktemp("one"), max_routes=0)
+    testbed.live({topic: records[:170] for topic, records in traffic.items()})
+    assert testbed.open_routes() == set()
+    return testbed.draft("default")
 
 
 @pytest.fixture(scope="module")
-def routed(tmp_path_factory: pytest.TempPathFactory, traffic: dict[str, Records]) -> House:
-    house = House(tmp_path_factory.mktemp("routed"))
-    house.live({topic: records[:170] for topic, records in traffic.items()})
-    return house
+def routed(tmp_path_factory: pytest.TempPathFactory, traffic: dict[str, Records]) -> RoutesTestbed:
+    testbed = RoutesTestbed(tmp_path_factory.mktemp("routed"))
+    testbed.live({topic: records[:170] for topic, records in traffic.items()})
+    return testbed
 
 
 def test_two_topics_get_a_draft_each_and_each_is_better_than_one_draft_for_both(
-    routed: House, one_draft: ExistingDraft, traffic: dict[str, Records]
+    routed: RoutesTestbed, one_draft: ExistingDraft, traffic: dict[str, Records]
 ) -> None:
     assert routed.open_routes() == set(TOPICS)
     drafts = [routed.draft(topic) for topic in TOPICS]
-    found = worths(traffic, one_draft, *drafts)
+    found = scores_of_drafts(traffic, one_draft, *drafts)
     for place, topic in enumerate(TOPICS, start=1):
         assert found[topic][place] > found[topic][0] + 0.1
         assert found[topic][place] == max(found[topic])
 
 
-def test_a_route_tells_what_it_started_from_and_what_it_brought(routed: House) -> None:
+def test_a_route_tells_what_it_started_from_and_what_it_brought(routed: RoutesTestbed) -> None:
     for topic in TOPICS:
         kinds = [event.kind for event in routed.feed.history(topic)]
         assert kinds[0] == "opened"
@@ -182,15 +184,15 @@ def test_a_routes_first_version_was_judged_against_the_default_draft(
 ) -> None:
     """`default` has met both topics and guesses between the two: better than the floor, and far from what
     one topic alone comes to."""
-    house = House(tmp_path)
+    testbed = RoutesTestbed(tmp_path)
     shared = {
         topic: [replace(record, prompt_embedding_H=None) for record in records[:75]]
         for topic, records in untagged(traffic).items()
     }
-    house.live(shared)
-    assert house.feed.latest("default") is not None
-    house.live({"law": traffic["law"][75:]})
-    first = house.feed.versions("law")[0]
+    testbed.live(shared)
+    assert testbed.feed.latest("default") is not None
+    testbed.live({"law": traffic["law"][75:]})
+    first = testbed.feed.versions("law")[0]
     assert (first.draft_version, first.parent_version) == (1, 0)
     assert first.evidence["acceptance_incumbent"] > first.evidence["acceptance_floor"] + 0.02
 
@@ -198,10 +200,10 @@ def test_a_routes_first_version_was_judged_against_the_default_draft(
 def test_untagged_topics_are_told_apart_and_prompts_find_their_route(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    house = House(tmp_path)
-    house.live({topic: records[:100] for topic, records in untagged(traffic).items()})
-    assert house.open_routes() == {"auto-1", "auto-2"}
-    table = house.feed.route_table()
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({topic: records[:100] for topic, records in untagged(traffic).items()})
+    assert testbed.open_routes() == {"auto-1", "auto-2"}
+    table = testbed.feed.route_table()
     assert table is not None
     found = {
         topic: [table.route_of(record.prompt_embedding_H) for record in traffic[topic][100:]]
@@ -211,117 +213,117 @@ def test_untagged_topics_are_told_apart_and_prompts_find_their_route(
     assert set(names.values()) == {"auto-1", "auto-2"}
     for topic, routes in found.items():
         assert routes.count(names[topic]) > 0.9 * len(routes), "few are strays, which go to default"
-    house.live(
+    testbed.live(
         {topic: [replace(record, route=names[topic]) for record in traffic[topic][100:]] for topic in TOPICS}
     )
-    drafts = [house.draft(names[topic]) for topic in TOPICS]
-    rows = worths(traffic, *drafts)
+    drafts = [testbed.draft(names[topic]) for topic in TOPICS]
+    rows = scores_of_drafts(traffic, *drafts)
     assert rows["law"][0] > rows["law"][1]
     assert rows["verse"][1] > rows["verse"][0]
 
 
 def test_one_untagged_topic_is_not_split(tmp_path: Path, traffic: dict[str, Records]) -> None:
     """Its prompts have one peak: two kinds are seen with a probability below 1e-4 a look, 3 looks."""
-    house = House(tmp_path)
-    house.live({"law": untagged(traffic)["law"]})
-    assert house.open_routes() == set()
-    table = house.feed.route_table()
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({"law": untagged(traffic)["law"]})
+    assert testbed.open_routes() == set()
+    table = testbed.feed.route_table()
     assert table is None or table.routes == ()
 
 
 def test_a_tag_overrides_where_a_prompt_lies(tmp_path: Path, traffic: dict[str, Records]) -> None:
-    house = House(tmp_path)
+    testbed = RoutesTestbed(tmp_path)
     law = [
         replace(record, prompt_embedding_H=verse.prompt_embedding_H)
         for record, verse in zip(*traffic.values(), strict=True)
     ]
-    house.live({"law": law[:100]})
-    assert house.open_routes() == {"law"}
-    assert house.learner.snapshot()["routes"]["default"]["num_records_seen"] < 100
+    testbed.live({"law": law[:100]})
+    assert testbed.open_routes() == {"law"}
+    assert testbed.learner.snapshot()["routes"]["default"]["num_records_seen"] < 100
 
 
 def test_the_number_of_routes_is_bounded(tmp_path: Path, traffic: dict[str, Records]) -> None:
-    house = House(tmp_path, max_routes=1)
-    house.live({topic: records[:100] for topic, records in traffic.items()})
-    assert len(house.open_routes()) == 1
+    testbed = RoutesTestbed(tmp_path, max_routes=1)
+    testbed.live({topic: records[:100] for topic, records in traffic.items()})
+    assert len(testbed.open_routes()) == 1
 
 
 def test_a_route_that_starves_is_closed_and_default_serves_it_again(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    house = House(tmp_path)
-    house.live({"law": traffic["law"][:150]})
-    assert house.open_routes() == {"law"}
-    assert house.feed.latest("law") is not None
-    house.clock.now_s += 601.0
-    house.learn()
-    assert house.open_routes() == set()
-    assert house.feed.latest("law") is None
-    [closed] = house.events("law", "closed")
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({"law": traffic["law"][:150]})
+    assert testbed.open_routes() == {"law"}
+    assert testbed.feed.latest("law") is not None
+    testbed.clock.now_s += 601.0
+    testbed.learn()
+    assert testbed.open_routes() == set()
+    assert testbed.feed.latest("law") is None
+    [closed] = testbed.events("law", "closed")
     assert "starved" in closed.reason
-    seen = house.learner.snapshot()["num_records_seen"]
-    house.live({"law": traffic["law"][150:200]})
-    assert house.open_routes() == set(), "it must earn it again"
-    assert house.learner.snapshot()["num_records_seen"] >= seen + 25
+    seen = testbed.learner.snapshot()["num_records_seen"]
+    testbed.live({"law": traffic["law"][150:200]})
+    assert testbed.open_routes() == set(), "it must earn it again"
+    assert testbed.learner.snapshot()["num_records_seen"] >= seen + 25
 
 
 def test_an_operators_pin_keeps_a_route_open(tmp_path: Path, traffic: dict[str, Records]) -> None:
-    house = House(tmp_path)
-    house.live({"law": traffic["law"][:100]})
-    house.feed.pin("law", 0, "hands off")
-    house.clock.now_s += 601.0
-    house.learn()
-    assert house.open_routes() == {"law"}
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({"law": traffic["law"][:100]})
+    testbed.feed.pin("law", 0, "hands off")
+    testbed.clock.now_s += 601.0
+    testbed.learn()
+    assert testbed.open_routes() == {"law"}
 
 
 def test_a_route_that_gains_nothing_is_closed(tmp_path: Path, traffic: dict[str, Records]) -> None:
     """No gain is enough for this gate, so `default`'s draft serves it all along."""
-    house = House(tmp_path, gate_min_gain=0.9, route_losses_before_close=2)
-    house.live({"law": traffic["law"][:150]})
-    [closed] = house.events("law", "closed")
+    testbed = RoutesTestbed(tmp_path, gate_min_gain=0.9, route_losses_before_close=2)
+    testbed.live({"law": traffic["law"][:150]})
+    [closed] = testbed.events("law", "closed")
     assert "as good or better" in closed.reason
-    assert house.open_routes() == set()
+    assert testbed.open_routes() == set()
 
 
 def test_a_new_route_starts_from_the_best_draft_there_is(
-    tmp_path: Path, traffic: dict[str, Records], routed: House
+    tmp_path: Path, traffic: dict[str, Records], routed: RoutesTestbed
 ) -> None:
-    house = House(tmp_path)
-    house.live({topic: records[:170] for topic, records in traffic.items()})
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({topic: records[:170] for topic, records in traffic.items()})
     twin = [
         replace(record, route="verse-too", record_id=f"too-{record.record_id}") for record in traffic["verse"]
     ]
-    house.live({"verse-too": twin[:75]})
-    [opened] = house.events("verse-too", "opened")
+    testbed.live({"verse-too": twin[:75]})
+    [opened] = testbed.events("verse-too", "opened")
     assert "of verse" in opened.reason
 
 
 def test_a_killed_learner_goes_on_with_all_its_routes(tmp_path: Path, traffic: dict[str, Records]) -> None:
-    house = House(tmp_path)
-    house.live({topic: records[:100] for topic, records in traffic.items()})
-    before = house.learner.snapshot()
-    house.learner = house.build()
-    assert not house.learner.run_cycle()
-    after = house.learner.snapshot()
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({topic: records[:100] for topic, records in traffic.items()})
+    before = testbed.learner.snapshot()
+    testbed.learner = testbed.build()
+    assert not testbed.learner.run_cycle()
+    after = testbed.learner.snapshot()
     assert set(after["routes"]) == {"default", *TOPICS}
     for route, facts in after["routes"].items():
         for name in ("num_steps", "num_records_seen", "draft_version", "last_version"):
             assert facts[name] == before["routes"][route][name]
-    house.live({"law": traffic["law"][100:125]})
-    assert house.learner.snapshot()["routes"]["law"]["num_steps"] > before["routes"]["law"]["num_steps"]
+    testbed.live({"law": traffic["law"][100:125]})
+    assert testbed.learner.snapshot()["routes"]["law"]["num_steps"] > before["routes"]["law"]["num_steps"]
 
 
 def test_a_learner_without_its_folder_takes_its_routes_from_the_feed(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    house = House(tmp_path / "old")
-    house.live({"law": traffic["law"][:150]})
-    version = house.draft("law").draft_version
-    house._settings["checkpoint_folder"] = str(tmp_path / "new")
-    house.learner = house.build()
-    house.learner.run_cycle()
-    assert house.open_routes() == {"law"}
-    assert house.learner.snapshot()["routes"]["law"]["draft_version"] == version
+    testbed = RoutesTestbed(tmp_path / "old")
+    testbed.live({"law": traffic["law"][:150]})
+    version = testbed.draft("law").draft_version
+    testbed._settings["checkpoint_folder"] = str(tmp_path / "new")
+    testbed.learner = testbed.build()
+    testbed.learner.run_cycle()
+    assert testbed.open_routes() == {"law"}
+    assert testbed.learner.snapshot()["routes"]["law"]["draft_version"] == version
 
 
 def test_the_best_draft_is_the_first_of_equals_and_never_one_that_scores_nothing() -> None:
@@ -345,15 +347,15 @@ def test_the_best_draft_is_the_first_of_equals_and_never_one_that_scores_nothing
 def test_a_learner_that_is_allowed_fewer_routes_closes_those_for_which_there_is_no_room(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    house = House(tmp_path)
-    house.live({topic: records[:100] for topic, records in traffic.items()})
-    house._settings["max_routes"] = 1
-    house.learner = house.build()
-    house.learner.run_cycle()
-    assert len(house.open_routes()) == 1
-    [closed] = [event for topic in TOPICS for event in house.events(topic, "closed")]
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({topic: records[:100] for topic, records in traffic.items()})
+    testbed._settings["max_routes"] = 1
+    testbed.learner = testbed.build()
+    testbed.learner.run_cycle()
+    assert len(testbed.open_routes()) == 1
+    [closed] = [event for topic in TOPICS for event in testbed.events(topic, "closed")]
     assert "max_routes is 1" in closed.reason
-    assert house.feed.latest(closed.route) is None
+    assert testbed.feed.latest(closed.route) is None
 
 
 def test_a_route_that_sleeps_keeps_no_other_from_learning(
@@ -361,56 +363,56 @@ def test_a_route_that_sleeps_keeps_no_other_from_learning(
 ) -> None:
     """No gain is enough, so each draft sleeps after two decisions."""
     stall = {"stall_gain": 1.0, "stall_decisions": 1, "slow_stretch": 1}
-    house = House(tmp_path, **stall, first_rest_records=9999, max_rest_records=9999)
-    house.live({"law": traffic["law"][:150]})
-    before = house.learner.snapshot()["routes"]
+    testbed = RoutesTestbed(tmp_path, **stall, first_rest_records=9999, max_rest_records=9999)
+    testbed.live({"law": traffic["law"][:150]})
+    before = testbed.learner.snapshot()["routes"]
     assert before["default"]["asleep"] and before["law"]["asleep"]
-    house.live({"law": traffic["law"][150:], "verse": traffic["verse"][:100]})
-    after = house.learner.snapshot()["routes"]
+    testbed.live({"law": traffic["law"][150:], "verse": traffic["verse"][:100]})
+    after = testbed.learner.snapshot()["routes"]
     assert after["law"]["num_steps"] == before["law"]["num_steps"]
     assert after["law"]["num_rested_records"] == before["law"]["num_rested_records"] + 100
     assert after["verse"]["num_steps"] > 0
-    assert house.store.size(StreamKey("target-1", "law")).num_pending == 0
-    whole = house.learner.snapshot()
+    assert testbed.store.size(StreamKey("target-1", "law")).num_pending == 0
+    whole = testbed.learner.snapshot()
     assert whole["num_rested_records"] == sum(facts["num_rested_records"] for facts in after.values())
 
 
 def test_what_no_replica_will_serve_of_a_route_goes_back_to_the_default_draft(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
-    house = House(tmp_path)
-    house.live({"law": traffic["law"][:150]})
-    version = house.draft("law").draft_version
+    testbed = RoutesTestbed(tmp_path)
+    testbed.live({"law": traffic["law"][:150]})
+    version = testbed.draft("law").draft_version
     assert version > 0
-    refusal = AdapterEvent("rejected_by_replica", "law", version, "replica: corrupted", house.clock.now_s)
-    house.feed.add_event(refusal)
-    house.learner.run_cycle()
-    assert house.draft("law").draft_version < version
-    [taken_back] = house.events("law", "rolled_back")
+    refusal = AdapterEvent("rejected_by_replica", "law", version, "replica: corrupted", testbed.clock.now_s)
+    testbed.feed.add_event(refusal)
+    testbed.learner.run_cycle()
+    assert testbed.draft("law").draft_version < version
+    [taken_back] = testbed.events("law", "rolled_back")
     assert taken_back.reason.startswith("refused by replicas")
-    assert house.feed.latest("default") is not None
+    assert testbed.feed.latest("default") is not None
 
 
 def test_a_tag_whose_stream_is_forgotten_is_forgotten_by_the_learner(
     tmp_path: Path, traffic: dict[str, Records]
 ) -> None:
     """Clients invent tags: each would stand in the book, and be read every cycle, for good."""
-    house = House(tmp_path)
-    house.store = MemoryRecordStore(Bounds(max_age_s=500.0), clock=house.clock)
-    house.learner = house.build()
-    house.serve(*(replace(record, route=f"tag-{i}") for i, record in enumerate(traffic["law"][:50])))
-    house.learn()
-    house.serve(*traffic["verse"][:70])
-    house.learn()
+    testbed = RoutesTestbed(tmp_path)
+    testbed.store = MemoryRecordStore(Bounds(max_age_s=500.0), clock=testbed.clock)
+    testbed.learner = testbed.build()
+    testbed.serve(*(replace(record, route=f"tag-{i}") for i, record in enumerate(traffic["law"][:50])))
+    testbed.learn()
+    testbed.serve(*traffic["verse"][:70])
+    testbed.learn()
     [book] = tmp_path.rglob("routes.json")
     assert {"tag-0", "tag-49"} <= json.loads(book.read_text())["standings"].keys()
-    house.clock.now_s += 400.0
-    house.serve(*traffic["verse"][70:75])
-    house.clock.now_s += 200.0
-    house.learn()
-    house.serve(*traffic["verse"][75:105])
-    house.learn()
-    assert house.learner._inbox._waiting.keys() <= set(house.store.keys())
-    assert not [route for route in house.learner._inbox._used if route.startswith("tag")]
+    testbed.clock.now_s += 400.0
+    testbed.serve(*traffic["verse"][70:75])
+    testbed.clock.now_s += 200.0
+    testbed.learn()
+    testbed.serve(*traffic["verse"][75:105])
+    testbed.learn()
+    assert testbed.learner._inbox._waiting.keys() <= set(testbed.store.keys())
+    assert not [route for route in testbed.learner._inbox._used if route.startswith("tag")]
     standings = json.loads(book.read_text())["standings"]
     assert "verse" in standings and not [route for route in standings if route.startswith("tag")]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.records import NGRAM_DRAFTER, GenerationRecord, RecordSampling
+from buffer.names import NGRAM_DRAFTER
+from buffer.records import GenerationRecord, RecordSampling
 from learner.batch import collate, pack
-from learner.evaluation import observed_acceptance
+from learner.judging.evaluation import observed_acceptance
 from learner.rows import NO_TOKEN, record_fault, rejected_suffix_rows, trajectory_row
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import VOCAB_SIZE, tiny_draft, tiny_pair

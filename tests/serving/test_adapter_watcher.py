@@ -14,6 +14,7 @@ from buffer.store import AdapterFeed
 from serving.adapter_watcher import AdapterWatcher
 from serving.engine import SamplingParams
 from serving.local import LocalEngine, load_engine
+from serving.options import EngineOptions
 from serving.status import serving_status
 from tests.support.tiny_adapters import tiny_adapter
 
@@ -36,7 +37,9 @@ class AbsentFeed(MemoryAdapterFeed):
 
 @pytest.fixture
 def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
-    with load_engine(*tiny_pair, num_slots=2, max_seq_len=128, num_draft_tokens=3) as running:
+    with load_engine(
+        *tiny_pair, options=EngineOptions(num_slots=2, max_seq_len=128, num_draft_tokens=3)
+    ) as running:
         yield running
 
 
@@ -51,8 +54,7 @@ def watch(engine: LocalEngine, feed: AdapterFeed, replica_id: str = "r0") -> Ada
         )
 
     watcher = AdapterWatcher(
-        engine,
-        engine.draft_weights,
+        engine.drafts,
         feed,
         replica_id=replica_id,
         status=status,
@@ -220,7 +222,7 @@ def test_the_status_tells_counts_costs_and_drops(engine: LocalEngine) -> None:
 
 def test_a_replica_without_a_draft_only_reports(tiny_pair: tuple[str, str]) -> None:
     feed = MemoryAdapterFeed()
-    with load_engine(tiny_pair[0], num_slots=1, max_seq_len=64) as engine:
+    with load_engine(tiny_pair[0], EngineOptions(num_slots=1, max_seq_len=64)) as engine:
         watcher = watch(engine, feed)
         assert watcher.serve_latest_before_ready(timeout_s=1.0) == 0
     assert feed.statuses()[0].replica_id == "r0"

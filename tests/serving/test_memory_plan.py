@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,22 +18,24 @@ from serving.free_memory import FreeMemory, free_memory, host_free_bytes
 from serving.local import LocalEngine, build_engine, load_engine
 from serving.memory_plan import MemoryPlan, MemoryPlanError, ModelSize
 from serving.models.loading import load_pair
+from serving.options import EngineOptions
 
 GIB = 2**30
 SMALL = ModelSize(weights_bytes=1_000_000, column_bytes=96, vocab_size=1000)
 LARGE = ModelSize(weights_bytes=8_000_000, column_bytes=4096, vocab_size=1000)
 PLANS = [
-    MemoryPlan(num_slots=8, max_seq_len=1024, target=LARGE),
-    MemoryPlan(num_slots=3, max_seq_len=333, target=LARGE, draft=SMALL, export_queue_bytes=2**20),
-    MemoryPlan(num_slots=64, max_seq_len=64, target=SMALL, draft=SMALL, prefix_cache_mib=1.5),
-    MemoryPlan(num_slots=8, max_seq_len=4096, target=LARGE, draft=SMALL, weights_loaded=True),
+    MemoryPlan(EngineOptions(num_slots=8, max_seq_len=1024), LARGE),
+    MemoryPlan(EngineOptions(num_slots=3, max_seq_len=333, export_queue_bytes=2**20), LARGE, SMALL),
+    MemoryPlan(EngineOptions(num_slots=64, max_seq_len=64, prefix_cache_mib=1.5), SMALL, SMALL),
+    MemoryPlan(EngineOptions(num_slots=8, max_seq_len=4096), LARGE, SMALL, weights_loaded=True),
 ]
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
     with load_engine(
-        *tiny_pair, num_slots=3, max_seq_len=100, num_draft_tokens=8, export_queue_bytes=5_000
+        *tiny_pair,
+        options=EngineOptions(num_slots=3, max_seq_len=100, num_draft_tokens=8, export_queue_bytes=5_000),
     ) as running:
         yield running
 
@@ -41,52 +44,44 @@ def planned(plan: MemoryPlan, name: str) -> int:
     return sum(part.num_bytes for part in plan.parts() if part.name.startswith(name))
 
 
+def with_options(plan: MemoryPlan, **changes: Any) -> MemoryPlan:
+    return replace(plan, options=replace(plan.options, **changes))
+
+
 def weights_bytes(module: torch.nn.Module) -> int:
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def test_the_plan_is_what_the_engine_took(engine: LocalEngine) -> None:
-    plan, drafter = engine.memory_plan, engine._draft.drafter
-    assert engine.pair.draft is not None and engine.draft_weights is not None
-    assert isinstance(drafter, ModelDrafter) and engine._prefix_cache is not None
-    assert planned(plan, "keys and values of the target") == engine._target.cache.num_bytes
+    plan, drafter = engine.memory_plan, engine.core.drafts.drafter
+    assert engine.pair.draft is not None and engine.drafts is not None
+    assert isinstance(drafter, ModelDrafter) and engine.core.prefix_cache is not None
+    assert planned(plan, "keys and values of the target") == engine.core.target.cache.num_bytes
     assert planned(plan, "keys and values of the draft") == drafter.runner.cache.num_bytes
-    assert planned(plan, "prefix cache") == engine._prefix_cache.num_bytes > 0
+    assert planned(plan, "prefix cache") == engine.core.prefix_cache.num_bytes > 0
     assert planned(plan, "weights of the target") == weights_bytes(engine.pair.target)
     assert planned(plan, "weights of the draft as") == weights_bytes(engine.pair.draft)
-    assert planned(plan, "weights of the live") == weights_bytes(engine.draft_weights.module)
+    assert planned(plan, "weights of the live") == weights_bytes(engine.drafts.default.module)
     assert planned(plan, "records on their way") == 5_000
 
 
 def test_the_outline_of_a_pair_plans_what_the_loaded_pair_does(
     tiny_pair: tuple[str, str], engine: LocalEngine
 ) -> None:
-    outlined = MemoryPlan.outlined(
-        *tiny_pair,
-        dtype="float32",
-        num_slots=3,
-        max_seq_len=100,
-        prefix_cache_mib=None,
-        export_queue_bytes=5_000,
-    )
+    options = EngineOptions(num_slots=3, max_seq_len=100, num_draft_tokens=8, export_queue_bytes=5_000)
+    outlined = MemoryPlan.outlined(*tiny_pair, options, dtype="float32")
     assert replace(outlined, weights_loaded=True) == engine.memory_plan
-    half = MemoryPlan.outlined(
-        *tiny_pair,
-        dtype="bfloat16",
-        num_slots=3,
-        max_seq_len=10**9,
-        prefix_cache_mib=0,
-        export_queue_bytes=0,
-    )
+    large = EngineOptions(num_slots=3, max_seq_len=10**9, prefix_cache_mib=0)
+    half = MemoryPlan.outlined(*tiny_pair, large, dtype="bfloat16")
     assert half.target.column_bytes * 2 == outlined.target.column_bytes
-    assert (half.max_seq_len, half.prefix_cache_bytes) == (512, 0)
+    assert (half.options.max_seq_len, half.prefix_cache_bytes) == (512, 0)
 
 
 def test_drafts_of_routes_are_planned_for_and_may_be_what_does_not_fit(engine: LocalEngine) -> None:
     plan = engine.memory_plan
     assert plan.draft is not None and planned(plan, "drafts of") == 0
-    routed = replace(plan, max_route_drafts=3)
+    routed = with_options(plan, max_route_drafts=3)
     of_one = planned(plan, "weights of the live") + planned(plan, "keys and values of the draft")
     assert planned(routed, "drafts of 3 more routes") == 3 * of_one
     there = sum(part.num_bytes for part in plan.parts() if not part.is_held)
@@ -97,7 +92,7 @@ def test_drafts_of_routes_are_planned_for_and_may_be_what_does_not_fit(engine: L
 def test_a_captured_generation_holds_no_more_than_was_planned_for_a_slot(engine: LocalEngine) -> None:
     sampling = SamplingParams(seed=1, max_tokens=90, ignore_eos=True)
     generation = engine.submit(GenerationRequest("c", (5, 6), sampling, capture=True)).result(30)
-    of_slot = engine.memory_plan.capture_bytes // engine.memory_plan.num_slots
+    of_slot = engine.memory_plan.capture_bytes // engine.memory_plan.options.num_slots
     assert 0 < sum(captured.num_bytes for captured in generation.captured_rounds) <= of_slot
     for captured in generation.captured_rounds:
         arrays = [value for value in vars(captured).values() if hasattr(value, "nbytes")]
@@ -112,14 +107,14 @@ def test_a_refusal_names_numbers_that_fit_and_no_larger_ones(plan: MemoryPlan, s
     with pytest.raises(MemoryPlanError) as refused:
         plan.require_fit(free)
     message = str(refused.value)
-    assert f"num_slots={plan.num_slots} with max_seq_len={plan.max_seq_len}" in message
+    assert f"num_slots={plan.options.num_slots} with max_seq_len={plan.options.max_seq_len}" in message
     offers = re.findall(r"(num_slots|max_seq_len)=(\d+) at this", message)
-    least = [replace(plan, num_slots=1), replace(plan, max_seq_len=2)]
+    least = [with_options(plan, num_slots=1), with_options(plan, max_seq_len=2)]
     assert len(offers) == sum(smaller.fits(free) for smaller in least)
     for name, number in offers:
-        fitting = replace(plan, **{name: int(number)})
+        fitting = with_options(plan, **{name: int(number)})
         fitting.require_fit(free)
-        assert not replace(plan, **{name: int(number) + 1}).fits(free)
+        assert not with_options(plan, **{name: int(number) + 1}).fits(free)
 
 
 def test_what_fits_is_not_refused_and_host_and_device_are_looked_at_apart() -> None:
@@ -143,10 +138,12 @@ def test_an_engine_that_does_not_fit_takes_nothing_and_the_number_it_names_start
 ) -> None:
     pair, free = load_pair(*tiny_pair), FreeMemory(2_000_000)
     with pytest.raises(MemoryPlanError) as refused:
-        build_engine(pair, num_slots=1000, max_seq_len=64, free=free)
+        build_engine(pair, EngineOptions(num_slots=1000, max_seq_len=64), free=free)
     found = re.search(r"num_slots=(\d+) at this max_seq_len", str(refused.value))
     assert found is not None
-    with build_engine(pair, num_slots=int(found[1]), max_seq_len=64, free=free) as engine:
+    with build_engine(
+        pair, options=EngineOptions(num_slots=int(found[1]), max_seq_len=64), free=free
+    ) as engine:
         [generation] = engine.generate([[5]], SamplingParams(temperature=0.0, max_tokens=4))
     assert generation.finish_reason in {"length", "stop"}
 

@@ -7,11 +7,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from buffer.exporter import RecordExporter
 from buffer.memory_store import MemoryRecordStore
+from buffer.names import MODEL_DRAFTER
 from buffer.store import Bounds, StreamKey
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import MODEL_DRAFTER, DrafterVersion
+from serving.engine.proposal import DrafterVersion
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
+from serving.options import EngineOptions
 from tests.buffer.samples import START_S, borrowed
 
 VLLM_TAILS = (
@@ -26,7 +28,9 @@ VLLM_TAILS = (
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
-    with load_engine(*tiny_pair, num_slots=2, max_seq_len=128, num_draft_tokens=3) as running:
+    with load_engine(
+        *tiny_pair, options=EngineOptions(num_slots=2, max_seq_len=128, num_draft_tokens=3)
+    ) as running:
         yield running
 
 

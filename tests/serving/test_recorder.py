@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from buffer import records
 from buffer.codec import decode, encode
-from buffer.records import NGRAM_DRAFTER, GenerationRecord, ServingStatus
+from buffer.names import NGRAM_DRAFTER
+from buffer.records import GenerationRecord, ServingStatus
 from buffer.store import StreamKey
 from serving import recorder as recorder_module
 from serving.drafters.ngram_drafter import NgramDrafter
-from serving.engine import Generation, GenerationRequest, SamplingParams, proposal, request
+from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.engine import Engine
 from serving.local import load_engine
 from serving.metrics import ServingMetrics
-from serving.models import draft_weights
+from serving.options import EngineOptions
 from serving.recorder import Recorder
 from serving.status import serving_status
 from tests.support.table_engine import table_engine
@@ -54,7 +54,9 @@ def new_recorder(sink: ListSink | BrokenSink, rate: float = 1.0) -> Recorder:
 
 @pytest.fixture(scope="module")
 def engine(tiny_pair: tuple[str, str]) -> Iterator[Engine]:
-    with load_engine(*tiny_pair, num_slots=2, max_seq_len=128, num_draft_tokens=3) as running:
+    with load_engine(
+        *tiny_pair, options=EngineOptions(num_slots=2, max_seq_len=128, num_draft_tokens=3)
+    ) as running:
         yield running
 
 
@@ -108,13 +110,6 @@ def test_what_copied_is_named_in_records_status_and_metrics_and_has_no_version()
     assert f"{name}{labels} {float(generation.num_accepted)}" in lines
 
 
-def test_the_engines_names_are_those_of_records() -> None:
-    """Rooms that may not import `buffer` have a definition of their own."""
-    assert proposal.FLOOR_VERSION == draft_weights.FLOOR_VERSION == records.FLOOR_VERSION
-    assert (proposal.MODEL_DRAFTER, proposal.NGRAM_DRAFTER) == (records.MODEL_DRAFTER, records.NGRAM_DRAFTER)
-    assert request.DEFAULT_ROUTE == records.DEFAULT_ROUTE
-
-
 @pytest.mark.parametrize(
     "asked",
     [
@@ -126,7 +121,7 @@ def test_the_engines_names_are_those_of_records() -> None:
         {"allowed_token_ids": (5, 6)},
     ],
 )
-def test_what_changes_logits_marks_a_law_that_depends_on_the_context(
+def test_what_changes_logits_marks_a_distribution_that_depends_on_the_context(
     engine: Engine, asked: dict[str, Any]
 ) -> None:
     [record] = records_of(generated(engine, **asked))

@@ -15,6 +15,7 @@ from serving.adapter_watcher import AdapterWatcher
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.local import LocalEngine, load_engine
 from serving.metrics import ServingMetrics
+from serving.options import EngineOptions
 from serving.status import serving_status
 from tests.support.tiny_adapters import tiny_adapter
 
@@ -26,7 +27,7 @@ ENGINE = {"num_slots": 4, "max_seq_len": 128, "num_draft_tokens": 3}
 
 @pytest.fixture
 def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
-    with load_engine(*tiny_pair, max_route_drafts=2, **ENGINE) as running:
+    with load_engine(*tiny_pair, EngineOptions(max_route_drafts=2, **ENGINE)) as running:
         yield running
 
 
@@ -40,14 +41,12 @@ def watch(engine: LocalEngine, feed: MemoryAdapterFeed) -> AdapterWatcher:
         return serving_status(engine, replica_id="r0", at_s=time.time(), num_dropped_records=0)
 
     return AdapterWatcher(
-        engine,
-        engine.draft_weights,
+        engine.drafts,
         feed,
         replica_id="r0",
         status=status,
         watch_interval_s=0.01,
         status_interval_s=0.02,
-        route_drafts=engine.route_drafts,
         router=engine.router,
     )
 
@@ -94,7 +93,7 @@ def test_texts_are_the_targets_own_whatever_drafts_of_routes_share_a_batch(
     generations = run(engine, *routes, sampling=sampling)
     versions = [{span.draft_version for span in each.draft_versions} for each in generations]
     assert versions == [{1}, {2}, {3}, {3}]
-    with load_engine(*tiny_pair, **{**ENGINE, "num_draft_tokens": 0}) as alone:
+    with load_engine(*tiny_pair, EngineOptions(**{**ENGINE, "num_draft_tokens": 0})) as alone:
         plain = run(alone, *routes, sampling=sampling)
     assert [each.output_token_ids for each in generations] == [each.output_token_ids for each in plain]
     assert [each.num_drafted for each in plain] == [0] * 4
@@ -184,7 +183,7 @@ def test_a_route_whose_draft_cannot_be_made_is_served_by_the_default_routes(
         calls.append(1)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(engine.route_drafts, "_new_draft", no_room)
+    monkeypatch.setattr(engine.drafts, "_new_draft", no_room)
     watcher = watch(engine, feed)
     publish(engine, feed, "sql", 1)
     publish(engine, feed, "default", 1)
@@ -241,8 +240,8 @@ def test_status_and_metrics_tell_versions_and_counts_by_route(
 def test_without_room_for_routes_one_draft_serves_all_and_nothing_is_embedded(
     tiny_pair: tuple[str, str], feed: MemoryAdapterFeed
 ) -> None:
-    with load_engine(*tiny_pair, **ENGINE) as engine:
-        assert (engine.router, engine.route_drafts) == (None, None)
+    with load_engine(*tiny_pair, EngineOptions(**ENGINE)) as engine:
+        assert engine.router is None and engine.drafts is not None
         watcher = watch(engine, feed)
         publish(engine, feed, "sql", 1)
         publish(engine, feed, "default", 2)

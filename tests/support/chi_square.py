@@ -10,14 +10,18 @@ FALSE_ALARM_RATE = 1e-4
 """Of one test on a right implementation; seeds are fixed, so a passing test stays passing."""
 
 
-def fit_p_value(outcomes: Iterable[Any], law: Mapping[Any, float], min_expected: float = 5.0) -> float:
-    """p-value of `outcomes` under `law`; rare cells are pooled so that each expects `min_expected`, with the
-    smallest of the others if need be. A law of one cell is met by whatever is possible."""
+def fit_p_value(
+    outcomes: Iterable[Any], distribution: Mapping[Any, float], min_expected: float = 5.0
+) -> float:
+    """p-value of `outcomes` under `distribution`; rare cells are pooled so that each expects `min_expected`,
+    with the smallest of the others if need be. A distribution of one cell is met by whatever is possible."""
     counts = Counter(outcomes)
     total = sum(counts.values())
-    assert set(counts) <= {key for key, probability in law.items() if probability > 0}, "impossible outcome"
+    assert set(counts) <= {key for key, probability in distribution.items() if probability > 0}, (
+        "impossible outcome"
+    )
     observed, expected, rare_observed, rare_expected = [], [], 0.0, 0.0
-    for key, probability in law.items():
+    for key, probability in distribution.items():
         if probability * total >= min_expected:
             observed.append(float(counts[key]))
             expected.append(probability * total)

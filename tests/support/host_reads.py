@@ -1,7 +1,8 @@
 """Counts how often code waits for its device: on a GPU every one of these calls would be a synchronisation.
 
 What reads a tensor's values, makes a tensor out of Python numbers, or indexes by a mask or a list. Calls from
-`serving/engine/transfer.py` are the ones that a round may make; all others are listed with their place.
+`serving/engine/passes/transfer.py` are the ones that a round may make; all others are listed with their
+place.
 """
 
 import sys
@@ -43,7 +44,7 @@ class HostReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _WAITS or (name in _INDEXING and _reads_index(args[1])):
             frame = sys._getframe(1)
-            if frame.f_code.co_filename.endswith("serving/engine/transfer.py"):
+            if frame.f_code.co_filename.endswith("serving/engine/passes/transfer.py"):
                 if frame.f_code.co_name == "to_host":
                     self._host_calls.add(frame)
             else:

@@ -10,7 +10,7 @@ import torch
 
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.local import LocalEngine
-from tests.support.reference import coupled_noise, ends, next_law, only_output
+from tests.support.reference import coupled_noise, ends, next_distribution, only_output
 from tests.support.scheduled_engine import ScheduledEngine, play
 from tests.support.schedules import Schedule
 from tests.support.table_model import TableModel
@@ -55,8 +55,8 @@ def check_generation(
         assert output == (expected[: len(output)] if cancelled else expected), "another text"
     for index, token in enumerate(output):
         assert not ends(request, stop_ids, output[:index]), "text after its end"
-        law_V = next_law(target, request, stop_ids, output[:index])
-        assert law_V[token] > -torch.inf, f"token {token} is excluded at output position {index}"
+        probs_V = next_distribution(target, request, stop_ids, output[:index])
+        assert probs_V[token] > -torch.inf, f"token {token} is excluded at output position {index}"
         raw_V = target.logits_after([*request.prompt_token_ids, *output[:index]]).log_softmax(-1)
         assert abs(generation.logprobs[index] - float(raw_V[token])) < 1e-4, "another context's logprob"
     if not cancelled:

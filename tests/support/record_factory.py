@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from buffer.records import MODEL_DRAFTER, GenerationRecord, RecordSampling, RoundTrace
-from serving.engine.sampling import SamplingLaw, law_logprobs
+from buffer.names import MODEL_DRAFTER
+from buffer.records import GenerationRecord, RecordSampling, RoundTrace
+from serving.engine.sampling import SamplingMetadata, processed_logprobs
 
 GREEDY = RecordSampling(temperature=0.0, mode="greedy")
 
@@ -101,21 +102,21 @@ class RecordFactory:
     ) -> list[tuple[RoundTrace, list[int]]]:
         """One round of every sequence."""
         drafted = [list[int]() for _ in sequences]
-        draft_laws = [list[Tensor]() for _ in sequences]
+        draft_distributions = [list[Tensor]() for _ in sequences]
         for _ in range(self.num_draft_tokens):
             texts = [one + more for one, more in zip(sequences, drafted, strict=True)]
-            law_NV = self._law(self._logits(self.draft, texts, 1), sampling)[:, 0]
-            for number, token in enumerate(self._draw(law_NV)):
-                draft_laws[number].append(law_NV[number])
+            probs_NV = self._distribution(self._logits(self.draft, texts, 1), sampling)[:, 0]
+            for number, token in enumerate(self._draw(probs_NV)):
+                draft_distributions[number].append(probs_NV[number])
                 drafted[number].append(token)
         texts = [one + more for one, more in zip(sequences, drafted, strict=True)]
         logits_NEV = self._logits(self.target, texts, self.num_draft_tokens + 1)
-        target_NEV = self._law(logits_NEV, sampling)
+        target_NEV = self._distribution(logits_NEV, sampling)
         return [
             self._verified(
                 len(sequences[number]),
                 drafted[number],
-                torch.stack(draft_laws[number]),
+                torch.stack(draft_distributions[number]),
                 logits_NEV[number],
                 target_NEV[number],
                 sampling,
@@ -180,9 +181,9 @@ class RecordFactory:
         rows_N1 = torch.arange(len(texts))[:, None]
         return logits_NTV[rows_N1, last_N1 + torch.arange(num_last)]
 
-    def _law(self, logits_NXV: Tensor, sampling: RecordSampling) -> Tensor:
+    def _distribution(self, logits_NXV: Tensor, sampling: RecordSampling) -> Tensor:
         row = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        return law_logprobs(logits_NXV, SamplingLaw.stack([row] * len(logits_NXV)))
+        return processed_logprobs(logits_NXV, SamplingMetadata.stack([row] * len(logits_NXV)))
 
     def _draw(self, logprobs_NV: Tensor) -> list[int]:
         drawn_N: list[int] = torch.multinomial(logprobs_NV.exp(), 1, generator=self.generator)[:, 0].tolist()

@@ -1,7 +1,7 @@
 """What the target alone would say, token by token, without engine, cache or batch.
 
-Greedy and coupled output is one text; sampled output is a law, enumerated. Independent of the engine but for
-the law's own code and the noise, which have plain references of their own in test_sampling.
+Greedy and coupled output is one text; sampled output is a distribution, enumerated. Independent of the engine
+but for the distribution's own code and the noise, which have plain references of their own in test_sampling.
 """
 
 from collections import Counter
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from serving.engine import GenerationRequest
 from serving.engine.noise import gumbel_noise, noise_key
-from serving.engine.sampling import SamplingLaw, law_logprobs
+from serving.engine.sampling import SamplingMetadata, processed_logprobs
 from tests.support.table_model import TableModel
 
 
-def next_law(
+def next_distribution(
     model: TableModel, request: GenerationRequest, stop_ids: Collection[int], output: Sequence[int]
 ) -> Tensor:
-    """Log-probabilities [V] of the token after `output` under the request's final law."""
+    """Log-probabilities [V] of the token after `output` under the request's final distribution."""
     params = request.sampling
     logits_V = _processed(model.logits_after([*request.prompt_token_ids, *output]), request, output)
     if len(output) < params.min_tokens:
         logits_V[list(stop_ids)] = -torch.inf
     row = (params.temperature, params.top_k, params.top_p, params.min_p)
-    return law_logprobs(logits_V[None, None], SamplingLaw.stack([row]))[0, 0]
+    return processed_logprobs(logits_V[None, None], SamplingMetadata.stack([row]))[0, 0]
 
 
 def _processed(raw_logits_V: Tensor, request: GenerationRequest, output: Sequence[int]) -> Tensor:
@@ -56,14 +56,14 @@ def only_output(model: TableModel, request: GenerationRequest, stop_ids: Collect
     assert request.sampling.mode != "standard"
     output: list[int] = []
     while not ends(request, stop_ids, output):
-        law_V = next_law(model, request, stop_ids, output)
+        probs_V = next_distribution(model, request, stop_ids, output)
         if request.sampling.mode == "coupled":
-            law_V = law_V + coupled_noise(request, len(output), len(law_V))
-        output.append(int(law_V.argmax()))
+            probs_V = probs_V + coupled_noise(request, len(output), len(probs_V))
+        output.append(int(probs_V.argmax()))
     return output
 
 
-def output_law(
+def output_distribution(
     model: TableModel, request: GenerationRequest, stop_ids: Collection[int]
 ) -> dict[tuple[int, ...], float]:
     """Exact probability of every whole output of a sampled request."""
@@ -80,7 +80,7 @@ def _branches(
     if ends(request, stop_ids, output):
         yield output, float(torch.tensor(logprob, dtype=torch.float64).exp())
         return
-    for token, step in enumerate(next_law(model, request, stop_ids, output).tolist()):
+    for token, step in enumerate(next_distribution(model, request, stop_ids, output).tolist()):
         if step > -torch.inf:
             yield from _branches(model, request, stop_ids, (*output, token), logprob + step)
 

@@ -1,4 +1,4 @@
-"""An acceptance rule by itself: what it emits follows the target's law, whatever the draft's."""
+"""An acceptance rule by itself: what it emits follows the target's distribution, whatever the draft's."""
 
 import itertools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ MIN_EXPECTED = 50.0
 
 
 @st.composite
-def law_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+def distribution_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """Log-probabilities of target [E, V] and draft [G, V], each position by itself."""
     vocab_size, num_drafts = draw(st.integers(2, 4)), draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -47,10 +47,11 @@ def law_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 def check_rule(rule: Rule, pair: tuple[Tensor, Tensor]) -> None:
-    """Drafts drawn from the draft's laws, judged by the rule, completed by the target: the target's law."""
+    """Drafts drawn from the draft's distributions, judged by the rule, completed by the target: the target's
+    distribution."""
     target_EV, draft_GV = pair
     num_drafts, generator = len(draft_GV), torch.Generator().manual_seed(0)
-    drafted_BG = torch.stack([_draws(law_V, generator) for law_V in draft_GV], dim=1)
+    drafted_BG = torch.stack([_draws(probs_V, generator) for probs_V in draft_GV], dim=1)
     verification = rule(
         target_EV.expand(NUM_ROWS, -1, -1),
         draft_GV.expand(NUM_ROWS, -1, -1),
@@ -61,21 +62,25 @@ def check_rule(rule: Rule, pair: tuple[Tensor, Tensor]) -> None:
     )
     accepted_B1 = verification.num_accepted_B[:, None]
     if torch.equal(draft_GV, target_EV[:-1]):
-        assert bool((accepted_B1 == num_drafts).all()), "a draft from the target's own law was rejected"
-    fresh_BE = torch.stack([_draws(law_V, generator) for law_V in target_EV], dim=1)
+        assert bool((accepted_B1 == num_drafts).all()), (
+            "a draft from the target's own distribution was rejected"
+        )
+    fresh_BE = torch.stack([_draws(probs_V, generator) for probs_V in target_EV], dim=1)
     kept_BE = torch.arange(num_drafts + 1) < accepted_B1
     emitted_BE = torch.where(kept_BE, torch.nn.functional.pad(drafted_BG, (0, 1)), fresh_BE)
     emitted_BE.scatter_(1, accepted_B1, verification.next_token_B[:, None])
-    p_value = fit_p_value(map(tuple, emitted_BE.tolist()), _product_law(target_EV), MIN_EXPECTED)
-    assert p_value > FUZZ_FALSE_ALARM_RATE, f"the rule does not emit the target's law: p = {p_value:.2g}"
+    p_value = fit_p_value(map(tuple, emitted_BE.tolist()), _product_distribution(target_EV), MIN_EXPECTED)
+    assert p_value > FUZZ_FALSE_ALARM_RATE, (
+        f"the rule does not emit the target's distribution: p = {p_value:.2g}"
+    )
 
 
-def _draws(law_V: Tensor, generator: torch.Generator) -> Tensor:
-    probs_BV = law_V.exp().expand(NUM_ROWS, -1)
+def _draws(probs_V: Tensor, generator: torch.Generator) -> Tensor:
+    probs_BV = probs_V.exp().expand(NUM_ROWS, -1)
     return draw(probs_BV, draw_uniforms(probs_BV, generator))
 
 
-def _product_law(target_EV: Tensor) -> dict[tuple[int, ...], float]:
+def _product_distribution(target_EV: Tensor) -> dict[tuple[int, ...], float]:
     probs = target_EV.double().exp().tolist()
     return {
         tokens: float(torch.tensor([row[token] for row, token in zip(probs, tokens, strict=True)]).prod())

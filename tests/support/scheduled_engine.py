@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buffer.names import MODEL_DRAFTER
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import stopping_rule
 from serving.engine import Generation
 from serving.engine.draft_length import DraftLengthController, Lengths, Row
+from serving.engine.draft_pool import Staged
 from serving.engine.engine import Engine
 from serving.engine.handle import GenerationHandle
-from serving.engine.live_draft import StagedWeights
-from serving.engine.prefix_cache import PrefixCache
-from serving.engine.proposal import MODEL_DRAFTER, Drafter, LookupDrafter, Proposal
-from serving.engine.runner import Runner
+from serving.engine.passes.prefix_cache import PrefixCache
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.slot_cache import SlotCache
+from serving.engine.proposal import Drafter, LookupDrafter, Proposal
 from serving.engine.sampling import draw, draw_uniforms
 from serving.engine.sequence import Batch
-from serving.engine.slot_cache import SlotCache
 from tests.support.schedules import Cancel, Close, Event, Join, Open, Schedule, Swap
 from tests.support.table_engine import ScriptedDrafter, StagedTable
 from tests.support.table_model import NUM_ROWS, TableModel
@@ -56,7 +57,8 @@ class ScriptedLength(DraftLengthController):
 
 
 class ArbitraryDrafter:
-    """Draws from laws that have nothing to do with any model, as many tokens as it likes, and says so."""
+    """Draws from distributions that have nothing to do with any model, as many tokens as it likes, and says
+    so."""
 
     drafter_id = MODEL_DRAFTER
 
@@ -75,15 +77,15 @@ class ArbitraryDrafter:
         drafted = [self._integer(count + 1) for count in num_draft_tokens_B]
         shape = (len(batch), max(drafted), self._vocab_size)
         sharpness = (0.0, 1.0, 30.0)[self._integer(3)]
-        law_BGV = (sharpness * torch.randn(shape, generator=self._generator)).log_softmax(-1)
-        flat_NV = law_BGV.flatten(0, 1)
+        logprobs_BGV_ = (sharpness * torch.randn(shape, generator=self._generator)).log_softmax(-1)
+        flat_NV = logprobs_BGV_.flatten(0, 1)
         token_BG = draw(flat_NV.exp(), draw_uniforms(flat_NV, self._generator)).view(shape[:2])
         return Proposal(
             draft_version=self.draft_version,
             token_ids_BG=token_BG,
             num_drafted_B=tuple(drafted),
-            logprobs_BGV=law_BGV,
-            token_logprobs_BG=law_BGV.gather(-1, token_BG[..., None])[..., 0],
+            logprobs_BGV=logprobs_BGV_,
+            token_logprobs_BG=logprobs_BGV_.gather(-1, token_BG[..., None])[..., 0],
         )
 
     def _integer(self, end: int) -> int:
@@ -155,7 +157,7 @@ class ScheduledEngine(Engine):
 
     def _before_turn(self, *, is_idle: bool) -> None:
         if not self._is_seeded:
-            self.generator.manual_seed(self._schedule.seed)
+            self.core.generator.manual_seed(self._schedule.seed)
             self._is_seeded = True
         if is_idle and not self._left:
             self._closed.set()
@@ -186,7 +188,7 @@ class ScheduledEngine(Engine):
         if drafter is not None:
             self.open_draft(route, drafter, self._floor_of(model))
 
-    def _floor_of(self, model: TableModel) -> Callable[[], StagedWeights] | None:
+    def _floor_of(self, model: TableModel) -> Callable[[], Staged] | None:
         shipped = self._shipped.table
         has_floor = self._schedule.has_floor and self._schedule.drafter == "model"
         return (lambda: StagedTable(0, model, shipped)) if has_floor else None
@@ -194,7 +196,7 @@ class ScheduledEngine(Engine):
     def _table(self, swap: Swap) -> Tensor:
         like = self._shipped.table
         if swap.table == "target":
-            return self._target.model.table.clone()  # type: ignore[operator]
+            return self.core.target.model.table.clone()  # type: ignore[operator]
         if swap.table in {"zero", "huge", "nan", "inf"}:
             value = {"zero": 0.0, "huge": 1e30, "nan": torch.nan, "inf": torch.inf}[swap.table]
             return torch.full_like(like, value)
@@ -207,7 +209,7 @@ class ScheduledEngine(Engine):
 
     def _owned(self, drafter: ModelDrafter | None) -> list[tuple[int, list[int], int]]:
         """(slot, token ids, columns that count) of every slot in use; without a drafter, of the target's."""
-        scheduler = self._scheduler
+        scheduler = self.core.scheduler
         sequences = [*scheduler.running, *([scheduler.prefilling] if scheduler.prefilling else [])]
         cached = [sequence.num_cached for sequence in sequences]
         if drafter is not None:
@@ -218,16 +220,16 @@ class ScheduledEngine(Engine):
         ]
 
     def _caches(self) -> list[tuple[SlotCache, list[tuple[int, list[int], int]]]]:
-        caches = [(self._target.cache, self._owned(None))]
-        for drafter in self._draft._drafters:
+        caches = [(self.core.target.cache, self._owned(None))]
+        for drafter in self.core.drafts.drafters:
             if isinstance(drafter, ModelDrafter):
                 caches.append((drafter.runner.cache, self._owned(drafter)))
         return caches
 
     def _check_lengths(self) -> None:
         """The invariants between two rounds; columns that count hold their own tokens' keys."""
-        running = self._scheduler.running
-        assert len(running) + (self._scheduler.prefilling is not None) <= self._scheduler.num_slots
+        running = self.core.scheduler.running
+        assert len(running) + (self.core.scheduler.prefilling is not None) <= self.core.scheduler.num_slots
         assert all(sequence.finish_reason is None for sequence in running), "a finished one kept its slot"
         for sequence in running:
             assert sequence.num_cached == len(sequence.token_ids) - 1, "the target's cache lags or leads"

@@ -11,11 +11,11 @@ from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import StoppingRule
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
-from serving.engine.prefix_cache import PrefixCache
+from serving.engine.passes.prefix_cache import PrefixCache
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.slot_cache import SlotCache
 from serving.engine.proposal import LookupDrafter, Proposal, combine
-from serving.engine.runner import Runner
 from serving.engine.sequence import Batch
-from serving.engine.slot_cache import SlotCache
 from tests.support.table_model import TableModel
 
 MAX_LEN = 48
@@ -67,7 +67,7 @@ class StagedTable:
 
 
 class MisreportingDrafter(ModelDrafter):
-    """Draws from one law and claims another: the bug of taking draft_probs from new weights."""
+    """Draws from one distribution and claims another: the bug of taking draft_probs from new weights."""
 
     def propose(
         self,
@@ -83,7 +83,7 @@ class MisreportingDrafter(ModelDrafter):
 
 
 class UndrawingDrafter(ModelDrafter):
-    """Drops a drawn token when it was unlikely: biased, since the draw is part of the law."""
+    """Drops a drawn token when it was unlikely: biased, since the draw is part of the distribution."""
 
     def propose(
         self,
@@ -155,7 +155,8 @@ class HalfCopyingDrafter(ModelDrafter):
 
 
 class CopyingAsIfDrawnDrafter(ModelDrafter):
-    """Copies a token and claims that the model drew it: the bug of judging copies by the model's law."""
+    """Copies a token and claims that the model drew it: the bug of judging copies by the model's
+    distribution."""
 
     def propose(
         self,

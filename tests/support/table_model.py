@@ -1,7 +1,8 @@
-"""A causal language model whose law is known exactly, behind the interface of a transformers model.
+"""A causal language model whose distribution is known exactly, behind the interface of a transformers model.
 
-The logits after a context are a row of a table; the row is a hash of the whole context, which the model
-reads back from its KV cache. So a wrong mask, position, catch-up or slot move changes the law and is caught.
+The logits after a context are a row of a table; the row is a hash of the whole context, which the model reads
+back from its KV cache. So a wrong mask, position, catch-up or slot move changes the distribution and is
+caught.
 """
 
 import itertools
@@ -59,15 +60,15 @@ class TableModel(nn.Module):
         row = sum((token + 1) * (position + 1) % NUM_ROWS for position, token in enumerate(context))
         return self.table[row % NUM_ROWS]
 
-    def output_law(
+    def output_distribution(
         self, prompt: Sequence[int], num_tokens: int, temperature: float = 1.0
     ) -> dict[tuple[int, ...], float]:
         """Exact probability of every output of `num_tokens` tokens, by enumeration."""
-        law = {}
+        distribution = {}
         for output in itertools.product(range(self.config.vocab_size), repeat=num_tokens):
             logprob = 0.0
             for index, token in enumerate(output):
                 logits_V = self.logits_after([*prompt, *output[:index]])
                 logprob += float(torch.log_softmax(logits_V / temperature, -1)[token])
-            law[output] = float(torch.tensor(logprob).exp())
-        return law
+            distribution[output] = float(torch.tensor(logprob).exp())
+        return distribution

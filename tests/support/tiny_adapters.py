@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from buffer.records import DEFAULT_ROUTE, AdapterManifest
+from buffer.names import DEFAULT_ROUTE
+from buffer.records import AdapterManifest
 from serving.models.loading import load_draft, weights_revision
 
 RANK, ALPHA, MODULES = 4, 8, ("q_proj", "v_proj", "down_proj")

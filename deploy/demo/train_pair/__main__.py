@@ -10,7 +10,7 @@ import torch
 import typer
 
 from deploy.demo.train_pair.fit import Budget
-from deploy.demo.train_pair.stages import STAGES, Plan
+from deploy.demo.train_pair.stages import STAGES, TrainingPlan
 
 WORK = Path(".train_pair")
 OUT = Path("deploy/demo/pair")
@@ -32,7 +32,7 @@ def main(
     """Train the target on every domain, the draft on prose alone, and write both with a model card."""
     torch.set_num_threads(1)
     budgets = (steps, minutes), (recital_steps, recital_minutes), (draft_steps, draft_minutes)
-    plan = Plan(out, work, seed, threads, *(Budget(*limits) for limits in budgets))
+    plan = TrainingPlan(out, work, seed, threads, *(Budget(*limits) for limits in budgets))
     for name, stage in STAGES.items():
         if only in ("", name):
             stage(plan)

@@ -39,7 +39,7 @@ NUM_ANSWERS = 800
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainingPlan:
     """Where a training run writes, and what it may spend."""
 
     out: Path
@@ -51,7 +51,7 @@ class Plan:
     draft_budget: Budget
 
 
-def train_target(plan: Plan) -> None:
+def train_target(plan: TrainingPlan) -> None:
     """Train the target on every domain and write it."""
     torch.manual_seed(plan.seed)
     tokenizer = _tokenizer(plan)
@@ -62,7 +62,7 @@ def train_target(plan: Plan) -> None:
     _note(plan, "target", report)
 
 
-def recite_prose(plan: Plan) -> None:
+def recite_prose(plan: TrainingPlan) -> None:
     """Teach the trained target the prose that the demo asks for; the draft never sees it."""
     torch.manual_seed(plan.seed + 2)
     tokenizer, target = _tokenizer(plan), load_pretrained(plan.out / "target")
@@ -73,7 +73,7 @@ def recite_prose(plan: Plan) -> None:
     _note(plan, "recital", report)
 
 
-def train_draft(plan: Plan) -> None:
+def train_draft(plan: TrainingPlan) -> None:
     """Train the draft on prose alone, to say what the target says there, and write it."""
     torch.manual_seed(plan.seed + 1)
     tokenizer, target = _tokenizer(plan), load_pretrained(plan.out / "target")
@@ -95,7 +95,7 @@ def train_draft(plan: Plan) -> None:
     _note(plan, "draft", report)
 
 
-def write_model_card(plan: Plan) -> None:
+def write_model_card(plan: TrainingPlan) -> None:
     """Measure the written pair and describe it."""
     reports = json.loads((plan.work / "reports.json").read_text(encoding="utf-8"))
     write_card(plan.out, {name: Report(**report) for name, report in reports.items()})
@@ -123,7 +123,7 @@ def _learn_documents(
     return fit(target, losses_at, optimizers, budget, checkpoint)
 
 
-def _tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
+def _tokenizer(plan: TrainingPlan) -> PreTrainedTokenizerFast:
     folder = plan.work / "tokenizer"
     if not folder.exists():
         train_tokenizer(plan.seed).save_pretrained(folder)
@@ -131,7 +131,7 @@ def _tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
 
 
 def _answered_prose(
-    plan: Plan, target: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    plan: TrainingPlan, target: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> list[Document]:
     file = plan.work / "answers.json"
     if not file.exists():
@@ -142,13 +142,13 @@ def _answered_prose(
     return [Document(asked + answer, [False] * len(asked) + [True] * len(answer)) for asked, answer in pairs]
 
 
-def _note(plan: Plan, name: str, report: Report) -> None:
+def _note(plan: TrainingPlan, name: str, report: Report) -> None:
     file = plan.work / "reports.json"
     reports = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     file.write_text(json.dumps({**reports, name: asdict(report)}), encoding="utf-8")
 
 
-STAGES: Mapping[str, Callable[[Plan], None]] = {
+STAGES: Mapping[str, Callable[[TrainingPlan], None]] = {
     "target": train_target,
     "recital": recite_prose,
     "draft": train_draft,

@@ -7,20 +7,20 @@ import pytest
 
 from benchmarks.osd import views
 from benchmarks.osd.changing_traffic import purity, shift
+from benchmarks.osd.experiment_cache import ExperimentCache
 from benchmarks.osd.jobs import Job, Result, run
 from benchmarks.osd.per_domain import per_domain, records_to_reach
-from benchmarks.osd.plan import Plan, moving_acceptance
-from benchmarks.osd.told import Asking
-from benchmarks.osd.workshop import Workshop
+from benchmarks.osd.plan import ExperimentPlan, moving_acceptance
+from benchmarks.osd.recorded_answers import Asking
 from deploy.commands.demo import PAIR
 from tests.benchmarks.osd.rows import write_rows
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
+def cache(tmp_path: Path) -> ExperimentCache:
     write_rows(tmp_path / "data", 600)
     asking = Asking(prompt_tokens=48, max_tokens=12)
-    return Workshop(
+    return ExperimentCache(
         str(PAIR / "target"), str(PAIR / "draft"), tmp_path / "data", tmp_path / "cache", asking, 96, 16
     )
 
@@ -43,37 +43,37 @@ def test_the_moving_average_is_of_tokens_not_of_requests() -> None:
 
 
 @pytest.mark.slow
-def test_a_job_is_worked_out_once(workshop: Workshop) -> None:
+def test_a_job_is_worked_out_once(cache: ExperimentCache) -> None:
     job = Job("paper", ("gsm8k",), num_records=64, settings=(("learning_rate", 1e-3),), evaluate_every=32)
-    first = run(job, workshop)
-    kept = workshop.folder() / "runs" / job.key / "result.json"
+    first = run(job, cache)
+    kept = cache.folder() / "runs" / job.key / "result.json"
     written = kept.stat().st_mtime_ns
-    assert run(job, workshop) == Result.read(kept.parent)
+    assert run(job, cache) == Result.read(kept.parent)
     assert kept.stat().st_mtime_ns == written
     assert len(first.accepted) == 64 and first.num_steps == 8
     assert [count for count, _ in first.held_out["gsm8k"]] == [0, 32, 64]
 
 
 @pytest.mark.slow
-def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(workshop: Workshop) -> None:
+def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cache: ExperimentCache) -> None:
     """Word problems that differ in their numbers alone: whoever learns at all gains much here."""
-    plan = Plan(workshop, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
-    plan.told()
+    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
+    plan.recorded()
     metrics, series, adapters = per_domain(plan)
     rates = metrics["acceptance_rate"]["gsm8k"]
     assert rates["offline"] > rates["floor"] + 0.1
     assert rates["paper"] > rates["floor"] and rates["ours"] > rates["floor"]
     assert adapters["gsm8k"]["floor"] == "" and Path(adapters["gsm8k"]["ours"]).is_dir()
     assert series["gsm8k/ours/0"]
-    views.plot_domains(metrics, series, plan.workshop.cache / "domains.png")
-    assert (plan.workshop.cache / "domains.png").stat().st_size > 0
+    views.plot_domains(metrics, series, plan.cache.cache / "domains.png")
+    assert (plan.cache.cache / "domains.png").stat().st_size > 0
     json.dumps([metrics, series])
 
 
 @pytest.mark.slow
-def test_a_shift_is_compared_with_lives_of_one_domain(workshop: Workshop) -> None:
-    plan = Plan(workshop, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
-    plan.told()
+def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) -> None:
+    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
+    plan.recorded()
     metrics, series = shift(plan)
     assert metrics["replay"]["forgotten_of_first"] == pytest.approx(0.0)
-    views.plot_phases(metrics, series, plan.domains, plan.workshop.cache / "shift.png")
+    views.plot_phases(metrics, series, plan.domains, plan.cache.cache / "shift.png")

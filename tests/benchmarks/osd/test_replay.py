@@ -8,13 +8,14 @@ import pytest
 
 from benchmarks.osd.arms import settings_of, trainable
 from benchmarks.osd.corpus import Exchange
+from benchmarks.osd.recorded_answers import Asking, RecordedAnswer, load, report, save
 from benchmarks.osd.replay import Replay
-from benchmarks.osd.told import Asking, Told, load, save, tell
 from deploy.commands.demo import PAIR
 from deploy.demo.corpus import prompts
 from serving.engine.request import Generation, SamplingParams
 from serving.local import build_engine
 from serving.models.loading import ModelPair, load_pair
+from serving.options import EngineOptions
 
 NUM_DRAFT_TOKENS = 4
 ASKING = Asking(prompt_tokens=64, max_tokens=24)
@@ -26,55 +27,60 @@ def pair() -> ModelPair:
 
 
 @pytest.fixture(scope="module", params=[0.0, 1.0])
-def told(request: pytest.FixtureRequest, pair: ModelPair) -> list[Told]:
+def recorded(request: pytest.FixtureRequest, pair: ModelPair) -> list[RecordedAnswer]:
     stream = prompts("prose", "heldout", seed=3)
     rows = [Exchange("prose", "en", next(stream).messages[-1]["content"], "") for _ in range(12)]
-    return tell(pair, rows, request.param, ASKING)
+    return report(pair, rows, request.param, ASKING)
 
 
-def _engine(pair: ModelPair, told: list[Told]) -> list[Generation]:
+def _engine(pair: ModelPair, recorded: list[RecordedAnswer]) -> list[Generation]:
     """One request at a time: with batch mates a row may sit out a round while it catches up."""
     with build_engine(
-        pair, num_slots=1, max_seq_len=128, num_draft_tokens=NUM_DRAFT_TOKENS, speculation="model"
+        pair,
+        options=EngineOptions(
+            num_slots=1, max_seq_len=128, num_draft_tokens=NUM_DRAFT_TOKENS, speculation="model"
+        ),
     ) as engine:
         return [
             engine.generate(
                 [one.prompt_token_ids.tolist()],
                 SamplingParams(temperature=one.temperature, seed=one.seed, max_tokens=ASKING.max_tokens),
             )[0]
-            for one in told
+            for one in recorded
         ]
 
 
-def _replayed(pair: ModelPair, told: list[Told]) -> list[tuple[int, int, int]]:
+def _replayed(pair: ModelPair, recorded: list[RecordedAnswer]) -> list[tuple[int, int, int]]:
     draft = trainable(pair, settings_of("ours", {}))
-    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, told)
+    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, recorded)
     return [(one.num_rounds, one.num_attempted, one.num_accepted) for one in played]
 
 
-def test_a_replay_counts_what_the_engine_counts(pair: ModelPair, told: list[Told]) -> None:
-    generations = _engine(pair, told)
-    assert [list(one.token_ids_N) for one in told] == [one.output_token_ids for one in generations]
+def test_a_replay_counts_what_the_engine_counts(pair: ModelPair, recorded: list[RecordedAnswer]) -> None:
+    generations = _engine(pair, recorded)
+    assert [list(one.token_ids_N) for one in recorded] == [one.output_token_ids for one in generations]
     counted = [(one.num_rounds, one.num_attempted, one.num_accepted) for one in generations]
-    assert _replayed(pair, told) == counted
+    assert _replayed(pair, recorded) == counted
     assert sum(accepted for _, _, accepted in counted) > 0
 
 
-def test_a_replay_with_another_draft_length_or_noise_is_seen(pair: ModelPair, told: list[Told]) -> None:
+def test_a_replay_with_another_draft_length_or_noise_is_seen(
+    pair: ModelPair, recorded: list[RecordedAnswer]
+) -> None:
     """The control of the test above: what it compares does depend on what it should."""
-    counted = _replayed(pair, told)
+    counted = _replayed(pair, recorded)
     draft = trainable(pair, settings_of("ours", {}))
-    shorter = Replay(pair.target_revision, 1).play(draft, 0, told)
+    shorter = Replay(pair.target_revision, 1).play(draft, 0, recorded)
     assert [one.num_rounds for one in shorter] != [rounds for rounds, _, _ in counted]
-    if told[0].seed is not None:
-        assert _replayed(pair, [replace(one, seed=one.seed + 1) for one in told if one.seed is not None]) != (
-            counted
-        )
+    if recorded[0].seed is not None:
+        assert _replayed(
+            pair, [replace(one, seed=one.seed + 1) for one in recorded if one.seed is not None]
+        ) != (counted)
 
 
-def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, told: list[Told]) -> None:
+def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, recorded: list[RecordedAnswer]) -> None:
     draft = trainable(pair, settings_of("ours", {}))
-    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, told)
+    played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, recorded)
     traces = [trace for one in played for trace in one.record.rounds]
     rejected = [trace for trace in traces if trace.num_accepted < trace.num_drafted]
     assert rejected
@@ -84,9 +90,9 @@ def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, told: list[T
         assert np.isfinite(trace.topk_logprobs_EK[:emitted]).all()
 
 
-def test_what_was_told_survives_its_file(tmp_path: Path, told: list[Told]) -> None:
-    save(tmp_path / "told.npz", told)
-    for one, other in zip(told, load(tmp_path / "told.npz"), strict=True):
+def test_what_was_told_survives_its_file(tmp_path: Path, recorded: list[RecordedAnswer]) -> None:
+    save(tmp_path / "recorded.npz", recorded)
+    for one, other in zip(recorded, load(tmp_path / "recorded.npz"), strict=True):
         assert vars(one).keys() == vars(other).keys()
         for name, value in vars(one).items():
             np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from serving.api.answering import CLIENT_LEFT, respond
 from serving.api.completions import CompletionRenderer
-from serving.api.plan import Plan, sampling_of
+from serving.api.request_plan import RequestPlan, sampling_of
 from serving.api.request_schema import CompletionBody
 from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
@@ -71,7 +71,7 @@ async def test_a_client_that_leaves_ends_the_submission_of_its_request(
 
     request = Request({"type": "http", "headers": []}, receive)
     body = CompletionBody.model_validate(LONG | {"n": 64, "stream": stream})
-    plan = Plan(
+    plan = RequestPlan(
         api_id="cmpl-test",
         created=0,
         model="tiny",

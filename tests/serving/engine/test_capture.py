@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from serving.engine import Generation, GenerationRequest, SamplingParams
-from serving.engine.sampling import SamplingLaw, law_logprobs
+from serving.engine.sampling import SamplingMetadata, processed_logprobs
 from serving.local import LocalEngine, load_engine
+from serving.options import EngineOptions
 from tests.support.tiny_models import save_tiny_pair
 
 PROMPT = (5, 6, 7, 8, 9)
@@ -17,7 +18,9 @@ PROMPT = (5, 6, 7, 8, 9)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
     paths = save_tiny_pair(tmp_path_factory.mktemp("pair"))
-    with load_engine(*paths, num_draft_tokens=3, num_slots=4, max_seq_len=128) as engine:
+    with load_engine(
+        *paths, options=EngineOptions(num_draft_tokens=3, num_slots=4, max_seq_len=128)
+    ) as engine:
         yield engine
 
 
@@ -53,7 +56,9 @@ def test_every_verified_position_holds_what_the_target_said(
 ) -> None:
     generation = _captured(engine, sampling)
     text = [*PROMPT, *generation.output_token_ids]
-    law = SamplingLaw.stack([(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)])
+    distribution = SamplingMetadata.stack(
+        [(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)]
+    )
     next_start = len(PROMPT)
     for trace in generation.captured_rounds:
         assert trace.start == next_start
@@ -63,15 +68,15 @@ def test_every_verified_position_holds_what_the_target_said(
         logprobs_EV = logits_EV.log_softmax(-1)
         kept = logprobs_EV.gather(1, torch.tensor(trace.topk_token_ids_EK, dtype=torch.int64))
         assert np.allclose(kept, trace.topk_logprobs_EK, atol=2e-2, rtol=2e-3)
-        final_EV = law_logprobs(logits_EV[None], law)[0]
+        final_EV = processed_logprobs(logits_EV[None], distribution)[0]
         if sampling.temperature and not sampling.top_k:
             exact = logprobs_EV / sampling.temperature + torch.tensor(trace.retemper_E)[:, None]
             assert torch.allclose(exact, final_EV, atol=1e-4)
-        drafted_law = [float(final_EV[g, token]) for g, token in enumerate(drafted)]
-        assert trace.drafted_target_logprobs_G.tolist() == pytest.approx(drafted_law, abs=1e-3)
+        drafted_distribution = [float(final_EV[g, token]) for g, token in enumerate(drafted)]
+        assert trace.drafted_target_logprobs_G.tolist() == pytest.approx(drafted_distribution, abs=1e-3)
         emitted = text[trace.start : trace.start + len(trace.emitted_target_logprobs_C)]
-        emitted_law = [float(final_EV[position, token]) for position, token in enumerate(emitted)]
-        assert trace.emitted_target_logprobs_C.tolist() == pytest.approx(emitted_law, abs=1e-3)
+        emitted_distribution = [float(final_EV[position, token]) for position, token in enumerate(emitted)]
+        assert trace.emitted_target_logprobs_C.tolist() == pytest.approx(emitted_distribution, abs=1e-3)
         assert emitted[: trace.num_accepted] == drafted[: trace.num_accepted]
         next_start += len(emitted)
     assert next_start == len(text)

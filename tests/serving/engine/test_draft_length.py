@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from serving.engine.acceptance_belief import MODEL, SequenceBelief
+from serving.engine.acceptance_estimate import MODEL, SequenceEstimate
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController, Lengths, Row
 
@@ -38,7 +38,7 @@ class Traffic:
     num_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.beliefs = [SequenceBelief() for _ in range(self.num_rows)]
+        self.estimates = [SequenceEstimate() for _ in range(self.num_rows)]
         self.left = [self.num_output] * self.num_rows
 
     def run(self, num_rounds: int) -> list[Lengths]:
@@ -49,8 +49,8 @@ class Traffic:
 
     def _round(self) -> None:
         rows = [
-            Row("default", belief, 1 + self.num_output - left, min(8, left - 1), self.num_matched)
-            for belief, left in zip(self.beliefs, self.left, strict=True)
+            Row("default", estimate, 1 + self.num_output - left, min(8, left - 1), self.num_matched)
+            for estimate, left in zip(self.estimates, self.left, strict=True)
         ]
         plan = self.controller.choose(rows, can_draft=self.can_draft)
         self.plans.append(plan)
@@ -63,11 +63,13 @@ class Traffic:
             count = drawn + copied
             accepted = next((g for g in range(count) if self.rng.random() >= rate), count)
             matched = self.num_matched if copied else MODEL
-            self.controller.observe("default", self.beliefs[row], matched, min(count, accepted + 1), accepted)
+            self.controller.observe(
+                "default", self.estimates[row], matched, min(count, accepted + 1), accepted
+            )
             self.num_tokens += accepted + 1
             self.left[row] -= accepted + 1
             if self.left[row] <= 0:
-                self.left[row], self.beliefs[row] = self.num_output, SequenceBelief()
+                self.left[row], self.estimates[row] = self.num_output, SequenceEstimate()
                 if self.other_acceptance is not None:
                     self.acceptance, self.other_acceptance = self.other_acceptance, self.acceptance
 
@@ -111,8 +113,8 @@ def test_a_swap_is_tried_at_once_and_a_draft_that_turns_bad_is_left_soon() -> No
     traffic = Traffic(controller, 0.0)
     traffic.run(1000)
     controller.forget_model()
-    for belief in traffic.beliefs:
-        belief.forget_model()
+    for estimate in traffic.estimates:
+        estimate.forget_model()
     traffic.acceptance = 0.9
     assert _mean_length(traffic.run(40)[20:]) > 3
     traffic.acceptance = 0.0
@@ -159,16 +161,16 @@ def test_bad_copies_are_left_alone_and_a_good_model_drafts_on() -> None:
 
 def test_a_fixed_length_is_kept_and_copied_only_where_no_model_can_draft() -> None:
     controller = DraftLengthController(COSTS, fixed=3)
-    rows = [Row("default", SequenceBelief(), 9, 8, num_matched=2), Row("default", SequenceBelief(), 9, 1)]
+    rows = [Row("default", SequenceEstimate(), 9, 8, num_matched=2), Row("default", SequenceEstimate(), 9, 1)]
     assert controller.choose(rows) == Lengths([3, 1], [0, 0])
     assert controller.choose(rows, can_draft=False) == Lengths([0, 0], [3, 0])
-    broken = [Row("a", SequenceBelief(), 9, 8, num_matched=2, draft=None), rows[1]]
+    broken = [Row("a", SequenceEstimate(), 9, 8, num_matched=2, draft=None), rows[1]]
     assert controller.choose(broken) == Lengths([0, 1], [3, 0])
 
 
 def test_a_row_that_may_not_draft_is_never_asked_even_by_a_probe() -> None:
     controller = DraftLengthController(COSTS)
-    rows = [Row("default", SequenceBelief(), 9, 0, num_matched=4)]
+    rows = [Row("default", SequenceEstimate(), 9, 0, num_matched=4)]
     assert all(controller.choose(rows) == Lengths([0], [0]) for _ in range(600))
 
 
@@ -179,18 +181,18 @@ def _chosen(
     acceptance: float = 0.8,
 ) -> list[Lengths]:
     """Plans for rows with these drafts, each on the route of that name: the later half."""
-    beliefs = [SequenceBelief() for _ in drafts]
+    estimates = [SequenceEstimate() for _ in drafts]
     rng, plans = random.Random(2), []
     for _ in range(num_rounds):
         rows = [
-            Row(draft or "none", belief, 9, 8, draft=draft)
-            for draft, belief in zip(drafts, beliefs, strict=True)
+            Row(draft or "none", estimate, 9, 8, draft=draft)
+            for draft, estimate in zip(drafts, estimates, strict=True)
         ]
         plans.append(controller.choose(rows))
         for row, count in zip(rows, plans[-1].by_model_B, strict=True):
             accepted = next((g for g in range(count) if rng.random() >= acceptance), count)
             attempted = min(count, accepted + 1)
-            controller.observe(row.route, row.belief, MODEL, attempted, accepted, row.draft or "none")
+            controller.observe(row.route, row.estimate, MODEL, attempted, accepted, row.draft or "none")
     return plans[num_rounds // 2 :]
 
 
@@ -221,17 +223,17 @@ def test_a_row_whose_draft_broke_is_never_asked_while_others_draft() -> None:
     assert all(all(plan.by_model_B[:7]) and not plan.by_model_B[7] for plan in plans)
     fixed = DraftLengthController(ROOMY, fixed=2)
     assert fixed.choose(
-        [Row("a", SequenceBelief(), 9, 8, draft=None), Row("b", SequenceBelief(), 9, 8)]
+        [Row("a", SequenceEstimate(), 9, 8, draft=None), Row("b", SequenceEstimate(), 9, 8)]
     ) == Lengths([0, 2], [0, 0])
 
 
 def test_a_swap_on_one_route_leaves_what_is_believed_of_the_others() -> None:
     controller = DraftLengthController(ROOMY)
     _chosen(controller, ["a"] * 4 + ["b"] * 4)
-    before = controller._routes.rates("b", SequenceBelief(is_trial=False), MODEL)
+    before = controller._routes.rates("b", SequenceEstimate(is_trial=False), MODEL)
     controller.forget_model(lambda route: route == "a")
-    assert controller._routes.rates("a", SequenceBelief(is_trial=False), MODEL) == (0.5, 0.5)
-    assert controller._routes.rates("b", SequenceBelief(is_trial=False), MODEL) == before != (0.5, 0.5)
+    assert controller._routes.rates("a", SequenceEstimate(is_trial=False), MODEL) == (0.5, 0.5)
+    assert controller._routes.rates("b", SequenceEstimate(is_trial=False), MODEL) == before != (0.5, 0.5)
 
 
 def test_several_proposals_correct_the_table_by_their_sum() -> None:
@@ -256,7 +258,7 @@ def test_a_busy_hour_does_not_leave_drafting_dear() -> None:
     assert table.propose_s(4, 3) == pytest.approx(propose_s, rel=0.01)
 
 
-def test_probes_that_go_on_succeeding_are_believed() -> None:
+def test_probes_that_go_on_succeeding_are_trusted() -> None:
     """Where a draft pays from .8 on. Each probe used to halve what those before it had shown: no route's
     estimate ever rose above .7."""
     pays_from = 0.8

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.engine.draft_pool import BrokenDraftError
 from serving.engine.engine import EngineClosedError
-from serving.engine.live_draft import BrokenDraftError
 from serving.local import LocalEngine, load_engine
+from serving.options import EngineOptions
 from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
 from tests.support.tiny_models import save_tiny_pair
@@ -25,7 +26,9 @@ def paths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def engine(paths: tuple[str, str]) -> Iterator[LocalEngine]:
-    with load_engine(*paths, num_draft_tokens=4, num_slots=3, max_seq_len=128) as engine:
+    with load_engine(
+        *paths, options=EngineOptions(num_draft_tokens=4, num_slots=3, max_seq_len=128)
+    ) as engine:
         yield engine
 
 
@@ -58,18 +61,24 @@ def test_seeded_text_is_the_same_whatever_the_draft_its_length_or_the_batch_mate
     assert len({tuple(output) for output in together}) == len(PROMPTS)
     lengths = [0, 1, 7]
     for length in lengths:
-        with load_engine(*paths, num_draft_tokens=length, num_slots=1, max_seq_len=128) as other:
+        with load_engine(
+            *paths, options=EngineOptions(num_draft_tokens=length, num_slots=1, max_seq_len=128)
+        ) as other:
             assert [g.output_token_ids for g in other.generate(PROMPTS, params)] == together
-    with load_engine(paths[0], num_slots=5, max_seq_len=128) as other:
+    with load_engine(paths[0], EngineOptions(num_slots=5, max_seq_len=128)) as other:
         assert [g.output_token_ids for g in other.generate(PROMPTS, params)] == together
-    with load_engine(paths[0], paths[0], num_draft_tokens=3, num_slots=2, max_seq_len=128) as own:
+    with load_engine(
+        paths[0], paths[0], options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=128)
+    ) as own:
         generations = own.generate(PROMPTS, params)
         assert [g.output_token_ids for g in generations] == together
         assert all(g.num_accepted == g.num_attempted for g in generations)
 
 
 def test_a_draft_equal_to_the_target_is_accepted_throughout(paths: tuple[str, str]) -> None:
-    with load_engine(paths[0], paths[0], num_draft_tokens=4, num_slots=2, max_seq_len=128) as engine:
+    with load_engine(
+        paths[0], paths[0], options=EngineOptions(num_draft_tokens=4, num_slots=2, max_seq_len=128)
+    ) as engine:
         for sampling in (SamplingParams(temperature=0.0, max_tokens=30), SamplingParams(max_tokens=30)):
             for generation in engine.generate(PROMPTS, sampling):
                 assert generation.num_accepted == generation.num_attempted
@@ -102,7 +111,9 @@ def test_logprobs_are_the_raw_targets_at_temperature_one(engine: LocalEngine) ->
 
 
 def test_stop_tokens_end_the_text_inside_an_accepted_run(paths: tuple[str, str]) -> None:
-    with load_engine(paths[0], paths[0], num_draft_tokens=6, num_slots=1, max_seq_len=128) as engine:
+    with load_engine(
+        paths[0], paths[0], options=EngineOptions(num_draft_tokens=6, num_slots=1, max_seq_len=128)
+    ) as engine:
         [free] = engine.generate([PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=20))
         stop = free.output_token_ids[9]
         first = free.output_token_ids.index(stop)
@@ -204,7 +215,7 @@ def test_sampling_parameters_name_the_field_that_is_wrong(field: dict[str, float
 
 
 def test_a_closed_engine_refuses_and_ends_what_ran(paths: tuple[str, str]) -> None:
-    engine = load_engine(*paths, num_slots=1, max_seq_len=128)
+    engine = load_engine(*paths, EngineOptions(num_slots=1, max_seq_len=128))
     handles = [
         engine.submit(GenerationRequest(str(index), (5,), SamplingParams(max_tokens=100, ignore_eos=True)))
         for index in range(3)
@@ -245,16 +256,18 @@ def test_a_draft_that_turns_to_garbage_changes_no_output(garbage: float) -> None
 def test_what_a_slot_held_before_never_shows_in_the_next_owners_text(paths: tuple[str, str]) -> None:
     """Slots poisoned with huge finite values stand for whatever an earlier sequence left."""
     params = SamplingParams(temperature=0.0, max_tokens=24)
-    with load_engine(*paths, num_draft_tokens=3, num_slots=2, max_seq_len=128) as engine:
+    with load_engine(
+        *paths, options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=128)
+    ) as engine:
         expected = _greedy(engine.generate(PROMPTS, params))
-        engine._target.cache.kv_L2SHTD.fill_(1e4)
-        engine._draft.drafter.runner.cache.kv_L2SHTD.fill_(-1e4)  # type: ignore[union-attr, attr-defined]
+        engine.core.target.cache.kv_L2SHTD.fill_(1e4)
+        engine.core.drafts.drafter.runner.cache.kv_L2SHTD.fill_(-1e4)  # type: ignore[union-attr, attr-defined]
         assert _greedy(engine.generate(PROMPTS, params)) == expected
 
 
 def test_the_controller_stops_drafting_when_it_does_not_pay(paths: tuple[str, str]) -> None:
     """A random draft is almost never right; the free controller turns to draft length 0."""
-    with load_engine(*paths, num_slots=2, max_seq_len=512) as engine:
+    with load_engine(*paths, EngineOptions(num_slots=2, max_seq_len=512)) as engine:
         engine.generate([[5]] * 4, SamplingParams(max_tokens=400, ignore_eos=True))
         deadline = time.monotonic() + 5
         while engine.stats().num_draft_tokens > 1 and time.monotonic() < deadline:

@@ -1,11 +1,12 @@
 """Losslessness, attacked: whatever happens around a request, its text is the target's own.
 
-Random schedules of the real engine on models whose law is known; `make fuzz` draws many more of them. False
-alarms: FALSE_ALARM_RATE for each listed law, FUZZ_FALSE_ALARM_RATE for each drawn one, none elsewhere. The
-bugs that these checks must catch are in test_lossless_controls.
+Random schedules of the real engine on models whose distribution is known; `make fuzz` draws many more of
+them. False alarms: FALSE_ALARM_RATE for each listed distribution, FUZZ_FALSE_ALARM_RATE for each drawn one,
+none elsewhere. The bugs that these checks must catch are in test_lossless_controls.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,9 +16,15 @@ from torch import Tensor
 from serving.engine import SamplingParams
 from serving.engine.verification import ratio_test
 from serving.local import LocalEngine, load_engine
-from tests.support.law_checks import LAW_CASES, LawCase, check_law, law_cases
+from serving.options import EngineOptions
+from tests.support.distribution_checks import (
+    DISTRIBUTION_CASES,
+    DistributionCase,
+    check_distribution,
+    distribution_cases,
+)
 from tests.support.lossless_checks import check_schedule, check_twin, check_up_to_near_ties
-from tests.support.rule_checks import FUZZ_FALSE_ALARM_RATE, check_rule, law_pairs
+from tests.support.rule_checks import FUZZ_FALSE_ALARM_RATE, check_rule, distribution_pairs
 from tests.support.schedules import Schedule, examples, schedules
 
 
@@ -33,20 +40,22 @@ def test_a_draft_equal_to_the_target_is_accepted_throughout_any_schedule(schedul
     check_twin(schedule)
 
 
-@pytest.mark.parametrize("name", LAW_CASES)
-def test_sampled_outputs_follow_the_law(name: str) -> None:
-    check_law(LAW_CASES[name])
+@pytest.mark.parametrize("name", DISTRIBUTION_CASES)
+def test_sampled_outputs_follow_the_distribution(name: str) -> None:
+    check_distribution(DISTRIBUTION_CASES[name])
 
 
 @examples(5)
-@given(law_cases())
-def test_sampled_outputs_follow_the_law_in_any_case(case: LawCase) -> None:
-    check_law(case, FUZZ_FALSE_ALARM_RATE)
+@given(distribution_cases())
+def test_sampled_outputs_follow_the_distribution_in_any_case(case: DistributionCase) -> None:
+    check_distribution(case, FUZZ_FALSE_ALARM_RATE)
 
 
 @examples(60)
-@given(law_pairs())
-def test_the_ratio_test_emits_the_targets_law_for_any_pair_of_laws(pair: tuple[Tensor, Tensor]) -> None:
+@given(distribution_pairs())
+def test_the_ratio_test_emits_the_targets_distribution_for_any_pair_of_distributions(
+    pair: tuple[Tensor, Tensor],
+) -> None:
     check_rule(ratio_test, pair)
 
 
@@ -56,9 +65,10 @@ def half_precision(
 ) -> Iterator[tuple[LocalEngine, LocalEngine]]:
     """A bfloat16 engine that drafts, and the same without."""
     target, draft = tiny_pair
-    shape = {"dtype": "bfloat16", "num_slots": 3, "max_seq_len": 96}
-    drafted = load_engine(target, target if request.param == "twin" else draft, num_draft_tokens=5, **shape)
-    alone = load_engine(target, draft, num_draft_tokens=0, **shape)
+    options = EngineOptions(num_draft_tokens=5, num_slots=3, max_seq_len=96)
+    twin = target if request.param == "twin" else draft
+    drafted = load_engine(target, twin, options, dtype="bfloat16")
+    alone = load_engine(target, draft, replace(options, num_draft_tokens=0), dtype="bfloat16")
     with drafted, alone:
         yield drafted, alone
 

@@ -20,16 +20,17 @@ import serving.engine.round as round_module
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import SamplingParams
 from serving.engine.logits_processing import LogitsProcessing
-from serving.engine.prefix_cache import PrefixCache
+from serving.engine.passes.prefix_cache import PrefixCache
+from serving.engine.passes.slot_cache import SlotCache
 from serving.engine.proposal import Proposal
-from serving.engine.sampling import SamplingLaw, draw, law_logprobs
+from serving.engine.sampling import SamplingMetadata, draw, processed_logprobs
 from serving.engine.sequence import Batch
-from serving.engine.slot_cache import SlotCache
 from serving.engine.verification import Verification, match_choice, ratio_test
 from serving.local import load_engine
-from tests.support.law_checks import LAW_CASES, check_law
+from serving.options import EngineOptions
+from tests.support.distribution_checks import DISTRIBUTION_CASES, check_distribution
 from tests.support.lossless_checks import check_schedule, check_twin, check_up_to_near_ties
-from tests.support.rule_checks import check_rule, law_pairs
+from tests.support.rule_checks import check_rule, distribution_pairs
 from tests.support.schedules import examples, schedules
 from tests.support.table_engine import UndrawingDrafter
 from tests.support.table_model import TableModel
@@ -56,9 +57,11 @@ def _twins_fail(words: str, **options: Any) -> None:
     _fails(lambda schedule: check_twin(schedule, **options), twins, 100, words)
 
 
-def _law_fails(name: str, words: str = "do not follow the target's law", **options: Any) -> None:
+def _distribution_fails(
+    name: str, words: str = "do not follow the target's distribution", **options: Any
+) -> None:
     with pytest.raises(AssertionError, match=words):
-        check_law(LAW_CASES[name], **options)
+        check_distribution(DISTRIBUTION_CASES[name], **options)
 
 
 # -- the ratio test ---------------------------------------------------------------------------------
@@ -73,13 +76,18 @@ def _no_residual(
 
 
 def test_no_residual_is_caught(monkeypatch: Patch) -> None:
-    _fails(lambda pair: check_rule(_no_residual, pair), law_pairs(), 60, "does not emit the target's law")
+    _fails(
+        lambda pair: check_rule(_no_residual, pair),
+        distribution_pairs(),
+        60,
+        "does not emit the target's distribution",
+    )
     monkeypatch.setattr(round_module, "ratio_test", _no_residual)
-    _law_fails("drafted")
+    _distribution_fails("drafted")
 
 
 class _ClaimsNewWeights(ModelDrafter):
-    """As if a swap fell between draw and verify: the laws claimed are those of other weights."""
+    """As if a swap fell between draw and verify: the distributions claimed are those of other weights."""
 
     def propose(
         self,
@@ -98,18 +106,18 @@ class _ClaimsNewWeights(ModelDrafter):
             for g in range(len(drafted))
         ]
         logits_NV = torch.stack([new.logits_after(context) for context in contexts])
-        law_BGV = law_logprobs(logits_NV.view(proposal.logprobs_BGV.shape), batch.law)
-        return replace(proposal, logprobs_BGV=law_BGV)
+        logprobs_BGV_ = processed_logprobs(logits_NV.view(proposal.logprobs_BGV.shape), batch.sampling)
+        return replace(proposal, logprobs_BGV=logprobs_BGV_)
 
 
 def test_draft_probs_from_new_weights_are_caught() -> None:
-    _law_fails("drafted", drafter_class=_ClaimsNewWeights)
+    _distribution_fails("drafted", drafter_class=_ClaimsNewWeights)
 
 
-def test_another_routes_law_is_caught(monkeypatch: Patch) -> None:
-    """Tokens are their own route's, the laws all those of whoever drafted first."""
+def test_another_routes_distribution_is_caught(monkeypatch: Patch) -> None:
+    """Tokens are their own route's, the distributions all those of whoever drafted first."""
 
-    def first_laws_for_all(parts: Sequence[Proposal]) -> Proposal:
+    def first_distributions_for_all(parts: Sequence[Proposal]) -> Proposal:
         whole = right(parts)
         drawn = next((part for part in parts if part.logprobs_BGV is not None), None)
         if drawn is None or drawn.max_drafted < whole.max_drafted:
@@ -117,13 +125,13 @@ def test_another_routes_law_is_caught(monkeypatch: Patch) -> None:
         return replace(whole, logprobs_BGV=drawn.logprobs_BGV)
 
     right = round_module.combine
-    monkeypatch.setattr(round_module, "combine", first_laws_for_all)
-    _law_fails("drafts of three routes in one batch")
+    monkeypatch.setattr(round_module, "combine", first_distributions_for_all)
+    _distribution_fails("drafts of three routes in one batch")
 
 
-def test_another_routes_weights_behind_a_routes_law_are_caught(monkeypatch: Patch) -> None:
+def test_another_routes_weights_behind_a_routes_distribution_are_caught(monkeypatch: Patch) -> None:
     """As if two routes shared a runner: one's pass runs on the weights that the other just drafted with, and
-    claims its own laws."""
+    claims its own distributions."""
 
     def tokens_of_the_first(parts: Sequence[Proposal]) -> Proposal:
         whole = right(parts)
@@ -133,27 +141,27 @@ def test_another_routes_weights_behind_a_routes_law_are_caught(monkeypatch: Patc
 
     right = round_module.combine
     monkeypatch.setattr(round_module, "combine", tokens_of_the_first)
-    _law_fails("drafts of three routes in one batch", checks_caches=False)
+    _distribution_fails("drafts of three routes in one batch", checks_caches=False)
 
 
 def test_un_drawing_an_unlikely_token_is_caught() -> None:
-    _law_fails("drafted", drafter_class=UndrawingDrafter)
+    _distribution_fails("drafted", drafter_class=UndrawingDrafter)
 
 
 def test_noise_that_drew_the_draft_and_decides_again_in_the_ratio_test_is_caught(monkeypatch: Patch) -> None:
-    lots: list[Tensor] = []
+    uniforms: list[Tensor] = []
     right = round_module.draw_uniforms
 
     def remembered(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        lots.append(right(like_BV, generator))
-        return lots[-1]
+        uniforms.append(right(like_BV, generator))
+        return uniforms[-1]
 
     def shared(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-        return lots[-1] if lots and len(lots[-1]) == len(like_BV) else right(like_BV, generator)
+        return uniforms[-1] if uniforms and len(uniforms[-1]) == len(like_BV) else right(like_BV, generator)
 
     monkeypatch.setattr(model_drafter_module, "draw_uniforms", remembered)
     monkeypatch.setattr(round_module, "draw_uniforms", shared)
-    _law_fails("drafted")
+    _distribution_fails("drafted")
 
 
 def test_coupled_rows_in_the_ratio_test_are_caught(monkeypatch: Patch) -> None:
@@ -165,15 +173,15 @@ def test_coupled_rows_in_the_ratio_test_are_caught(monkeypatch: Patch) -> None:
 
 
 def test_a_bonus_token_without_processors_is_caught(monkeypatch: Patch) -> None:
-    def law_but_for_the_bonus(logits_BEV: Tensor, law: SamplingLaw) -> Tensor:
-        law_BEV = law_logprobs(logits_BEV, law)
+    def processed_but_for_the_bonus(logits_BEV: Tensor, distribution: SamplingMetadata) -> Tensor:
+        logprobs_BEV = processed_logprobs(logits_BEV, distribution)
         if logits_BEV.shape[1] > 1:
-            law_BEV[:, -1] = logits_BEV[:, -1].log_softmax(-1)
-        return law_BEV
+            logprobs_BEV[:, -1] = logits_BEV[:, -1].log_softmax(-1)
+        return logprobs_BEV
 
-    monkeypatch.setattr(round_module, "law_logprobs", law_but_for_the_bonus)
+    monkeypatch.setattr(round_module, "processed_logprobs", processed_but_for_the_bonus)
     _schedules_fail("is excluded|another text")
-    _law_fails("cut laws", "impossible outcome")
+    _distribution_fails("cut distributions", "impossible outcome")
 
 
 def test_a_bonus_token_without_penalties_bias_and_held_back_stops_is_caught(monkeypatch: Patch) -> None:
@@ -186,13 +194,13 @@ def test_a_bonus_token_without_penalties_bias_and_held_back_stops_is_caught(monk
     right = LogitsProcessing.apply
     monkeypatch.setattr(LogitsProcessing, "apply", all_but_the_bonus)
     _schedules_fail("is excluded|another text")
-    _law_fails("penalties")
+    _distribution_fails("penalties")
 
 
 def test_penalties_that_forget_the_tokens_drafted_before_are_caught(monkeypatch: Patch) -> None:
     monkeypatch.setattr(logits_processing_module, "_earlier_counts", lambda *shape: 0.0)
     _schedules_fail("is excluded|another text")
-    _law_fails("penalties")
+    _distribution_fails("penalties")
 
 
 def test_penalties_that_forget_the_last_round_are_caught(monkeypatch: Patch) -> None:
@@ -268,10 +276,10 @@ def test_accepting_what_the_target_does_not_say_is_caught(
 
     monkeypatch.setattr(round_module, "match_choice", credulous)
     _schedules_fail("another text")
-    shape = {"dtype": "bfloat16", "num_slots": 3, "max_seq_len": 96}
+    options = EngineOptions(num_draft_tokens=3, num_slots=3, max_seq_len=96)
     with (
-        load_engine(*tiny_pair, num_draft_tokens=3, **shape) as drafted,
-        load_engine(*tiny_pair, num_draft_tokens=0, **shape) as alone,
+        load_engine(*tiny_pair, options, dtype="bfloat16") as drafted,
+        load_engine(*tiny_pair, replace(options, num_draft_tokens=0), dtype="bfloat16") as alone,
         pytest.raises(AssertionError, match="where no tie is near"),
     ):
         params = SamplingParams(temperature=0.0, max_tokens=16)

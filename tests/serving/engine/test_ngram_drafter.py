@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from buffer.names import MODEL_DRAFTER, NGRAM_DRAFTER
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
-from serving.engine.proposal import COPIED, MODEL_DRAFTER, NGRAM_DRAFTER, DrafterVersion, Proposal
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
+from serving.engine.proposal import COPIED, DrafterVersion, Proposal
 from serving.engine.sequence import Batch, Sequence
-from serving.local import Speculation, load_engine
+from serving.local import load_engine
+from serving.options import EngineOptions, Speculation
 from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
 
@@ -110,11 +112,12 @@ def test_an_operator_chooses_who_drafts(
 ) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     with load_engine(
-        *tiny_pair, num_slots=1, max_seq_len=128, num_draft_tokens=3, speculation=speculation
+        *tiny_pair,
+        options=EngineOptions(num_slots=1, max_seq_len=128, num_draft_tokens=3, speculation=speculation),
     ) as engine:
         engine.generate([[5, 6, 5, 6, 5]], params)
         counts = engine.stats().counts
-        assert (engine.draft_weights is not None) is knows_the_draft
+        assert (engine.drafts is not None) is knows_the_draft
     assert {drafter for drafter, counters in counts.items() if counters.num_drafted} == drafters
 
 

@@ -5,12 +5,12 @@ import torch
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.proposal import DraftPlan, ServingDraft, Share
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.static_check import static_pass_of
+from serving.engine.passes.transfer import by_one_copy, to_device, to_host
+from serving.engine.proposal import DraftAssignment, DraftPlan, ServingDraft
 from serving.engine.round import run_round
-from serving.engine.runner import Runner
 from serving.engine.sequence import Batch, Sequence
-from serving.engine.static_check import static_pass_of
-from serving.engine.transfer import by_one_copy, to_device, to_host
 from tests.support.host_reads import HostReads
 from tests.support.tiny_models import tiny_model
 
@@ -50,7 +50,7 @@ def _batch(params: list[SamplingParams], capture: bool) -> Batch:
 
 def _plan(drafter: ModelDrafter, lengths: list[int]) -> DraftPlan:
     drafts_B = (ServingDraft("default", drafter.draft_version),) * len(lengths)
-    return DraftPlan(drafts_B, (Share(drafter, lengths),) if any(lengths) else ())
+    return DraftPlan(drafts_B, (DraftAssignment(drafter, lengths),) if any(lengths) else ())
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -73,7 +73,7 @@ def test_a_round_in_which_several_drafts_draft_waits_for_its_device_once(kind: s
     target, drafters = _runner(2), [ModelDrafter(_runner(1)) for _ in range(2)]
     batch = _batch(BATCHES[kind], capture=True)
     lengths = [[3 * (row % 2 == number) for row in range(len(batch))] for number in range(2)]
-    shares = tuple(Share(drafter, each) for drafter, each in zip(drafters, lengths, strict=True))
+    shares = tuple(DraftAssignment(drafter, each) for drafter, each in zip(drafters, lengths, strict=True))
     drafts_B = tuple(ServingDraft(f"r{row % 2}", row % 2) for row in range(len(batch)))
     with HostReads() as reads:
         report = run_round(batch, DraftPlan(drafts_B, shares), target, torch.Generator().manual_seed(0))

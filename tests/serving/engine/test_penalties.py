@@ -1,7 +1,9 @@
-"""Penalties, bias and allowed ids: the law of every position is that of its own context, drafted or not.
+"""Penalties, bias and allowed ids: the distribution of every position is that of its own context, drafted or
+not.
 
-Laws by chi-square against full enumeration (false-alarm rate in chi_square.py), texts by equality with the
-same engine without a draft, tensors against a plain reference. Laws and texts must fail on each injected bug.
+Distributions by chi-square against full enumeration (false-alarm rate in chi_square.py), texts by equality
+with the same engine without a draft, tensors against a plain reference. Distributions and texts must fail on
+each injected bug.
 """
 
 import itertools
@@ -19,6 +21,7 @@ from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.logits_processing import LogitsProcessing, RowContext
 from serving.local import load_engine
+from serving.options import EngineOptions
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.table_engine import table_engine
 from tests.support.table_model import TableModel
@@ -195,9 +198,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def engines(pair: tuple[str, str]) -> Iterator[list[Engine]]:
     """Without speculation, with a draft, with the target as its own draft."""
     with (
-        load_engine(pair[0], num_slots=1, max_seq_len=128) as alone,
-        load_engine(*pair, num_draft_tokens=4, num_slots=3, max_seq_len=128) as drafted,
-        load_engine(pair[0], pair[0], num_draft_tokens=3, num_slots=2, max_seq_len=128) as own,
+        load_engine(pair[0], EngineOptions(num_slots=1, max_seq_len=128)) as alone,
+        load_engine(
+            *pair, options=EngineOptions(num_draft_tokens=4, num_slots=3, max_seq_len=128)
+        ) as drafted,
+        load_engine(
+            pair[0], pair[0], options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=128)
+        ) as own,
     ):
         yield [alone, drafted, own]
 
@@ -227,28 +234,28 @@ def test_a_batch_mate_with_penalties_changes_nobody_elses_text(mode: str) -> Non
         assert with_mate.logprobs == without.logprobs
 
 
-# -- sampled output: the law by enumeration ----------------------------------------------------
+# -- sampled output: the distribution by enumeration ----------------------------------------------------
 
-LAW_PROMPT, NUM_TOKENS, SAMPLES = [2, 0, 1, 1], 3, 4000
-LAWS: dict[str, dict[str, Any]] = {
+PROMPT, NUM_TOKENS, SAMPLES = [2, 0, 1, 1], 3, 4000
+DISTRIBUTIONS: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 2.0, "frequency_penalty": 1.0, "repetition_penalty": 1.4},
     "encouraged": {"frequency_penalty": -1.0, "logit_bias": {1: 1.0, 2: -0.5}, "temperature": 0.8},
     "banned": {"logit_bias": {0: -math.inf, 3: 0.5}, "repetition_penalty": 0.7, "frequency_penalty": 0.5},
 }
 
 
-def _output_law(target: TableModel, sampling: SamplingParams) -> dict[tuple[int, ...], float]:
+def _output_distribution(target: TableModel, sampling: SamplingParams) -> dict[tuple[int, ...], float]:
     """Exact probability of every output, from the reference above."""
-    row = RowContext(sampling, LAW_PROMPT, len(LAW_PROMPT), frozenset())
-    law = {}
+    row = RowContext(sampling, PROMPT, len(PROMPT), frozenset())
+    distribution = {}
     for output in itertools.product(range(4), repeat=NUM_TOKENS):
         probability = 1.0
         for index, token in enumerate(output):
-            raw_V = target.logits_after([*LAW_PROMPT, *output[:index]]).tolist()
+            raw_V = target.logits_after([*PROMPT, *output[:index]]).tolist()
             processed_V = torch.tensor(reference(raw_V, row, output[:index]))
             probability *= float(torch.softmax(processed_V / sampling.temperature, -1)[token])
-        law[output] = probability
-    return law
+        distribution[output] = probability
+    return distribution
 
 
 def _p_value(asked: str, mode: str) -> float:
@@ -256,19 +263,21 @@ def _p_value(asked: str, mode: str) -> float:
     target, draft = TableModel(4, seed=1, sharpness=1.3), TableModel(4, seed=2, sharpness=1.3)
     draft.table.lerp_(target.table, 0.5)
     each = [
-        SamplingParams(max_tokens=NUM_TOKENS, seed=None if mode == "standard" else seed, **LAWS[asked])
+        SamplingParams(
+            max_tokens=NUM_TOKENS, seed=None if mode == "standard" else seed, **DISTRIBUTIONS[asked]
+        )
         for seed in range(SAMPLES)
     ]
     with table_engine(target, draft, num_draft_tokens=2, num_slots=32, prefill_chunk_tokens=96) as engine:
         engine.seed(5)
-        generations = engine.generate([LAW_PROMPT] * SAMPLES, each)
+        generations = engine.generate([PROMPT] * SAMPLES, each)
     outputs = [tuple(generation.output_token_ids) for generation in generations]
-    return fit_p_value(outputs, _output_law(target, each[0]))
+    return fit_p_value(outputs, _output_distribution(target, each[0]))
 
 
 @pytest.mark.parametrize("mode", ["standard", "coupled"])
-@pytest.mark.parametrize("asked", LAWS)
-def test_sampled_output_follows_the_processed_law(asked: str, mode: str) -> None:
+@pytest.mark.parametrize("asked", DISTRIBUTIONS)
+def test_sampled_output_follows_the_processed_distribution(asked: str, mode: str) -> None:
     assert _p_value(asked, mode) > FALSE_ALARM_RATE
 
 
@@ -309,7 +318,7 @@ BUGS = [_without_the_drafts_before, _raw_bonus, _raw_target]
 
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("mode", ["standard", "coupled"])
-def test_a_law_that_misses_a_positions_own_context_is_caught(
+def test_a_distribution_that_misses_a_positions_own_context_is_caught(
     monkeypatch: pytest.MonkeyPatch, bug: Apply, mode: str
 ) -> None:
     monkeypatch.setattr(LogitsProcessing, "apply", bug)
@@ -372,7 +381,7 @@ def test_a_request_that_the_target_cannot_answer_ends_with_an_error_alone() -> N
 # -- what is reported, what is refused ---------------------------------------------------------
 
 
-def test_logprobs_and_captured_entries_stay_raw_and_the_emitted_law_is_the_processed_one() -> None:
+def test_logprobs_and_captured_entries_stay_raw_and_the_emitted_distribution_is_the_processed_one() -> None:
     target, draft = TableModel(VOCAB, seed=1), TableModel(VOCAB, seed=2)
     params = SamplingParams(max_tokens=12, logprobs=2, **ASKED["all"])
     with table_engine(target, draft, num_draft_tokens=3) as engine:

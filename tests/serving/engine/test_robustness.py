@@ -19,6 +19,7 @@ from serving.engine.sequence import Batch
 from serving.local import LocalEngine, build_engine, load_engine
 from serving.models.adapter import sha256_of
 from serving.models.loading import load_pair
+from serving.options import EngineOptions
 from tests.support.peft_adapters import random_adapter
 from tests.support.table_engine import StagedTable, table_engine
 from tests.support.table_model import TableModel
@@ -164,8 +165,10 @@ def test_a_pair_whose_vocabularies_differ_by_padding_works(
     for path, size, layers in zip(paths, (target_size, draft_size), (3, 1), strict=True):
         tiny_model("llama", layers, size).save_pretrained(path)
     prompts = [[5, 6, 7], [9], [20] * 12]
-    with load_engine(*paths, num_draft_tokens=3, num_slots=2, max_seq_len=64) as engine:
-        with load_engine(paths[0], num_slots=1, max_seq_len=64) as alone:
+    with load_engine(
+        *paths, options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=64)
+    ) as engine:
+        with load_engine(paths[0], EngineOptions(num_slots=1, max_seq_len=64)) as alone:
             for params in (GREEDY, SamplingParams(seed=4, max_tokens=16)):
                 expected = [generation.output_token_ids for generation in alone.generate(prompts, params)]
                 generations = engine.generate(prompts, params)
@@ -183,17 +186,17 @@ def test_learned_position_tables_survive_ragged_rounds_at_their_full_length(tmp_
     target, draft = str(tmp_path / "target"), str(tmp_path / "draft")
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     prompts = [[1] * 8, [2, 3], [4]]
-    with load_engine(target, num_slots=1) as alone:
+    with load_engine(target, EngineOptions(num_slots=1)) as alone:
         expected = [generation.output_token_ids for generation in alone.generate(prompts, params)]
-    with load_engine(target, draft, num_draft_tokens=3, num_slots=3) as engine:
+    with load_engine(target, draft, EngineOptions(num_draft_tokens=3, num_slots=3)) as engine:
         generations = engine.generate(prompts, params)
     assert [generation.output_token_ids for generation in generations] == expected
 
 
 def _swap_in_random_adapter(engine: LocalEngine) -> None:
-    assert engine.draft_weights is not None
+    assert engine.drafts is not None
     weights, config, _ = random_adapter(tiny_model("llama", 1, 320), modules=["q_proj", "lm_head"])
-    staged = engine.draft_weights.stage(
+    staged = engine.drafts.default.stage(
         weights,
         draft_version=1,
         adapter_config_json=config,
@@ -209,15 +212,15 @@ def test_two_engines_on_one_pair_share_no_live_weights(tmp_path: Path) -> None:
     pair = load_pair(*save_tiny_pair(tmp_path))
     assert pair.draft is not None
     before = {name: weight.clone() for name, weight in pair.draft.state_dict().items()}
-    with build_engine(pair, num_slots=1, max_seq_len=64) as first:
+    with build_engine(pair, EngineOptions(num_slots=1, max_seq_len=64)) as first:
         _swap_in_random_adapter(first)
-        with build_engine(pair, num_slots=1, max_seq_len=64) as second:
+        with build_engine(pair, EngineOptions(num_slots=1, max_seq_len=64)) as second:
             assert second.draft_version == 0
-            assert second.draft_weights is not None
-            floor = second.draft_weights.module.state_dict()
+            assert second.drafts is not None
+            floor = second.drafts.default.module.state_dict()
             assert all(torch.equal(floor[name], weight) for name, weight in before.items())
 
 
 def test_a_context_too_short_to_continue_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_seq_len=1"):
-        load_engine(*save_tiny_pair(tmp_path), max_seq_len=1)
+        load_engine(*save_tiny_pair(tmp_path), EngineOptions(max_seq_len=1))

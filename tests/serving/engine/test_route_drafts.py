@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from buffer.names import MODEL_DRAFTER
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.draft_length import DraftLengthController
+from serving.engine.draft_pool import BrokenDraftError
 from serving.engine.engine import Engine
-from serving.engine.live_draft import BrokenDraftError
-from serving.engine.proposal import MODEL_DRAFTER, DrafterVersion
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
+from serving.engine.proposal import DrafterVersion
 from tests.support.table_engine import MAX_LEN, StagedTable
 from tests.support.table_model import TableModel
 

@@ -1,4 +1,4 @@
-"""The final law against a plain reference that works token by token."""
+"""The final distribution against a plain reference that works token by token."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from serving.engine.noise import gumbel_noise, noise_key
-from serving.engine.sampling import SamplingLaw, draw, draw_uniforms, law_logprobs
+from serving.engine.sampling import SamplingMetadata, draw, draw_uniforms, processed_logprobs
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 
 
@@ -51,29 +51,29 @@ _params = st.tuples(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(_params, min_size=1, max_size=4), st.integers(2, 12), st.integers(0, 2**31))
-def test_the_law_of_every_row_equals_the_plain_reference(
+def test_the_distribution_of_every_row_equals_the_plain_reference(
     rows: list[tuple[float, int, float, float]], vocab_size: int, seed: int
 ) -> None:
     logits = torch.randn(len(rows), 2, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
-    got = law_logprobs(logits, SamplingLaw.stack(rows)).exp()
+    got = processed_logprobs(logits, SamplingMetadata.stack(rows)).exp()
     for row, params in enumerate(rows):
         for position in range(2):
             expected = _reference(logits[row, position].tolist(), *params)
             assert got[row, position].tolist() == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_draw_follows_the_law() -> None:
+def test_a_draw_follows_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.25, 0.2, 0.05, 0.0]).expand(50_000, 5)
     tokens = draw(probs, draw_uniforms(probs, torch.Generator().manual_seed(0)))
-    law = dict(enumerate(probs[0].tolist()))
-    assert fit_p_value(tokens.tolist(), law) > FALSE_ALARM_RATE
+    distribution = dict(enumerate(probs[0].tolist()))
+    assert fit_p_value(tokens.tolist(), distribution) > FALSE_ALARM_RATE
 
 
-@pytest.mark.parametrize("lot", [0.0, 0.3, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1.0 - 2.0**-53])
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_a_token_of_probability_zero_is_never_drawn(lot: float, scale: float) -> None:
+def test_a_token_of_probability_zero_is_never_drawn(uniform: float, scale: float) -> None:
     probs = scale * torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.7, 0.0, 0.3], [1 / 3, 0.0, 0.0, 0.0]])
-    tokens = draw(probs, torch.full((3,), lot, dtype=torch.float64))
+    tokens = draw(probs, torch.full((3,), uniform, dtype=torch.float64))
     assert (probs.gather(1, tokens[:, None]) > 0).all()
 
 
@@ -89,9 +89,9 @@ def test_coupled_noise_is_gumbel() -> None:
     assert torch.isfinite(noise).all()
 
 
-def test_argmax_with_coupled_noise_follows_the_law_over_seeds_positions_and_choices() -> None:
+def test_argmax_with_coupled_noise_follows_the_distribution_over_seeds_positions_and_choices() -> None:
     logprobs = torch.tensor([0.55, 0.3, 0.1, 0.05]).log()
-    law = dict(enumerate(logprobs.exp().tolist()))
+    distribution = dict(enumerate(logprobs.exp().tolist()))
     by_seed = torch.tensor([noise_key(seed, 0) for seed in range(20_000)])
     by_choice = torch.tensor([noise_key(7, choice) for choice in range(20_000)])
     zero = torch.zeros(20_000, 1, dtype=torch.int64)
@@ -101,7 +101,7 @@ def test_argmax_with_coupled_noise_follows_the_law_over_seeds_positions_and_choi
         (torch.full((20_000,), noise_key(3, 1)), torch.arange(20_000)[:, None]),
     ]:
         tokens = (logprobs + gumbel_noise(keys, positions, 4)[:, 0]).argmax(-1)
-        assert fit_p_value(tokens.tolist(), law) > FALSE_ALARM_RATE
+        assert fit_p_value(tokens.tolist(), distribution) > FALSE_ALARM_RATE
 
 
 def test_noise_depends_on_nothing_but_its_four_counters() -> None:

@@ -1,4 +1,4 @@
-"""Stopping rules: rows stop one by one, where they should, and the law stays the target's."""
+"""Stopping rules: rows stop one by one, where they should, and the distribution stays the target's."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.stopping import Entropy, LimitOnly, StoppingRule, TopProbability, stopping_rule
 from serving.engine import GenerationRequest, SamplingParams
-from serving.engine.runner import Runner
+from serving.engine.passes.runner import Runner
 from serving.engine.sequence import Batch, Sequence
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.table_engine import table_engine
@@ -17,8 +17,8 @@ PROMPT, NUM_TOKENS, SAMPLES = [2, 0, 3, 1, 1, 2, 0], 3, 3000
 
 @pytest.mark.parametrize("rule", [LimitOnly(), TopProbability(0.6), Entropy(0.9)])
 @pytest.mark.parametrize("seeded", [False, True], ids=["standard", "coupled"])
-def test_every_rule_keeps_the_targets_law(rule: StoppingRule, seeded: bool) -> None:
-    """The negative control, a drafter that un-draws, is in test_output_law."""
+def test_every_rule_keeps_the_targets_distribution(rule: StoppingRule, seeded: bool) -> None:
+    """The negative control, a drafter that un-draws, is in test_output_distribution."""
     target, draft = TableModel(4, seed=1, sharpness=1.3), TableModel(4, seed=2, sharpness=1.3)
     crowd = {"num_slots": 32, "prefill_chunk_tokens": 64}
     with table_engine(target, draft, num_draft_tokens=3, stopping=rule, **crowd) as engine:
@@ -28,7 +28,7 @@ def test_every_rule_keeps_the_targets_law(rule: StoppingRule, seeded: bool) -> N
         ]
         generations = engine.generate([PROMPT] * SAMPLES, params)
     outputs = [tuple(generation.output_token_ids) for generation in generations]
-    assert fit_p_value(outputs, target.output_law(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
+    assert fit_p_value(outputs, target.output_distribution(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
     assert sum(generation.num_drafted for generation in generations) > 0
 
 

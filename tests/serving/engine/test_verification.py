@@ -1,4 +1,4 @@
-"""The acceptance rules against laws known by enumeration, each with a control that must fail."""
+"""The acceptance rules against distributions known by enumeration, each with a control that must fail."""
 
 import itertools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 V, G, ROWS = 4, 2, 120_000
 
 
-def _laws(seed: int) -> tuple[Tensor, Tensor]:
+def _logprobs(seed: int) -> tuple[Tensor, Tensor]:
     """Bigram tables [previous, next] of log-probabilities for target and draft."""
     generator = torch.Generator().manual_seed(seed)
     target, draft = (torch.randn(V, V, generator=generator) * 1.5 for _ in range(2))
@@ -26,21 +26,21 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Verification]
 
 def _p_value(rule: Rule, seed: int) -> float:
     """Emit two tokens by rounds of the rule from previous token 0; p-value against target x target."""
-    target_VV, draft_VV = _laws(seed)
+    target_VV, draft_VV = _logprobs(seed)
     generator = torch.Generator().manual_seed(seed + 100)
     previous_B = torch.zeros(ROWS, dtype=torch.int64)
-    drafted, draft_laws, contexts = [], [], [previous_B]
+    drafted, draft_distributions, contexts = [], [], [previous_B]
     for _ in range(G):
-        law_BV = draft_VV[contexts[-1]]
-        token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
+        logprobs_BV = draft_VV[contexts[-1]]
+        token_B = draw(logprobs_BV.exp(), draw_uniforms(logprobs_BV, generator))
         drafted.append(token_B)
-        draft_laws.append(law_BV)
+        draft_distributions.append(logprobs_BV)
         contexts.append(token_B)
     target_BEV = torch.stack([target_VV[context] for context in contexts], dim=1)
     drafted_BG = torch.stack(drafted, dim=1)
     verification = rule(
         target_BEV,
-        torch.stack(draft_laws, dim=1),
+        torch.stack(draft_distributions, dim=1),
         drafted_BG,
         torch.full((ROWS,), G),
         torch.rand(ROWS, G, generator=generator),
@@ -52,15 +52,15 @@ def _p_value(rule: Rule, seed: int) -> float:
     # A row that emitted one token draws its second from the target, as a later round of length 0 would.
     fresh_B = draw(target_VV[emitted_BE[:, 0]].exp(), draw_uniforms(target_BEV[:, 0], generator))
     second_B = torch.where(accepted_B >= 1, emitted_BE[:, 1], fresh_B)
-    law = {
+    distribution = {
         (first, second): float((target_VV[0, first] + target_VV[first, second]).exp())
         for first, second in itertools.product(range(V), repeat=2)
     }
-    return fit_p_value(zip(emitted_BE[:, 0].tolist(), second_B.tolist(), strict=True), law)
+    return fit_p_value(zip(emitted_BE[:, 0].tolist(), second_B.tolist(), strict=True), distribution)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_ratio_test_emits_exactly_the_targets_law(seed: int) -> None:
+def test_the_ratio_test_emits_exactly_the_targets_distribution(seed: int) -> None:
     assert _p_value(ratio_test, seed) > FALSE_ALARM_RATE
 
 
@@ -79,12 +79,12 @@ def _always_accept_likelier(
 
 
 @pytest.mark.parametrize("broken", [_no_residual, _always_accept_likelier])
-def test_the_law_test_catches_a_broken_rule(broken: Rule) -> None:
+def test_the_distribution_test_catches_a_broken_rule(broken: Rule) -> None:
     assert _p_value(broken, seed=0) < FALSE_ALARM_RATE
 
 
 def test_acceptance_of_one_token_is_the_sum_of_minima_by_enumeration() -> None:
-    target_VV, draft_VV = _laws(7)
+    target_VV, draft_VV = _logprobs(7)
     target_V, draft_V = target_VV[0], draft_VV[0]
     grid = (torch.arange(2000) + 0.5) / 2000
     expected = torch.minimum(target_V.exp(), draft_V.exp()).sum()
@@ -118,14 +118,14 @@ def test_a_recovered_token_comes_only_from_where_the_target_exceeds_the_draft() 
     assert verification.next_token_B.tolist() == [0] * rows
 
 
-def test_a_residual_of_zero_falls_back_to_the_targets_law() -> None:
-    law = torch.tensor([0.25, 0.75]).log()
+def test_a_residual_of_zero_falls_back_to_the_targets_distribution() -> None:
+    distribution = torch.tensor([0.25, 0.75]).log()
     verification = ratio_test(
-        law.expand(1, 2, 2),
-        law.expand(1, 1, 2),
+        distribution.expand(1, 2, 2),
+        distribution.expand(1, 1, 2),
         torch.zeros((1, 1), dtype=torch.int64),
         torch.ones(1, dtype=torch.int64),
-        torch.full((1, 1), 1.0),  # one beyond [0, 1): forces a rejection of an equal law
+        torch.full((1, 1), 1.0),  # one beyond [0, 1): forces a rejection of an equal distribution
         torch.tensor([0.5], dtype=torch.float64),
     )
     assert verification.next_token_B.tolist() == [1]
@@ -140,16 +140,16 @@ def test_columns_past_a_rows_draft_length_are_never_accepted() -> None:
 
 
 def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
-    target_VV, _ = _laws(3)
+    target_VV, _ = _logprobs(3)
     generator = torch.Generator().manual_seed(0)
-    law_BV = target_VV[torch.zeros(5000, dtype=torch.int64)]
-    token_B = draw(law_BV.exp(), draw_uniforms(law_BV, generator))
+    logprobs_BV = target_VV[torch.zeros(5000, dtype=torch.int64)]
+    token_B = draw(logprobs_BV.exp(), draw_uniforms(logprobs_BV, generator))
     verification = ratio_test(
-        torch.stack([law_BV, target_VV[token_B]], 1),
-        law_BV[:, None],
+        torch.stack([logprobs_BV, target_VV[token_B]], 1),
+        logprobs_BV[:, None],
         token_B[:, None],
         torch.ones(5000, dtype=torch.int64),
         torch.rand(5000, 1, generator=generator),
-        draw_uniforms(law_BV, generator),
+        draw_uniforms(logprobs_BV, generator),
     )
     assert int(verification.num_accepted_B.sum()) == 5000

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, Qwen3Config
 
-from serving.engine.runner import Runner
-from serving.local import prepare_runner
+from serving.engine.passes.runner import Runner
 from serving.models.loading import (
     UnsupportedModelError,
     check_attention,
@@ -15,6 +14,7 @@ from serving.models.loading import (
     load_pair,
     weights_revision,
 )
+from serving.runner_check import prepare_runner
 from tests.support.tiny_models import save_tiny_pair, tiny_model, tiny_tokenizer
 
 

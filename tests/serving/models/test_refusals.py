@@ -36,11 +36,11 @@ from transformers import (
 from deploy.errors import ModelPairError
 from deploy.settings import Settings
 from deploy.wiring import check_models
-from serving.engine.runner import Runner
-from serving.local import prepare_runner
+from serving.engine.passes.runner import Runner
 from serving.models.errors import UnsupportedModelError
 from serving.models.loading import load_draft, load_model, load_outline, load_pair
 from serving.models.refusals import check_device
+from serving.runner_check import prepare_runner
 from tests.deploy.everdraft_process import ROOT
 from tests.support.tiny_models import save_tiny_pair
 

@@ -1,0 +1,85 @@
+"""An experiment recorded from its jobs to its report, table and picture; speed and cost are measured last.
+
+Invariant: a report is written as soon as its acceptance is known, and again with what is measured after.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.osd import cost as costs
+from benchmarks.osd import views
+from benchmarks.osd.ablations import ablations
+from benchmarks.osd.changing_traffic import mixture, shift
+from benchmarks.osd.deployed import measure_deployed
+from benchmarks.osd.per_domain import per_domain
+from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
+from benchmarks.osd.speed import measure_speed
+from deploy.demo.report import write_report
+
+SPEED_PROMPTS = 24
+
+
+def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Console, *, turns: int) -> None:
+    """Work it out, write it down, show it."""
+    plan = _needed(name, plan)
+    if name != "deployed":
+        plan.recorded()
+    picture = report.with_suffix(".png")
+    if name == "domain":
+        metrics, series, adapters = per_domain(plan)
+        _write(report, name, plan, metrics, series)
+        console.print(views.domain_table(metrics))
+        views.plot_domains(metrics, series, picture)
+        metrics["speed"] = _speed(plan, adapters, turns)
+        metrics["speedup"] = {
+            domain: {arm: row["speedup"] for arm, row in rows.items() if "speedup" in row}
+            for domain, rows in metrics["speed"].items()
+        }
+        console.print(views.nested_table("speed-up over no speculation", metrics["speedup"]))
+    elif name == "shift":
+        metrics, series = shift(plan)
+        views.plot_phases(metrics, series, plan.domains, picture)
+    elif name == "mixture":
+        metrics, series = mixture(plan)
+        views.plot_mixture(series, picture)
+    elif name == "ablations":
+        metrics, series = ablations(plan)
+        views.plot_ablations(metrics, picture)
+    elif name == "cost":
+        metrics, series = costs.measure(plan), {}
+    else:
+        metrics, series = measure_deployed(plan.cache, plan.domains[0], plan.num_records, plan.report)
+    _write(report, name, plan, metrics, series)
+    if name != "domain":
+        console.print_json(data=metrics)
+    console.print(f"figures: {report}")
+
+
+def _needed(name: str, plan: ExperimentPlan) -> ExperimentPlan:
+    """No more is asked of the target than the experiment looks at."""
+    if name in ("shift", "mixture", "cost"):
+        return replace(plan, temperatures=(0.0,))
+    return replace(plan, domains=plan.domains[:1]) if name == "ablations" else plan
+
+
+def _speed(plan: ExperimentPlan, adapters: dict[str, dict[str, str]], turns: int) -> dict[str, Any]:
+    """By domain and arm, on held-out prompts."""
+    return {
+        domain: measure_speed(
+            plan.cache.pair(),
+            folders,
+            plan.cache.held_out(domain, 0.0)[:SPEED_PROMPTS],
+            turns=turns,
+            compile="auto",
+            report=plan.report,
+        )
+        for domain, folders in adapters.items()
+    }
+
+
+def _write(report: Path, name: str, plan: ExperimentPlan, metrics: Metrics, series: Series) -> None:
+    asked = {"num_records": plan.num_records, "num_seeds": plan.num_seeds, "domains": list(plan.domains)}
+    write_report(report, f"osd_{name}", {"plan": asked, **metrics}, series)

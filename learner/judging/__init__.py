@@ -1,0 +1,1 @@
+"""Whether a draft may serve, and whether it may go on serving: acceptance, gate, live test, backoff."""

@@ -1,0 +1,106 @@
+"""The two live tests of a swap, fed with what arrives; says when to roll back and why.
+
+Knows no feed. Invariants: only records that arrived after the swap, under a distribution of their own
+sampling, are ever looked at, and at most the wanted number a cycle; while a new draft is on trial no other
+may take its place, for then the parent that it is compared with would be a draft nobody has tried.
+"""
+
+from collections.abc import Callable, Sequence
+
+from buffer.names import FLOOR_VERSION
+from buffer.records import AdapterManifest, GenerationRecord
+from learner.draft import AdapterState
+from learner.judging.evaluation import RecordScore
+from learner.judging.live_test import LiveComparison, SwapCheck, drafted_by
+from learner.settings import LearnerSettings
+
+ScoreState = Callable[[AdapterState | None, Sequence[GenerationRecord]], list[RecordScore | None]]
+
+
+class LiveWatch:
+    """Watches the latest promotion; idle before the first and after a rollback."""
+
+    def __init__(self, settings: LearnerSettings, score: ScoreState) -> None:
+        self._settings = settings
+        self._score = score
+        self._since_s = 0.0
+        self._state: AdapterState | None = None
+        self._parent_state: AdapterState | None = None
+        self.last_version = FLOOR_VERSION
+        """Greatest version ever watched."""
+        self.comparison: LiveComparison | None = None
+        self.swap_check: SwapCheck | None = None
+
+    def begin(
+        self, manifest: AdapterManifest, state: AdapterState, parent_state: AdapterState | None
+    ) -> None:
+        """A new draft serves from now on."""
+        settings, version = self._settings, manifest.draft_version
+        self._since_s, self._state, self._parent_state = manifest.created_at_s, state, parent_state
+        self.last_version = max(self.last_version, version)
+        self.comparison = LiveComparison(version, settings.live_false_alarm, settings.live_max_records)
+        self.swap_check = SwapCheck(version, settings.swap_false_alarm, settings.swap_check_margin)
+
+    def end(self) -> None:
+        """Another draft serves; nothing to watch."""
+        self.comparison = self.swap_check = None
+
+    @property
+    def trial(self) -> str:
+        """Why no other draft may be promoted yet; empty: it may."""
+        if self.comparison is None or self._settings.live_records_per_cycle == 0:
+            return ""
+        seen, wanted = self.comparison.evidence.num_values, self._settings.live_trial_records
+        if seen >= wanted:
+            return ""
+        version = self.comparison.draft_version
+        return f"version {version} is on trial: {seen} of {wanted} records since its swap were looked at"
+
+    def observe(self, arrived: Sequence[GenerationRecord]) -> str:
+        """The reason to roll back, or empty."""
+        if self.comparison is None or self.swap_check is None:
+            return ""
+        records = [
+            record
+            for record in arrived
+            if record.created_at_s >= self._since_s and not record.sampling.context_dependent
+        ][: self._num_wanted]
+        if not records:
+            return ""
+        scored = [
+            (record, score)
+            for record, score in zip(records, self._score(self._state, records), strict=True)
+            if score is not None
+        ]
+        self._compare(scored)
+        own = [score for record, score in scored if drafted_by(record, self.swap_check.draft_version)]
+        self.swap_check = self.swap_check.observe(own)
+        return self._objection()
+
+    @property
+    def _num_wanted(self) -> int:
+        """All that is allowed while the verdict is open; then a broken swap is all that is looked for."""
+        allowed = self._settings.live_records_per_cycle
+        watching = self.comparison is not None and self.comparison.verdict == "watching"
+        return allowed if watching else -(-allowed // 8)
+
+    def _compare(self, scored: Sequence[tuple[GenerationRecord, RecordScore]]) -> None:
+        if self.comparison is None or self.comparison.verdict != "watching":
+            return
+        before = self._score(self._parent_state, [record for record, _ in scored])
+        pairs = [(new, old) for (_, new), old in zip(scored, before, strict=True) if old is not None]
+        self.comparison = self.comparison.observe([new for new, _ in pairs], [old for _, old in pairs])
+
+    def _objection(self) -> str:
+        comparison, check = self.comparison, self.swap_check
+        if check is not None and check.is_broken:
+            return (
+                f"broken swap: version {check.draft_version} was observed to accept "
+                f"{check.observed_acceptance:.3f}, {check.expected_acceptance:.3f} was expected"
+            )
+        if comparison is not None and comparison.verdict == "rollback":
+            return (
+                f"worse on live traffic: version {comparison.draft_version} gained "
+                f"{comparison.mean_gain:+.3f} of acceptance over its parent"
+            )
+        return ""

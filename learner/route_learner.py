@@ -1,0 +1,266 @@
+"""One route's draft and all that belongs to it: the candidate, what serves, who judges it, who watches it.
+
+Knows no store, and of other routes only the draft that serves where this one has none of its own yet.
+Invariants: nothing is published that the gate did not pass against the draft that serves the route now; a
+killed route goes on where its checkpoint stands.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import GenerationRecord
+from buffer.store import AdapterFeed
+from learner import checkpoint
+from learner.draft import AdapterState, TrainableDraft
+from learner.incumbent import Incumbent
+from learner.judging.draft_selection import FLOOR, DraftScores, ExistingDraft
+from learner.judging.evaluation import observed_rates
+from learner.judging.judge import Judge, Judgement, operation
+from learner.judging.rollback_backoff import rollback_backoff
+from learner.judging.watch import LiveWatch
+from learner.replica_replies import ReplicaReplies
+from learner.settings import LearnerSettings
+from learner.tracking.progress import Progress
+from learner.tracking.tracker import Tracker
+from learner.trainer import Trainer, TrainingReport
+from learner.training_schedule import TrainingSchedule, is_due
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class Retry(Protocol):
+    """Does what it is given until the store and the feed can be reached."""
+
+    def __call__(self, act: Callable[[], Result], /) -> Result: ...
+
+
+class RouteLearner:
+    """`draft` is shared by all routes, for the base under their weights is the same; each trains its own.
+
+    `fallback` is the draft that serves the route while it has none of its own: `default`'s, which itself
+    falls back to the floor. `found` is the route's checkpoint, if there is one.
+    """
+
+    def __init__(
+        self,
+        route: str,
+        draft: TrainableDraft,
+        feed: AdapterFeed,
+        settings: LearnerSettings,
+        *,
+        target_revision: str,
+        tracker: Tracker,
+        retry: Retry,
+        now_s: Callable[[], float],
+        fallback: Callable[[], ExistingDraft],
+        found: checkpoint.Checkpoint | None,
+    ) -> None:
+        self.route = route
+        self._feed, self._settings, self._now_s = feed, settings, now_s
+        self._retry, self._fallback = retry, fallback
+        self.trainer = Trainer(draft, settings)
+        self.judge = Judge(settings, self.trainer.score)
+        self.watch = LiveWatch(settings, self.trainer.score)
+        self.replies = ReplicaReplies(feed, route, told_until_s=now_s())
+        schedule = TrainingSchedule.restored(found.schedule if found else {})
+        num_records_seen = found.num_records_seen if found else 0
+        self.progress = Progress(settings, tracker, schedule, num_records_seen, route)
+        self.incumbent = Incumbent(
+            feed,
+            draft,
+            route=route,
+            target_revision=target_revision,
+            now_s=now_s,
+            manifest=found.incumbent_manifest if found else None,
+            weights=found.incumbent_weights if found else b"",
+            last_version=found.last_version if found else 0,
+        )
+        self.bootstrap_records: list[GenerationRecord] = []
+        """What was kept of the route when it was opened; its first cycle learns from it."""
+        self.scores_of_drafts: DraftScores = {}
+        """Of every draft that existed at the last decision, on this route's held-out records."""
+        self.start = FLOOR
+        """What the candidate started from when the route was opened, or last given another start."""
+        if found:
+            self._restore(found)
+
+    @property
+    def serving(self) -> ExistingDraft:
+        """What answers this route's requests now."""
+        if not self.has_own and self.route != DEFAULT_ROUTE:
+            return self._fallback()
+        incumbent = self.incumbent
+        return ExistingDraft(self.route, incumbent.version, incumbent.state, incumbent.unreadable)
+
+    @property
+    def has_own(self) -> bool:
+        """Has a draft of this route passed the gate, and serves?"""
+        return self.incumbent.version != FLOOR_VERSION
+
+    # what a cycle is made of, in its order
+
+    def follow_feed(self) -> None:
+        """The feed's word is final: after a rollback from outside, learn on from what serves."""
+        if self._retry(self.incumbent.sync):
+            self.watch.end()
+            self.restart()
+            kind, reason = self._retry(self.incumbent.last_serving_change)
+            self.progress.serving_changed(kind, self.incumbent.manifest, self.incumbent.weights, reason)
+        self._watch_what_serves()
+
+    def handle_replica_rejections(self) -> None:
+        """What replicas refuse is told, and taken back if none of them serves it."""
+        for event in self._retry(self.replies.new):
+            self.progress.decided(event.kind, event.draft_version, event.reason)
+        if reason := self._retry(lambda: self.replies.rejected_by_all(self.incumbent.version)):
+            self._roll_back(reason)
+
+    def watch_live(self, sound: Sequence[GenerationRecord]) -> None:
+        """Looks at what arrived; rolls a draft back that live traffic speaks against."""
+        if self.progress.arrived(observed_rates(sound)):
+            self.judge.hurry()
+        reason = self.watch.observe(sound)
+        if reason:
+            self._roll_back(reason)
+
+    @property
+    def is_resting(self) -> bool:
+        """Training brings nothing now: let what arrived pass."""
+        return self.progress.schedule.resting and not self.bootstrap_records
+
+    @property
+    def slowdown(self) -> int:
+        """Times the usual records, and steps, of a cycle."""
+        return self.progress.schedule.slowdown(self.progress.rule)
+
+    def is_due(self, num_waiting: int, oldest_age_s: float) -> bool:
+        least, oldest_s = self._settings.min_records_per_cycle, self._settings.max_record_age_s
+        return bool(self.bootstrap_records) or is_due(
+            num_waiting, oldest_age_s, self.slowdown, least, oldest_s
+        )
+
+    def take_bootstrap_records(self) -> list[GenerationRecord]:
+        lesson, self.bootstrap_records = self.bootstrap_records, []
+        return lesson
+
+    def evaluate(self, report: TrainingReport) -> Judgement:
+        """The gate's word on the candidate, against what serves this route now."""
+        candidate, serving = self.trainer.candidate, self.serving
+        pinned = self._retry(lambda: self._feed.pinned(self.route))
+        fault = self.trainer.draft.fault(candidate) or serving.unreadable
+        if not fault and pinned is not None:
+            fault = f"route {self.route!r} is pinned to version {pinned}"
+        if not fault and report.num_skipped == len(report.steps):
+            fault = f"none of {len(report.steps)} steps changed the candidate"
+        history = self._retry(lambda: self._feed.history(self.route))
+        return self.judge.judge(
+            candidate,
+            serving,
+            fault=fault or self.watch.trial,
+            operation=operation(self._retry(self._feed.statuses), self._settings.nominal_num_draft_tokens),
+            seed=(self._settings.seed, self.trainer.num_steps),
+            now_s=self._now_s(),
+            backoff=rollback_backoff(history),
+            new_reference=self.progress.schedule.num_decisions == 0,
+        )
+
+    def publish(self, judgement: Judgement, rest: Callable[[float], object]) -> None:
+        """Serve the candidate; `rest` sleeps while replicas swap."""
+        parent, state = self.serving, dict(self.trainer.candidate)
+        evidence, progress = judgement.decision.evidence, self.progress
+        manifest = self._retry(
+            lambda: self.incumbent.publish(
+                state, evidence, progress.num_records_seen, progress.tracker.run_id
+            )
+        )
+        self.judge.promoted((self.route, manifest.draft_version))
+        self.watch.begin(manifest, state, parent.state)
+        rest(self._settings.quiet_after_publish_s)
+        progress.serving_changed("promoted", manifest, self.incumbent.weights, judgement.decision.reason)
+
+    def refuse(self, judgement: Judgement) -> None:
+        decision = judgement.decision
+        self._retry(lambda: self.incumbent.refuse(decision.reason, decision.evidence))
+        self.progress.decided("refused", self.incumbent.last_version + 1, decision.reason)
+        broken = bool(self.trainer.draft.fault(self.trainer.candidate))
+        if broken or self.progress.num_refusals_in_a_row >= self._settings.refusals_before_reset:
+            self.restart()
+
+    def compare(self, existing: Sequence[ExistingDraft]) -> None:
+        """Score every draft that exists on this route's held-out records."""
+        self.scores_of_drafts = self.judge.compare(existing)
+
+    def restart(self) -> None:
+        """A fresh candidate, from what serves the route."""
+        self.start_from(self.serving)
+
+    def start_from(self, start: ExistingDraft) -> None:
+        self.start = start
+        self.trainer.reset(start.state)
+        self.progress.num_refusals_in_a_row = 0
+
+    def save(self, folder: Path, used_entry_ids: dict[str, list[str]]) -> None:
+        state = checkpoint.Checkpoint(
+            adapter=self.trainer.trained,
+            optimizer=self.trainer.optimizer_state(),
+            generator_state=self.trainer.rng.bit_generator.state,
+            num_steps=self.trainer.num_steps,
+            num_records_seen=self.progress.num_records_seen,
+            last_version=self.incumbent.last_version,
+            acked_entry_ids=used_entry_ids,
+            incumbent_manifest=self.incumbent.manifest,
+            incumbent_weights=self.incumbent.weights,
+            mlflow_run_id=self.progress.tracker.run_id,
+            schedule=asdict(self.progress.schedule),
+        )
+        checkpoint.write(folder, state)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for people."""
+        return self.progress.facts() | {
+            "num_steps": self.trainer.num_steps,
+            "learner_s": self.trainer.busy_s,
+            "learner_saved_s": self.progress.saved_s(self.trainer.busy_s),
+            "num_held_out_records": self.judge.num_records,
+            "draft_version": self.incumbent.version,
+            "last_version": self.incumbent.last_version,
+            "acceptance_by_draft": self.acceptance_by_draft(),
+        }
+
+    def acceptance_by_draft(self) -> dict[str, float]:
+        """Of every draft that existed at the last decision; without those that could not be scored."""
+        found = {
+            f"{route}/{version}": worth.acceptance
+            for (route, version), worth in self.scores_of_drafts.items()
+        }
+        return {name: value for name, value in found.items() if value == value}
+
+    def _watch_what_serves(self) -> None:
+        """A learner that was killed takes its watch up again; a draft that others published gets one."""
+        manifest, state = self.incumbent.manifest, self.incumbent.state
+        if manifest is not None and state is not None and manifest.draft_version > self.watch.last_version:
+            self.watch.begin(manifest, state, self._parent())
+
+    def _parent(self) -> AdapterState | None:
+        """What a rollback would go to."""
+        manifest = self.incumbent.manifest
+        if manifest and manifest.parent_version == FLOOR_VERSION and self.route != DEFAULT_ROUTE:
+            return self._fallback().state
+        return self._retry(self.incumbent.parent)
+
+    def _roll_back(self, reason: str) -> None:
+        self._retry(lambda: self._feed.rollback(self.route, reason))
+        self.follow_feed()
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        """Go on where the checkpoint stands."""
+        if fault := self.trainer.draft.fault(found.adapter):
+            logger.warning("checkpoint's adapter does not fit, starting from what serves: %s", fault)
+            self.restart()
+            return
+        self.trainer.restore(found.adapter, found.optimizer, found.generator_state, found.num_steps)

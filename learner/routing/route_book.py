@@ -1,0 +1,72 @@
+"""Which routes are open, how each stands, and the table by which prompts find them: in one small file.
+
+Knows no drafts: each route has a checkpoint of its own, in the folder named here. Invariant: the file is
+replaced whole, so that it is either the old book or the new one; one that cannot be read is no book.
+"""
+
+import base64
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from buffer.codec import decode, encode
+from buffer.errors import SeamError
+from buffer.names import DEFAULT_ROUTE
+from buffer.route_table import RouteTable
+from learner.checkpoint import replace_file
+from learner.routing.policy import Standing
+
+logger = logging.getLogger(__name__)
+
+_FILE = "routes.json"
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class RouteBook:
+    """Standings by route; `default` has none, it is always open."""
+
+    standings: Mapping[str, Standing] = field(default_factory=dict)
+    table: RouteTable | None = None
+
+
+def checkpoint_folder(folder: Path, route: str) -> Path:
+    """Where the route's own checkpoints are kept."""
+    return folder if route == DEFAULT_ROUTE else folder / "routes" / route
+
+
+def forget_checkpoints(folder: Path, route: str) -> None:
+    """A closed route starts anew when it is opened again."""
+    assert route != DEFAULT_ROUTE
+    shutil.rmtree(checkpoint_folder(folder, route), ignore_errors=True)
+
+
+def write_book(folder: Path, book: RouteBook) -> None:
+    """After it returns the book survives loss of power."""
+    plain = {
+        "schema": _SCHEMA,
+        "standings": {route: asdict(standing) for route, standing in book.standings.items()},
+        "table": None if book.table is None else base64.b64encode(encode(book.table)).decode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / _FILE, json.dumps(plain).encode())
+
+
+def read_book(folder: Path) -> RouteBook:
+    """An empty one where there is none."""
+    path = folder / _FILE
+    if not path.exists():
+        return RouteBook()
+    try:
+        plain = json.loads(path.read_bytes())
+        if plain["schema"] != _SCHEMA:
+            raise ValueError(f"schema {plain['schema']}, this build reads {_SCHEMA}")
+        standings = {route: Standing(**fields) for route, fields in plain["standings"].items()}
+        table = None if plain["table"] is None else decode(RouteTable, base64.b64decode(plain["table"]))
+    except (ValueError, KeyError, TypeError, SeamError) as error:
+        logger.warning("%s is no book of routes, starting with the default route alone: %s", path, error)
+        return RouteBook()
+    return RouteBook(standings, table)

@@ -1,0 +1,1 @@
+"""What people and MLflow learn of the learner's work."""

@@ -1,0 +1,141 @@
+"""What the learner did for one route and decided, for people: counters, last figures, the tracker's lines.
+
+Knows no draft and no store. Invariant: `facts` is plain data and never waits for the tracker.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from buffer.names import FLOOR_VERSION
+from buffer.records import AdapterManifest
+from learner.judging.judge import Judgement
+from learner.settings import LearnerSettings
+from learner.tracking.tracker import Tracker
+from learner.trainer import TrainingReport
+from learner.training_schedule import ScheduleRule, TrainingSchedule
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """`schedule` and `num_records_seen` come from the checkpoint, if there is one."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        tracker: Tracker,
+        schedule: TrainingSchedule,
+        num_records_seen: int,
+        route: str,
+    ) -> None:
+        self._settings = settings
+        self.tracker = tracker
+        self.route = route
+        self.schedule = schedule
+        self.rule = ScheduleRule(
+            stall_gain=settings.stall_gain,
+            stall_decisions=settings.stall_decisions,
+            slow_stretch=settings.slow_stretch,
+            first_rest_records=settings.first_rest_records,
+            max_rest_records=settings.max_rest_records,
+            shift_drop=settings.shift_drop,
+        )
+        self._num_learnt_records = 0
+        self._num_rested_records = 0
+        self.num_records_seen = num_records_seen
+        self.num_refused_records = 0
+        self.num_refusals_in_a_row = 0
+        self._last_decision: dict[str, Any] | None = None
+        self._figures: dict[str, float | None] = {}
+
+    def arrived(self, rates: Sequence[float]) -> bool:
+        """Follows live acceptance, a rate a record. True: traffic shifted."""
+        before, self.schedule = self.schedule, self.schedule.after_records(rates, self.rule)
+        return self.schedule.num_shifts > before.num_shifts
+
+    def took(self, num_records: int) -> None:
+        """So many records are about to be trained on."""
+        self.num_records_seen += num_records
+        self._num_learnt_records += num_records
+
+    def rested(self, num_records: int) -> None:
+        """So many records were not trained on."""
+        self.schedule = self.schedule.after_rest(num_records)
+        self.num_records_seen += num_records
+        self._num_rested_records += num_records
+
+    def saved_s(self, busy_s: float) -> float:
+        """Seconds that training on what rested would have taken, at the price of what was learnt."""
+        return busy_s * self._num_rested_records / max(1, self._num_learnt_records)
+
+    def decided(self, kind: str, draft_version: int, reason: str) -> None:
+        """`kind` as in AdapterEvent."""
+        logger.info("route %s, draft version %d %s: %s", self.route, draft_version, kind, reason)
+        self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
+        if kind != "rejected_by_replica":  # which says nothing of the candidate
+            self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
+        if kind == "rolled_back":
+            self.schedule = self.schedule.resumed()
+        self.tracker.log_decision(self.route, kind, draft_version, reason, self.num_records_seen)
+
+    def serving_changed(
+        self, kind: str, manifest: AdapterManifest | None, weights: bytes, reason: str
+    ) -> None:
+        """Another draft answers from now on; None is the floor."""
+        version, parent = FLOOR_VERSION, FLOOR_VERSION
+        if manifest is not None:
+            version, parent = manifest.draft_version, manifest.parent_version
+            let_in = reason if kind == "promoted" else "let in before this learner looked"
+            self.tracker.log_adapter(manifest, weights, let_in)
+        self.tracker.mark_serving(self.route, version, parent, f"{kind.replace('_', ' ')}: {reason}")
+        self.decided(kind, version, reason)
+
+    def cycle_ended(
+        self, report: TrainingReport, judgement: Judgement, num_steps: int, busy_s: float
+    ) -> None:
+        """Figures of the cycle go to the tracker and set the schedule of the next; steps and `busy_s` are of
+        all cycles."""
+        acceptance = judgement.acceptance_candidate
+        self.schedule = self.schedule.after_decision(
+            judgement.held_out_gain, judgement.decision.promote, self.rule
+        )
+        figures = {
+            "loss": report.mean_loss,
+            "acceptance_candidate": acceptance,
+            "acceptance_incumbent": judgement.acceptance_incumbent,
+            "acceptance_floor": judgement.acceptance_floor,
+            "training_s": report.compute_s,
+            "num_skipped_steps": float(report.num_skipped),
+            "num_steps": float(num_steps),
+            "held_out_gain": judgement.held_out_gain.gain,
+            "slow": float(self.schedule.slow),
+            "asleep": float(self.schedule.asleep),
+            "learner_s": busy_s,
+            "learner_saved_s": self.saved_s(busy_s),
+        }
+        known = {name: value for name, value in figures.items() if value == value}
+        self._figures = {name: known.get(name) for name in figures}
+        more = {"acceptance_live": self.schedule.short_acceptance}
+        if "gain_lower_bound" in judgement.decision.evidence:
+            more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
+        known |= {name: value for name, value in more.items() if value is not None}
+        self.tracker.log_metrics(self.route, known, self.num_records_seen)
+
+    def facts(self) -> dict[str, Any]:
+        """None where a figure is not known yet."""
+        return {
+            "loss": None,
+            "acceptance_candidate": None,
+            "acceptance_incumbent": None,
+            "acceptance_floor": None,
+            **self._figures,
+            "last_decision": self._last_decision,
+            "num_records_seen": self.num_records_seen,
+            "num_refused_records": self.num_refused_records,
+            "slow": self.schedule.slow,
+            "asleep": self.schedule.asleep,
+            "num_rested_records": self._num_rested_records,
+            "num_shifts": self.schedule.num_shifts,
+            "live_acceptance": self.schedule.short_acceptance,
+        }

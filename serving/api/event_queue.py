@@ -1,0 +1,38 @@
+"""What other threads post, taken by one coroutine in batches. No polling: a batch costs one wake-up."""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class EventQueue(Generic[T]):
+    """Belongs to the event loop that runs when it is made. Posts never block and never raise."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._lock = threading.Lock()
+        self._items: deque[T] = deque()
+
+    def post(self, items: Iterable[T]) -> None:
+        """At least one item, from any thread. Once the loop is closed nobody waits, and they are lost."""
+        with self._lock:
+            first = not self._items
+            self._items.extend(items)
+        if first:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self, timeout_s: float) -> list[T]:
+        """Everything posted since the last take, at least one item. Raises TimeoutError."""
+        await asyncio.wait_for(self._arrived.wait(), timeout_s)
+        with self._lock:
+            items = list(self._items)
+            self._items.clear()
+        self._arrived.clear()
+        return items

@@ -1,0 +1,1 @@
+"""What runs a forward pass over slots: runner, caches, static and compiled passes. Knows no round."""
