@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from buffer.errors import StoreUnavailableError
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import GenerationRecord
+from buffer.retrying import RetryingFeed, RetryingStore
 from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
 from learner.draft import TrainableDraft
@@ -27,10 +28,8 @@ from learner.routes import Routes
 from learner.rows import record_fault
 from learner.settings import LearnerSettings
 from learner.tracking.tracker import NullTracker, Tracker
-from learner.trainer import TrainingReport
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 POLL_S = 0.25
 SUMMED = (
@@ -68,7 +67,9 @@ class Learner:
         now_s: Callable[[], float] = time.time,
     ) -> None:
         """`tracker_for` builds the tracker from the run id that the checkpoint holds, perhaps empty."""
-        self._draft, self._store, self._feed, self._settings = draft, store, feed, settings
+        self._draft, self._settings = draft, settings
+        self._store = RetryingStore(store, self._wait_for_store)
+        self._feed = RetryingFeed(feed, self._wait_for_store)
         self._target_revision, self._now_s = target_revision, now_s
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
@@ -79,17 +80,16 @@ class Learner:
         self._tracker = tracker_for(found.mlflow_run_id if found else "") if tracker_for else NullTracker()
         self._routes = Routes(
             self._build,
-            store,
-            feed,
+            self._store,
+            self._feed,
             settings,
             folder=folder,
             target_revision=target_revision,
-            retry=self._retry,
             is_sound=lambda record: not self._fault(record),
             now_s=now_s,
         )
         self._inbox = RecordInbox(
-            store, target_revision, settings.consumer_name, self._routes.used_entry_ids()
+            self._store, target_revision, settings.consumer_name, self._routes.used_entry_ids()
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -110,7 +110,7 @@ class Learner:
 
     def run_cycle(self) -> bool:
         """Wait, draw, distil, evaluate, gate, publish, checkpoint, ack. False: nothing was due."""
-        self._retry(self._start)
+        self._start()
         self._read()
         self._routes.review(self._streams)
         self._ack_untrained()
@@ -119,17 +119,15 @@ class Learner:
             return False
         self._state = "learning"
         streams = self._routes.streams_of(draft, self._streams)
-        draft.progress.took(self._inbox.num_waiting(streams))
-        fresh = draft.judge.split(self._sound_records(draft, streams)) + draft.take_bootstrap_records()
-        report = self._train(draft, fresh)
-        judgement = draft.evaluate(report)
-        if judgement.decision.promote:
-            draft.publish(judgement, self._stop.wait)
-        else:
-            draft.refuse(judgement)
-        draft.progress.cycle_ended(report, judgement, draft.trainer.num_steps, draft.trainer.busy_s)
+        draft.learn(
+            self._sound_records(draft, streams),
+            self._inbox.num_waiting(streams),
+            partial(self._replay, draft),
+            keep_going=self._rest,
+            sleep=self._stop.wait,
+        )
         self._routes.save(draft, self._inbox.entry_ids(streams))
-        self._retry(lambda: self._inbox.ack(streams))
+        self._inbox.ack(streams)
         self._routes.decided(draft)
         return True
 
@@ -171,7 +169,7 @@ class Learner:
                 kept = self._store.draw_replay(key, wanted, self._settings.seed)
                 sound = [record for record in kept if not self._fault(record)]
                 self._routes.remember(sound)
-                draft.judge.split(sound)
+                draft.hold_out(sound)
         self._started = True
 
     def _reclaim(self) -> None:
@@ -182,14 +180,14 @@ class Learner:
     def _read(self) -> None:
         """What each route's draft has to know: the feed's word, what arrived, what that says of a swap."""
         if self._now_s() >= self._reclaim_at_s:
-            self._retry(self._reclaim)
-        self._streams = self._retry(self._inbox.streams)
+            self._reclaim()
+        self._streams = self._inbox.streams()
         for draft in self._routes:
             draft.follow_feed()
             draft.handle_replica_rejections()
         for draft in self._routes:
             streams = self._routes.streams_of(draft, self._streams)
-            arrived = self._retry(partial(self._inbox.read, streams, self._settings.max_records_per_cycle))
+            arrived = self._inbox.read(streams, self._settings.max_records_per_cycle)
             sound = [record for record in arrived if not self._fault(record)]
             self._routes.arrived(sound)
             draft.watch_live(sound)
@@ -200,9 +198,8 @@ class Learner:
             if not (draft.is_resting and self._is_due(draft)):
                 continue
             streams = self._routes.streams_of(draft, self._streams)
-            draft.judge.split(self._sound_records(draft, streams))
-            draft.progress.rested(self._inbox.num_waiting(streams))
-            self._retry(partial(self._inbox.ack, streams))
+            draft.skip_training(self._sound_records(draft, streams), self._inbox.num_waiting(streams))
+            self._inbox.ack(streams)
 
     def _due(self) -> RouteLearner | None:
         """Of the drafts whose turn has come, the one whose records have waited longest."""
@@ -214,14 +211,8 @@ class Learner:
     def _sound_records(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[GenerationRecord]:
         records = self._inbox.records(streams)
         sound = [record for record in records if not self._fault(record)]
-        draft.progress.num_refused_records += len(records) - len(sound)
+        draft.refused_records(len(records) - len(sound))
         return sound
-
-    def _train(self, draft: RouteLearner, fresh: list[GenerationRecord]) -> TrainingReport:
-        stretch = draft.slowdown
-        _, num_replayed = draft.trainer.plan(len(fresh), stretch)
-        replayed = self._retry(lambda: self._replay(draft, num_replayed))
-        return draft.trainer.train(fresh, replayed, self._rest, stretch)
 
     def _replay(self, draft: RouteLearner, num_records: int) -> list[GenerationRecord]:
         """From what is kept: a route's own, and for `default`, which may have to serve them again, all."""
@@ -243,22 +234,17 @@ class Learner:
             self._settings,
             target_revision=self._target_revision,
             tracker=self._tracker,
-            retry=self._retry,
             now_s=self._now_s,
             fallback=fallback,
             found=found,
         )
 
-    def _retry(self, act: Callable[[], Result]) -> Result:
-        """Until the store or feed can be reached; raises LearnerStopped if told to stop meanwhile."""
-        while True:
-            try:
-                return act()
-            except StoreUnavailableError as error:
-                self._state, self._last_error = "store unavailable", str(error)
-                logger.info("store cannot be reached, trying again: %s", error)
-                if self._stop.wait(self._settings.retry_s):
-                    raise LearnerStopped from error
+    def _wait_for_store(self, error: StoreUnavailableError) -> None:
+        """Between two attempts; raises LearnerStopped if told to stop meanwhile."""
+        self._state, self._last_error = "store unavailable", str(error)
+        logger.info("store cannot be reached, trying again: %s", error)
+        if self._stop.wait(self._settings.retry_s):
+            raise LearnerStopped from error
 
     def _rest(self, step_s: float) -> bool:
         """Sleep so that steps take their share of the time; False: end the cycle's training."""

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import GenerationRecord
@@ -30,13 +30,6 @@ from learner.trainer import Trainer, TrainingReport
 from learner.training_schedule import TrainingSchedule, is_due
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-
-class Retry(Protocol):
-    """Does what it is given until the store and the feed can be reached."""
-
-    def __call__(self, act: Callable[[], Result], /) -> Result: ...
 
 
 class RouteLearner:
@@ -55,14 +48,13 @@ class RouteLearner:
         *,
         target_revision: str,
         tracker: Tracker,
-        retry: Retry,
         now_s: Callable[[], float],
         fallback: Callable[[], ExistingDraft],
         found: checkpoint.Checkpoint | None,
     ) -> None:
         self.route = route
         self._feed, self._settings, self._now_s = feed, settings, now_s
-        self._retry, self._fallback = retry, fallback
+        self._fallback = fallback
         self.trainer = Trainer(draft, settings)
         self.judge = Judge(settings, self.trainer.score)
         self.watch = LiveWatch(settings, self.trainer.score)
@@ -106,18 +98,18 @@ class RouteLearner:
 
     def follow_feed(self) -> None:
         """The feed's word is final: after a rollback from outside, learn on from what serves."""
-        if self._retry(self.incumbent.sync):
+        if self.incumbent.sync():
             self.watch.end()
             self.restart()
-            kind, reason = self._retry(self.incumbent.last_serving_change)
+            kind, reason = self.incumbent.last_serving_change()
             self.progress.serving_changed(kind, self.incumbent.manifest, self.incumbent.weights, reason)
         self._watch_what_serves()
 
     def handle_replica_rejections(self) -> None:
         """What replicas refuse is told, and taken back if none of them serves it."""
-        for event in self._retry(self.replies.new):
+        for event in self.replies.new():
             self.progress.decided(event.kind, event.draft_version, event.reason)
-        if reason := self._retry(lambda: self.replies.rejected_by_all(self.incumbent.version)):
+        if reason := self.replies.rejected_by_all(self.incumbent.version):
             self._roll_back(reason)
 
     def watch_live(self, sound: Sequence[GenerationRecord]) -> None:
@@ -144,25 +136,58 @@ class RouteLearner:
             num_waiting, oldest_age_s, self.slowdown, least, oldest_s
         )
 
-    def take_bootstrap_records(self) -> list[GenerationRecord]:
-        lesson, self.bootstrap_records = self.bootstrap_records, []
-        return lesson
+    def hold_out(self, records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
+        """Keeps a share of sound records to judge by; returns the others."""
+        return self.judge.split(records)
+
+    def refused_records(self, num_records: int) -> None:
+        """So many were not fit to learn from."""
+        self.progress.num_refused_records += num_records
+
+    def skip_training(self, records: Sequence[GenerationRecord], num_waiting: int) -> None:
+        """Training brings nothing now: sound records are held out as ever, else only counted."""
+        self.hold_out(records)
+        self.progress.rested(num_waiting)
+
+    def learn(
+        self,
+        records: Sequence[GenerationRecord],
+        num_waiting: int,
+        replay: Callable[[int], list[GenerationRecord]],
+        *,
+        keep_going: Callable[[float], bool],
+        sleep: Callable[[float], object],
+    ) -> None:
+        """One cycle: distil, evaluate, gate, publish. `records`: the sound ones of `num_waiting`; `replay`
+        draws so many that are kept; `keep_going` is told each step's seconds; `sleep` waits while replicas
+        swap."""
+        self.progress.took(num_waiting)
+        fresh = self.hold_out(records) + self.bootstrap_records
+        self.bootstrap_records = []
+        _, num_replayed = self.trainer.plan(len(fresh), self.slowdown)
+        report = self.trainer.train(fresh, replay(num_replayed), keep_going, self.slowdown)
+        judgement = self.evaluate(report)
+        if judgement.decision.promote:
+            self.publish(judgement, sleep)
+        else:
+            self.refuse(judgement)
+        self.progress.cycle_ended(report, judgement, self.trainer.num_steps, self.trainer.busy_s)
 
     def evaluate(self, report: TrainingReport) -> Judgement:
         """The gate's word on the candidate, against what serves this route now."""
         candidate, serving = self.trainer.candidate, self.serving
-        pinned = self._retry(lambda: self._feed.pinned(self.route))
+        pinned = self._feed.pinned(self.route)
         fault = self.trainer.draft.fault(candidate) or serving.unreadable
         if not fault and pinned is not None:
             fault = f"route {self.route!r} is pinned to version {pinned}"
         if not fault and report.num_skipped == len(report.steps):
             fault = f"none of {len(report.steps)} steps changed the candidate"
-        history = self._retry(lambda: self._feed.history(self.route))
+        history = self._feed.history(self.route)
         return self.judge.judge(
             candidate,
             serving,
             fault=fault or self.watch.trial,
-            operation=operation(self._retry(self._feed.statuses), self._settings.nominal_num_draft_tokens),
+            operation=operation(self._feed.statuses(), self._settings.nominal_num_draft_tokens),
             seed=(self._settings.seed, self.trainer.num_steps),
             now_s=self._now_s(),
             backoff=rollback_backoff(history),
@@ -173,11 +198,7 @@ class RouteLearner:
         """Serve the candidate; `rest` sleeps while replicas swap."""
         parent, state = self.serving, dict(self.trainer.candidate)
         evidence, progress = judgement.decision.evidence, self.progress
-        manifest = self._retry(
-            lambda: self.incumbent.publish(
-                state, evidence, progress.num_records_seen, progress.tracker.run_id
-            )
-        )
+        manifest = self.incumbent.publish(state, evidence, progress.num_records_seen, progress.tracker.run_id)
         self.judge.promoted((self.route, manifest.draft_version))
         self.watch.begin(manifest, state, parent.state)
         rest(self._settings.quiet_after_publish_s)
@@ -185,7 +206,7 @@ class RouteLearner:
 
     def refuse(self, judgement: Judgement) -> None:
         decision = judgement.decision
-        self._retry(lambda: self.incumbent.refuse(decision.reason, decision.evidence))
+        self.incumbent.refuse(decision.reason, decision.evidence)
         self.progress.decided("refused", self.incumbent.last_version + 1, decision.reason)
         broken = bool(self.trainer.draft.fault(self.trainer.candidate))
         if broken or self.progress.num_refusals_in_a_row >= self._settings.refusals_before_reset:
@@ -251,10 +272,10 @@ class RouteLearner:
         manifest = self.incumbent.manifest
         if manifest and manifest.parent_version == FLOOR_VERSION and self.route != DEFAULT_ROUTE:
             return self._fallback().state
-        return self._retry(self.incumbent.parent)
+        return self.incumbent.parent()
 
     def _roll_back(self, reason: str) -> None:
-        self._retry(lambda: self._feed.rollback(self.route, reason))
+        self._feed.rollback(self.route, reason)
         self.follow_feed()
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:

@@ -5,23 +5,19 @@ closed route's requests are served by `default`'s draft, its records teach it, a
 """
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import AdapterEvent, GenerationRecord
 from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
 from learner.judging.draft_selection import FLOOR, ExistingDraft, best_draft
-from learner.route_learner import Retry, RouteLearner
+from learner.route_learner import RouteLearner
 from learner.routing.policy import RoutePolicy, Standing, has_lost, reason_to_close, routes_to_open
+from learner.routing.prompt_kinds import PromptKinds
 from learner.routing.route_book import (
     RouteBook,
     checkpoint_folder,
@@ -29,13 +25,10 @@ from learner.routing.route_book import (
     read_book,
     write_book,
 )
-from learner.routing.route_clusters import fit_routes, restricted, told_of
+from learner.routing.route_clusters import told_of
 from learner.settings import LearnerSettings
 
 logger = logging.getLogger(__name__)
-
-KINDS_PER_ROUTE = 2
-"""More kinds are told apart than may have a draft, so that those that do are of one kind."""
 
 BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteLearner]
 """From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
@@ -54,12 +47,11 @@ class Routes:
         *,
         folder: Path,
         target_revision: str,
-        retry: Retry,
         is_sound: Callable[[GenerationRecord], bool],
         now_s: Callable[[], float],
     ) -> None:
         self._build, self._store, self._feed, self._settings = build, store, feed, settings
-        self._target_revision, self._retry, self._now_s = target_revision, retry, now_s
+        self._target_revision, self._now_s = target_revision, now_s
         self._is_sound = is_sound
         self._folder = folder
         self._policy = RoutePolicy(
@@ -69,9 +61,9 @@ class Routes:
             settings.route_losses_before_close,
         )
         book = read_book(self._folder)
-        self._standings, self._known = dict(book.standings), book.table
+        self._standings = dict(book.standings)
+        self._kinds = PromptKinds(settings, target_revision, book.table)
         self._used: dict[str, list[str]] = {}
-        self._prompts: deque[tuple[str, NDArray[Any]]] = deque(maxlen=settings.route_window_records)
         self._num_unreviewed = 0
         self.drafts: dict[str, RouteLearner] = {}
         for route in (DEFAULT_ROUTE, *(name for name, found in book.standings.items() if found.is_open)):
@@ -107,44 +99,43 @@ class Routes:
     def start(self) -> None:
         """Once: what serves on the feed is open here too, as far as there is room, and the feed has this
         book's table."""
-        for route in self._retry(self._feed.routes):
-            latest = self._retry(partial(self._feed.latest, route))
+        for route in self._feed.routes():
+            latest = self._feed.latest(route)
             if route not in self.drafts and latest and latest.target_revision == self._target_revision:
                 found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
                 self.drafts[route] = self._build(route, found, self._default_draft)
                 self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
         for route in list(self.drafts)[1 + self._policy.max_routes :]:
             self._close(route, f"nobody learns for it: max_routes is {self._policy.max_routes}")
-        table = self._retry(self._feed.route_table)
+        table = self._feed.route_table()
         if table is None:
             self._put_table()
-        elif self._known is None and table.target_revision == self._target_revision:
-            self._known = table
+        elif self._kinds.table is None and table.target_revision == self._target_revision:
+            self._kinds.table = table
 
     def remember(self, records: Sequence[GenerationRecord]) -> None:
         """Sound records' prompts, by which traffic without a tag is told apart."""
-        for record in records:
-            prompt_H = record.prompt_embedding_H
-            if prompt_H is not None and (not self._prompts or self._prompts[-1][1].shape == prompt_H.shape):
-                self._prompts.append((record.route, prompt_H))
+        self._kinds.remember(records)
 
     def arrived(self, records: Sequence[GenerationRecord]) -> None:
         """Sound records that are new: each counts for its route."""
         self.remember(records)
         self._num_unreviewed += len(records)
-        for route, num_records in Counter(self._kind(record) for record in records).items():
+        for route, num_records in Counter(
+            self._kinds.kind_of(record, self.drafts) for record in records
+        ).items():
             if route == DEFAULT_ROUTE:
                 continue
             standing = self._standings.get(route)
             if standing is None:
-                size = self._retry(partial(self._store.size, StreamKey(self._target_revision, route)))
+                size = self._store.size(StreamKey(self._target_revision, route))
                 standing = Standing(num_records=size.num_records - num_records)
             self._standings[route] = standing.after_records(num_records, self._now_s())
 
     def review(self, streams: Sequence[StreamKey]) -> None:
         """Close what starves, look again at how prompts fall apart, open what has grown; of a closed route
         that neither has a stream nor is a kind of prompts nothing is kept."""
-        known = {key.route for key in streams}.union(self._known.routes if self._known else ())
+        known = {key.route for key in streams}.union(self._kinds.routes)
         for route, standing in list(self._standings.items()):
             if not standing.is_open and route not in known:
                 del self._standings[route]
@@ -153,7 +144,7 @@ class Routes:
                 self._close(route, reason)
         if self._num_unreviewed >= self._settings.route_review_records and self._settings.max_routes:
             self._num_unreviewed = 0
-            self._cluster()
+            self._look_again_at_kinds()
         for route in routes_to_open(self._standings, self._policy):
             self._open(route)
 
@@ -198,10 +189,10 @@ class Routes:
     def _close(self, route: str, reason: str) -> None:
         """Back to `default`, unless an operator holds a version."""
         draft = self.drafts[route]
-        if self._retry(partial(self._feed.pinned, route)) is not None:
+        if self._feed.pinned(route) is not None:
             return
-        if self._retry(partial(self._feed.latest, route)) is not None:
-            self._retry(partial(self._feed.rollback, route, f"closed: {reason}", FLOOR_VERSION))
+        if self._feed.latest(route) is not None:
+            self._feed.rollback(route, f"closed: {reason}", FLOOR_VERSION)
         self._tell("closed", draft, reason)
         del self.drafts[route]
         self._standings[route] = self._standings[route].closed()
@@ -222,64 +213,34 @@ class Routes:
         """A line in the route's history. Either way `default`'s draft serves it afterwards."""
         evidence = draft.acceptance_by_draft()
         event = AdapterEvent(kind, draft.route, FLOOR_VERSION, reason, self._now_s(), evidence)
-        self._retry(partial(self._feed.add_event, event))
+        self._feed.add_event(event)
         draft.progress.serving_changed(kind, None, b"", reason)
 
     # prompts without a tag
-
-    def _kind(self, record: GenerationRecord) -> str:
-        """The record's route; for one of `default`, the closed route that it would belong to."""
-        if record.route != DEFAULT_ROUTE:
-            return record.route
-        route = self._near(record.prompt_embedding_H)
-        return DEFAULT_ROUTE if route in self.drafts else route
-
-    def _near(self, prompt_H: NDArray[Any] | None) -> str:
-        if self._known is None or prompt_H is None or prompt_H.shape != self._known.mean_H.shape:
-            return DEFAULT_ROUTE
-        return self._known.route_of(prompt_H)
 
     def _kept(self, route: str) -> list[GenerationRecord]:
         """Records of the route that are kept; before it had a name they came as `default`'s."""
         wanted, seed = self._settings.route_window_records, self._settings.seed
         found: list[GenerationRecord] = []
         for stream in (route, DEFAULT_ROUTE):
-            key = StreamKey(self._target_revision, stream)
-            drawn = self._retry(partial(self._store.draw_replay, key, wanted, seed))
-            found += [record for record in drawn if self._is_sound(record) and self._belongs(record, route)]
+            drawn = self._store.draw_replay(StreamKey(self._target_revision, stream), wanted, seed)
+            sound = (record for record in drawn if self._is_sound(record))
+            found += [record for record in sound if self._kinds.belongs(record, route)]
         return found
 
-    def _belongs(self, record: GenerationRecord, route: str) -> bool:
-        return record.route == route or self._near(record.prompt_embedding_H) == route
-
-    def _cluster(self) -> None:
-        """Names for the kinds of prompts that `default` still gets, and where every route's prompts lie."""
-        names = {DEFAULT_ROUTE, *self.drafts, *(self._known.routes if self._known else ())}
-        prompts = [(route, prompt_H) for route, prompt_H in self._prompts if route in names]
-        if not prompts:
+    def _look_again_at_kinds(self) -> None:
+        kinds = self._kinds.look_again(self.drafts, self._now_s())
+        if kinds is None:
             return
-        labels, embeddings = zip(*prompts, strict=True)
-        self._known = fit_routes(
-            np.stack(embeddings),
-            labels,
-            previous=self._known,
-            max_kinds=KINDS_PER_ROUTE * self._settings.max_routes,
-            target_revision=self._target_revision,
-            now_s=self._now_s(),
-            seed=self._settings.seed,
-        )
-        kinds = Counter(self._near(prompt_H) for route, prompt_H in prompts if route == DEFAULT_ROUTE)
-        self._known = restricted(self._known, [*self.drafts, *kinds])
-        for route in self._known.routes:
+        for route in self._kinds.routes:
             if route != DEFAULT_ROUTE and route not in self._standings:
                 self._standings[route] = Standing(num_records=kinds[route])
         self._put_table()
 
     def _put_table(self) -> None:
         """Replicas are told of open routes only."""
-        if self._known is not None:
-            table = told_of(self._known, list(self.drafts))
-            self._retry(partial(self._feed.put_route_table, table))
+        if self._kinds.table is not None:
+            self._feed.put_route_table(told_of(self._kinds.table, list(self.drafts)))
 
     def _write_book(self) -> None:
-        write_book(self._folder, RouteBook(self._standings, self._known))
+        write_book(self._folder, RouteBook(self._standings, self._kinds.table))

@@ -44,6 +44,8 @@ LIBRARY_HOMES: dict[str, Callable[[str], bool]] = {
     "transformers": lambda path: not path.startswith("buffer/"),
     "peft": lambda path: path.startswith(("serving/models/", "learner/")),
 }
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 LIBRARIES = {*LIBRARY_HOMES, "numpy", "msgpack", "safetensors", "tokenizers", "rich", "typer", "pydantic"}
 
@@ -188,3 +190,17 @@ def test_generating_text_with_the_library_entry_loads_no_service(tmp_path: Path)
 
 def test_a_clean_interpreter_shows_a_service_that_was_loaded() -> None:
     assert "redis" in run_in_a_clean_interpreter("import redis")
+
+
+def test_files_and_functions_stay_small() -> None:
+    """A file is one screenful of ideas; a function that is longer than a screen is the system."""
+    files, functions = {}, {}
+    for path in sources():
+        name, source = path.relative_to(ROOT).as_posix(), path.read_text()
+        files[name] = len(source.splitlines())
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                functions[f"{name}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert {name: lines for name, lines in files.items() if lines > MAX_FILE_LINES} == {}
+    assert {name: lines for name, lines in functions.items() if lines > MAX_FUNCTION_LINES} == {}

@@ -1,4 +1,4 @@
-"""The stores under contract: in memory, on a real Redis, on a real one-node Redis cluster."""
+"""The stores under contract: in memory, waited for while away, on a real Redis, on a one-node cluster."""
 
 import shutil
 import socket
@@ -6,16 +6,20 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis, find_server_binary
 from buffer.redis_store import RedisRecordStore
+from buffer.retrying import RetryingFeed, RetryingStore
 from buffer.store import AdapterFeed, Bounds, RecordStore
 from tests.buffer.samples import STATUS_TTL_S, FakeClock, OpenStore
 
@@ -64,11 +68,32 @@ def _form_cluster(port: int) -> None:
             time.sleep(0.05)
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
+@pytest.fixture(params=["memory", "retrying", "redis", "cluster"])
 def place(request: pytest.FixtureRequest) -> str:
-    """A server's URL, or `memory`."""
+    """A server's URL, `memory`, or `retrying`: one in memory whose every second call finds it away."""
     kind = request.param
-    return "memory" if kind == "memory" else str(request.getfixturevalue(f"{kind}_url"))
+    return kind if kind in ("memory", "retrying") else str(request.getfixturevalue(f"{kind}_url"))
+
+
+class OftenAway:
+    """Every second call of what it stands before raises, and changes nothing."""
+
+    def __init__(self, inner: RecordStore | AdapterFeed) -> None:
+        self._inner, self._is_away = inner, False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return partial(self._call, found) if callable(found) and name != "close" else found
+
+    def _call(self, act: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        self._is_away = not self._is_away
+        if self._is_away:
+            raise StoreUnavailableError("away")
+        return act(*args, **named)
+
+
+def dont_wait(_: StoreUnavailableError) -> None:
+    """Between two attempts."""
 
 
 @pytest.fixture
@@ -78,11 +103,13 @@ def open_store(place: str, clock: FakeClock) -> Iterator[OpenStore]:
 
     def open_one(bounds: Bounds | None = None) -> RecordStore:
         bounds = bounds or Bounds(None, None, None, None)
-        store: RecordStore = (
-            MemoryRecordStore(bounds, clock=clock)
-            if place == "memory"
-            else RedisRecordStore(place, bounds, clock=clock, prefix=prefix)
-        )
+        store: RecordStore
+        if place == "memory":
+            store = MemoryRecordStore(bounds, clock=clock)
+        elif place == "retrying":
+            store = RetryingStore(OftenAway(MemoryRecordStore(bounds, clock=clock)), dont_wait)
+        else:
+            store = RedisRecordStore(place, bounds, clock=clock, prefix=prefix)
         opened.append(store)
         return store
 
@@ -100,10 +127,12 @@ def store(open_store: OpenStore) -> RecordStore:
 def feed(place: str, clock: FakeClock) -> Iterator[AdapterFeed]:
     """Keeps three versions; a status lives STATUS_TTL_S."""
     options = {"clock": clock, "max_versions": 3, "max_events": 50, "status_ttl_s": STATUS_TTL_S}
-    feed: AdapterFeed = (
-        MemoryAdapterFeed(**options)
-        if place == "memory"
-        else RedisAdapterFeed(place, "revision", prefix=uuid.uuid4().hex, **options)
-    )
+    feed: AdapterFeed
+    if place == "memory":
+        feed = MemoryAdapterFeed(**options)
+    elif place == "retrying":
+        feed = RetryingFeed(OftenAway(MemoryAdapterFeed(**options)), dont_wait)
+    else:
+        feed = RedisAdapterFeed(place, "revision", prefix=uuid.uuid4().hex, **options)
     yield feed
     feed.close()

@@ -10,7 +10,7 @@ from scipy import stats
 
 from buffer.codec import encode
 from buffer.store import Bounds, Delivery, RecordStore, StreamKey
-from learner.record_inbox import Inbox
+from learner.record_inbox import RecordInbox
 from tests.buffer.samples import START_S, FakeClock, OpenStore, borrowed, make_record
 
 KEY = StreamKey("revision", "default")
@@ -102,15 +102,15 @@ def test_what_another_consumer_holds_is_claimed_only_when_idle(store: RecordStor
 def test_a_second_learner_takes_nothing_that_the_first_still_works_on(store: RecordStore) -> None:
     """Both start, in turn, with a claim; each record is learnt by one of them."""
     append(store, "abcd")
-    first = Inbox(store, "revision", "one", {})
-    second = Inbox(store, "revision", "two", {})
+    first = RecordInbox(store, "revision", "one", {})
+    second = RecordInbox(store, "revision", "two", {})
     first.reclaim()
     first.read([KEY], 2)
     second.reclaim()
     second.read([KEY], 9)
     held = [[record.record_id for record in inbox.records([KEY])] for inbox in (first, second)]
     assert held == [["a", "b"], ["c", "d"]]
-    heir = Inbox(store, "revision", "two", {})
+    heir = RecordInbox(store, "revision", "two", {})
     heir.reclaim()
     assert [record.record_id for record in heir.records([KEY])] == ["c", "d"]
 

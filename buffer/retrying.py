@@ -1,0 +1,121 @@
+"""A store and a feed that are waited for: every call is made until it can be reached.
+
+Knows no threads and no clock: `wait` is called with each error, and sleeps or raises. Since a call that
+raised StoreUnavailableError changed nothing, making it again is safe.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from buffer.errors import StoreUnavailableError
+from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
+from buffer.route_table import RouteTable
+from buffer.store import AdapterFeed, Delivery, RecordStore, StreamKey, StreamSize
+
+Result = TypeVar("Result")
+Wait = Callable[[StoreUnavailableError], None]
+"""What to do between two attempts; raises to give up."""
+
+
+def _until_reached(wait: Wait, act: Callable[[], Result]) -> Result:
+    while True:
+        try:
+            return act()
+        except StoreUnavailableError as error:
+            wait(error)
+
+
+class RetryingStore:
+    """A RecordStore."""
+
+    def __init__(self, store: RecordStore, wait: Wait) -> None:
+        self._store, self._wait = store, wait
+
+    @property
+    def num_rerouted_records(self) -> int:
+        return self._store.num_rerouted_records
+
+    def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
+        return _until_reached(self._wait, lambda: self._store.append(key, records))
+
+    def read_new(self, key: StreamKey, consumer: str, max_records: int) -> list[Delivery]:
+        return _until_reached(self._wait, lambda: self._store.read_new(key, consumer, max_records))
+
+    def claim(self, key: StreamKey, consumer: str, min_idle_s: float) -> list[Delivery]:
+        return _until_reached(self._wait, lambda: self._store.claim(key, consumer, min_idle_s))
+
+    def ack(self, key: StreamKey, entry_ids: Sequence[str]) -> None:
+        _until_reached(self._wait, lambda: self._store.ack(key, entry_ids))
+
+    def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
+        return _until_reached(self._wait, lambda: self._store.draw_replay(key, num_records, seed))
+
+    def size(self, key: StreamKey) -> StreamSize:
+        return _until_reached(self._wait, lambda: self._store.size(key))
+
+    def keys(self) -> list[StreamKey]:
+        return _until_reached(self._wait, self._store.keys)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class RetryingFeed:
+    """An AdapterFeed."""
+
+    def __init__(self, feed: AdapterFeed, wait: Wait) -> None:
+        self._feed, self._wait = feed, wait
+
+    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
+        _until_reached(self._wait, lambda: self._feed.publish(manifest, weights))
+
+    def latest(self, route: str) -> AdapterManifest | None:
+        return _until_reached(self._wait, lambda: self._feed.latest(route))
+
+    def last_version(self, route: str) -> int:
+        return _until_reached(self._wait, lambda: self._feed.last_version(route))
+
+    def manifest(self, route: str, draft_version: int) -> AdapterManifest:
+        return _until_reached(self._wait, lambda: self._feed.manifest(route, draft_version))
+
+    def weights(self, route: str, draft_version: int) -> bytes:
+        return _until_reached(self._wait, lambda: self._feed.weights(route, draft_version))
+
+    def versions(self, route: str) -> list[AdapterManifest]:
+        return _until_reached(self._wait, lambda: self._feed.versions(route))
+
+    def rollback(self, route: str, reason: str, to_version: int | None = None) -> int:
+        return _until_reached(self._wait, lambda: self._feed.rollback(route, reason, to_version))
+
+    def pin(self, route: str, draft_version: int, reason: str) -> None:
+        _until_reached(self._wait, lambda: self._feed.pin(route, draft_version, reason))
+
+    def unpin(self, route: str, reason: str) -> int:
+        return _until_reached(self._wait, lambda: self._feed.unpin(route, reason))
+
+    def pinned(self, route: str) -> int | None:
+        return _until_reached(self._wait, lambda: self._feed.pinned(route))
+
+    def add_event(self, event: AdapterEvent) -> None:
+        _until_reached(self._wait, lambda: self._feed.add_event(event))
+
+    def history(self, route: str, max_events: int = 200) -> list[AdapterEvent]:
+        return _until_reached(self._wait, lambda: self._feed.history(route, max_events))
+
+    def routes(self) -> list[str]:
+        return _until_reached(self._wait, self._feed.routes)
+
+    def put_route_table(self, table: RouteTable) -> None:
+        _until_reached(self._wait, lambda: self._feed.put_route_table(table))
+
+    def route_table(self) -> RouteTable | None:
+        return _until_reached(self._wait, self._feed.route_table)
+
+    def report(self, status: ServingStatus) -> None:
+        _until_reached(self._wait, lambda: self._feed.report(status))
+
+    def statuses(self) -> list[ServingStatus]:
+        return _until_reached(self._wait, self._feed.statuses)
+
+    def close(self) -> None:
+        self._feed.close()
