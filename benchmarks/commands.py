@@ -73,7 +73,7 @@ def throughput(
 
     from benchmarks.adapted import check_adapter
     from benchmarks.prompts import check_folder
-    from benchmarks.screen import Screen
+    from benchmarks.screen import ProgressScreen
     from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
     from benchmarks.throughput_views import plot_throughput, table
     from deploy.demo.report import write_report
@@ -99,7 +99,7 @@ def throughput(
     report.parent.mkdir(parents=True, exist_ok=True)
     plot = plot or report.with_suffix(".png")
     measured = []
-    with Screen(errors(), num_steps=plan.num_steps, num_requests=plan.recipe.num_requests) as screen:
+    with ProgressScreen(errors(), num_steps=plan.num_steps, num_requests=plan.recipe.num_requests) as screen:
         for one in measure(plan, on_cycle=screen.on_cycle, report=screen.report):
             measured.append(one)
             output().print(table(one.rows()), "", sep="\n")

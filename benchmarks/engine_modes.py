@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Outcome, Rounds
+from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeOutcome, ModeUnavailableError, Rounds
 from serving.compiling import CompileChoice
 from serving.engine.engine import Engine
 from serving.engine.proposal import COPIED
@@ -76,7 +76,7 @@ class EngineMode:
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome:
+    ) -> ModeOutcome:
         sampling = SamplingParams(
             temperature=temperature,
             max_tokens=num_tokens,
@@ -94,7 +94,7 @@ class EngineMode:
             num_attempted=sum(generation.num_attempted for generation in generations),
             num_accepted=sum(generation.num_accepted for generation in generations),
         )
-        return Outcome(wall_s, [generation.output_token_ids for generation in generations], rounds)
+        return ModeOutcome(wall_s, [generation.output_token_ids for generation in generations], rounds)
 
     def close(self) -> None:
         self._engine.close()

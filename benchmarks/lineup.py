@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.modes import Mode, Outcome
+from benchmarks.modes import Mode, ModeOutcome
 
 
 class Lineup:
@@ -14,7 +14,7 @@ class Lineup:
 
     def run(
         self, name: str, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome | str:
+    ) -> ModeOutcome | str:
         """One turn of a mode; or why it could not, and the mode is made anew next time."""
         try:
             return self._mode(name).generate(

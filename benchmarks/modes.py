@@ -48,7 +48,7 @@ class Rounds:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ModeOutcome:
     """One turn of one mode."""
 
     wall_s: float
@@ -72,7 +72,7 @@ class Mode(Protocol):
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome:
+    ) -> ModeOutcome:
         """Exactly `num_tokens` after each prompt, end of text or not. `concurrency` prompts are under way at
         any time: when one is answered the next is asked, as by so many clients."""
         ...

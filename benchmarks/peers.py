@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeUnavailableError, Outcome
+from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeOutcome, ModeUnavailableError
 
 LOOKUP_TOKENS = 10
 """Of prompt lookup: the default of its candidate generator, as its n-gram size is."""
@@ -55,13 +55,13 @@ class Generate:
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome:
+    ) -> ModeOutcome:
         config = generation_config(num_tokens, temperature, **self._options)
         size = concurrency if self._batched else 1
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         began_s = time.perf_counter()
         outputs = [token_ids for batch in batches for token_ids in self._one_call(batch, config)]
-        return Outcome(time.perf_counter() - began_s, outputs)
+        return ModeOutcome(time.perf_counter() - began_s, outputs)
 
     def _one_call(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         inputs_BT, mask_BT = left_padded(prompts)
@@ -100,7 +100,7 @@ class Continuous:
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome:
+    ) -> ModeOutcome:
         self._be_ready(temperature)
         began_s = time.perf_counter()
         request_ids = self._manager.add_requests(prompts[:concurrency], max_new_tokens=num_tokens)
@@ -116,7 +116,7 @@ class Continuous:
                 following = prompts[len(request_ids) : len(request_ids) + 1]
                 request_ids += self._manager.add_requests(following, max_new_tokens=num_tokens)
         wall_s = time.perf_counter() - began_s
-        return Outcome(wall_s, [results[request_id] for request_id in request_ids])
+        return ModeOutcome(wall_s, [results[request_id] for request_id in request_ids])
 
     def _be_ready(self, temperature: float) -> None:
         if self._temperature == temperature:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.forwards import ForwardTimes
-from benchmarks.modes import MODES, REFERENCE, Outcome, Rounds
+from benchmarks.modes import MODES, REFERENCE, ModeOutcome, Rounds
 from serving.engine.counters import acceptance_rate, block_efficiency
 
 KEYS = (
@@ -43,11 +43,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSetting:
     """All turns of one setting."""
 
     setting: Setting
-    outcomes: Mapping[str, Sequence[Outcome]]
+    outcomes: Mapping[str, Sequence[ModeOutcome]]
     """By mode, in turn; fewer than the others' for a mode that failed."""
     notes: Mapping[str, str]
     """Why a mode has no figures."""

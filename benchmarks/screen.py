@@ -12,7 +12,7 @@ _LINES = 20
 """About so many lines a bar where there is no terminal."""
 
 
-class Screen:
+class ProgressScreen:
     """One bar for the draft's learning, if it has to learn, and one for the measurement."""
 
     def __init__(self, console: Console, *, num_steps: int, num_requests: int) -> None:

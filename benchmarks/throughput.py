@@ -20,10 +20,10 @@ from benchmarks.adapted import Adapter, Cycle, Recipe, adapter_for
 from benchmarks.engine_modes import make_engines
 from benchmarks.forwards import PassRunners, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
-from benchmarks.modes import MODES, Outcome
+from benchmarks.modes import MODES, ModeOutcome
 from benchmarks.peers import make_peers
 from benchmarks.prompts import demo_prompts, folder_prompts
-from benchmarks.rows import Measured, Row, Setting
+from benchmarks.rows import MeasuredSetting, Row, Setting
 from learner.settings import LearnerSettings
 from serving.compiling import CompileChoice
 from serving.models.loading import ModelPair, load_pair
@@ -87,7 +87,9 @@ def full_settings() -> tuple[Setting, ...]:
     )
 
 
-def measure(plan: ThroughputPlan, *, on_cycle: Callable[[Cycle], None], report: Report) -> Iterator[Measured]:
+def measure(
+    plan: ThroughputPlan, *, on_cycle: Callable[[Cycle], None], report: Report
+) -> Iterator[MeasuredSetting]:
     """One setting after the other. `report` hears of each mode's turn, `on_cycle` of the draft's learning."""
     pair = load_pair(plan.target, plan.draft)
     adapter = adapter_for(pair, plan.adapter, plan.cache, plan.learner, on_cycle, plan.recipe)
@@ -106,7 +108,9 @@ def measure(plan: ThroughputPlan, *, on_cycle: Callable[[Cycle], None], report: 
         lineup.close()
 
 
-def figures(plan: ThroughputPlan, measured: list[Measured]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def figures(
+    plan: ThroughputPlan, measured: list[MeasuredSetting]
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The report's metrics and series."""
     rows: list[Row] = [row for one in measured for row in one.rows()]
     metrics = {
@@ -162,8 +166,8 @@ def _measure_setting(
     lineup: Lineup,
     prompts: Iterator[list[int]],
     report: Report,
-) -> Measured:
-    outcomes: dict[str, list[Outcome]] = {mode: [] for mode in MODES}
+) -> MeasuredSetting:
+    outcomes: dict[str, list[ModeOutcome]] = {mode: [] for mode in MODES}
     notes: dict[str, str] = {}
     forwards = measure_forwards(
         runners,
@@ -189,10 +193,10 @@ def _measure_setting(
                 notes[mode] = outcome
             elif turn:
                 outcomes[mode].append(outcome)
-    return Measured(setting, outcomes, notes, forwards, runners.passes)
+    return MeasuredSetting(setting, outcomes, notes, forwards, runners.passes)
 
 
-def _identical_fractions(measured: list[Measured]) -> dict[str, float]:
+def _identical_fractions(measured: list[MeasuredSetting]) -> dict[str, float]:
     """By mode: how many outputs equal those of the reference; the same target must say the same."""
     fractions = {}
     for mode in MODES:

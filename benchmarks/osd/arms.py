@@ -55,7 +55,7 @@ class Material:
 
 
 @dataclass
-class Outcome:
+class ArmOutcome:
     """What came of an arm."""
 
     accepted: list[int] = field(default_factory=list)
@@ -93,14 +93,14 @@ def trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
     return build_draft(own, settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision)
 
 
-def floor(material: Material, settings: LearnerSettings) -> Outcome:
+def floor(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """The draft as it is."""
-    return _without_learning(material, trainable(material.pair, settings), Outcome())
+    return _without_learning(material, trainable(material.pair, settings), ArmOutcome())
 
 
-def ours(material: Material, settings: LearnerSettings) -> Outcome:
+def ours(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """Serve a few, learn when it is due, follow the feed: the product's loop."""
-    outcome, replay = Outcome(), _replay(material)
+    outcome, replay = ArmOutcome(), _replay(material)
     if material.routing == "none":
         settings = settings.model_copy(update={"max_routes": 0})
     store, feed = MemoryRecordStore(), MemoryAdapterFeed()
@@ -182,7 +182,7 @@ class _Serving:
             self.states[route] = import_weights(self._feed.weights(route, version)) if version else None
         return num_changed
 
-    def evaluate(self, outcome: Outcome, material: Material) -> None:
+    def evaluate(self, outcome: ArmOutcome, material: Material) -> None:
         """Each domain with the draft that most of its requests would meet."""
         for domain, prompts in material.held_out.items():
             ((route, _),) = self.routes_of(prompts.recorded).most_common(1)
@@ -194,10 +194,10 @@ class _Serving:
         return route if self._versions.get(route, FLOOR_VERSION) else DEFAULT_ROUTE
 
 
-def through_engine(material: Material, settings: LearnerSettings) -> Outcome:
+def through_engine(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """As `ours`, but nothing is replayed: requests run in the real engine, and records hold what it captured,
     positions after a rejection too."""
-    stream, outcome = material.stream, Outcome()
+    stream, outcome = material.stream, ArmOutcome()
     recipe = Recipe(
         num_requests=len(stream),
         requests_per_cycle=REQUESTS_PER_TURN,
@@ -224,9 +224,9 @@ def through_engine(material: Material, settings: LearnerSettings) -> Outcome:
     return outcome
 
 
-def paper(material: Material, settings: LearnerSettings) -> Outcome:
+def paper(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """A step every few requests on those alone; every step serves, whatever it did."""
-    outcome, replay = Outcome(), _replay(material)
+    outcome, replay = ArmOutcome(), _replay(material)
     trainer = Trainer(trainable(material.pair, settings), settings)
     outcome.evaluate(material.held_out, trainer.draft)
     for number, part in enumerate(chunks(material.stream, REQUESTS_PER_TURN)):
@@ -241,10 +241,10 @@ def paper(material: Material, settings: LearnerSettings) -> Outcome:
     return outcome
 
 
-def offline(material: Material, settings: LearnerSettings) -> Outcome:
+def offline(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """Passes over all that `ours` may learn from; the rate halves where a pass gains nothing on the records
     that `ours` holds out, and the third time ends it."""
-    outcome, replay, rng = Outcome(), _replay(material), np.random.default_rng(settings.seed)
+    outcome, replay, rng = ArmOutcome(), _replay(material), np.random.default_rng(settings.seed)
     trainer = Trainer(trainable(material.pair, settings), settings)
     optimizer, objective = build_optimizer(trainer.draft), objective_of(settings)
     records = [replay.bare_record(one) for one in material.stream]
@@ -274,7 +274,7 @@ def offline(material: Material, settings: LearnerSettings) -> Outcome:
     return _without_learning(material, trainer.draft, outcome)
 
 
-def _without_learning(material: Material, draft: TrainableDraft, outcome: Outcome) -> Outcome:
+def _without_learning(material: Material, draft: TrainableDraft, outcome: ArmOutcome) -> ArmOutcome:
     replay = _replay(material)
     for part in chunks(material.stream, 8 * REQUESTS_PER_TURN):
         outcome.served(replay.play(draft, FLOOR_VERSION, part))
@@ -286,7 +286,7 @@ def _replay(material: Material) -> Replay:
     return Replay(material.pair.target_revision, NUM_DRAFT_TOKENS)
 
 
-def _is_time(material: Material, outcome: Outcome) -> bool:
+def _is_time(material: Material, outcome: ArmOutcome) -> bool:
     """To look at held-out prompts: every so many requests, and at the end."""
     count, every = len(outcome.accepted), material.evaluate_every
     return count == len(material.stream) or count // every > (count - REQUESTS_PER_TURN) // every

@@ -10,7 +10,7 @@ from itertools import cycle
 import numpy as np
 import torch
 
-from benchmarks.osd.testbed import INCUMBENT, InProcessDeployment, Testbed, Turn, acceptance, scaled
+from benchmarks.osd.testbed import INCUMBENT, InProcessDeployment, ServedTurn, Testbed, acceptance, scaled
 from buffer.records import GenerationRecord
 from learner.draft import AdapterState
 from learner.judging.evaluation import RecordScore
@@ -27,7 +27,7 @@ WATCH_ONLY = {"min_records_per_cycle": 10_000, "max_record_age_s": 1e9}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttackOutcome:
     """What became of one attack. `refused_by`: store, feed, replica or gate (before it, the learner: what is
     nothing to learn from, and weights that are none, reach the gate as a fault)."""
 
@@ -42,7 +42,7 @@ class Outcome:
     """Acceptance lost while it served, at the same positions: against its parent, or where a swap did
     something else than it said, against what it said."""
     reason: str = ""
-    recorded: bool = False
+    reported: bool = False
     """The reason is in the feed's history and in the tracker."""
     promoted_again: bool = False
 
@@ -54,13 +54,13 @@ def better(testbed: Testbed) -> AdapterState:
 
 def watched(
     deployment: InProcessDeployment,
-    found: Outcome,
+    found: AttackOutcome,
     serving: AdapterState | None,
     reference: AdapterState,
     traffic: Iterator[str],
-) -> Outcome:
+) -> AttackOutcome:
     """Serve until it is taken back. `serving` None: what serves is not known; what was observed counts."""
-    turns: list[Turn] = []
+    turns: list[ServedTurn] = []
     records: list[GenerationRecord] = []
     served = deployment.testbed.engine.draft_version == ATTACK
     while deployment.pointed_version == ATTACK and sum(turn.num_rounds for turn in turns) < MAX_ROUNDS:
@@ -70,7 +70,7 @@ def watched(
     gone = deployment.pointed_version != ATTACK
     deployment.replica.follow()
     reason = deployment.events("rolled_back")[-1].reason if gone else ""
-    return Outcome(
+    return AttackOutcome(
         found.family,
         found.kind,
         found.seed,
@@ -79,14 +79,14 @@ def watched(
         rounds_until_rollback=sum(turn.num_rounds for turn in turns),
         cost=_cost(deployment, records, turns, serving, reference),
         reason=reason,
-        recorded=any(f"rolled_back: {reason}" == line for line in deployment.diary.decisions),
+        reported=any(f"rolled_back: {reason}" == line for line in deployment.diary.decisions),
     )
 
 
 def _cost(
     deployment: InProcessDeployment,
     records: Sequence[GenerationRecord],
-    turns: Sequence[Turn],
+    turns: Sequence[ServedTurn],
     serving: AdapterState | None,
     reference: AdapterState,
 ) -> float:
@@ -102,26 +102,26 @@ def _expected(scores: Sequence[RecordScore]) -> float:
     return float(found.mean())
 
 
-def judged(deployment: InProcessDeployment, found: Outcome) -> Outcome:
+def judged(deployment: InProcessDeployment, found: AttackOutcome) -> AttackOutcome:
     """What the gate said."""
     if deployment.pointed_version == ATTACK:
-        return Outcome(found.family, found.kind, found.seed, served=True)
+        return AttackOutcome(found.family, found.kind, found.seed, served=True)
     return refused(deployment, found, "gate", "refused")
 
 
-def refused(deployment: InProcessDeployment, found: Outcome, by: str, event: str) -> Outcome:
-    """Who refused it, why, and whether the reason was recorded."""
+def refused(deployment: InProcessDeployment, found: AttackOutcome, by: str, event: str) -> AttackOutcome:
+    """Who refused it, why, and whether the reason was reported."""
     reasons = [one.reason for one in deployment.events(event)]
     reason = reasons[-1] if reasons else ""
-    recorded = bool(reason) and any(line == f"{event}: {reason}" for line in deployment.diary.decisions)
-    return Outcome(
+    reported = bool(reason) and any(line == f"{event}: {reason}" for line in deployment.diary.decisions)
+    return AttackOutcome(
         found.family,
         found.kind,
         found.seed,
         "" if found.served else by,
         found.served,
         reason=reason,
-        recorded=recorded,
+        reported=reported,
     )
 
 

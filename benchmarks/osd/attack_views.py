@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.osd.attack_outcome import Outcome
+from benchmarks.osd.attack_outcome import AttackOutcome
 from deploy.errors import DeployError
 
 OFFLINE = ("adapter", "candidate", "records")
@@ -30,7 +30,7 @@ def check_families(families: Sequence[str] | None) -> None:
             raise FamilyError(f"family={family!r} is none of {FAMILIES}; nothing was tried")
 
 
-def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def metrics(outcomes: Sequence[AttackOutcome]) -> dict[str, Any]:
     """Counts by family and kind, and the figures that the bars are about."""
     offline = [outcome for outcome in outcomes if outcome.family in OFFLINE]
     live = [outcome for outcome in outcomes if outcome.family in LIVE]
@@ -54,19 +54,21 @@ def metrics(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "rounds_until_rollback_median": float(np.median(rounds)) if rounds else None,
         "rounds_until_rollback_max": max(rounds, default=None),
         "num_promoted_again": sum(outcome.promoted_again for outcome in live),
-        "num_untold": sum(not outcome.recorded for outcome in [*offline, *live] if not _is_missed(outcome)),
+        "num_unreported": sum(
+            not outcome.reported for outcome in [*offline, *live] if not _is_missed(outcome)
+        ),
         "num_shifts": len(controls),
         "num_good_rolled_back": sum(outcome.rolled_back for outcome in controls),
         "by_kind": by_kind,
     }
 
 
-def _is_missed(outcome: Outcome) -> bool:
-    """Served and left there: nothing was decided that could be recorded."""
+def _is_missed(outcome: AttackOutcome) -> bool:
+    """Served and left there: nothing was decided that could be reported."""
     return outcome.served and not outcome.rolled_back
 
 
-def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _counts(outcomes: Sequence[AttackOutcome]) -> dict[str, Any]:
     served = [outcome for outcome in outcomes if outcome.served]
     return {
         "attempted": len(outcomes),

@@ -16,7 +16,7 @@ from benchmarks.osd.attack_outcome import (
     FRESH,
     HELD_OUT,
     WATCH_ONLY,
-    Outcome,
+    AttackOutcome,
     better,
     judged,
     mixed,
@@ -38,13 +38,13 @@ from benchmarks.osd.testbed import INCUMBENT, Testbed, scaled
 from buffer.errors import VersionConflictError
 from learner.draft import AdapterState, export_weights
 
-Attack = Callable[[Testbed, int], Outcome]
+Attack = Callable[[Testbed, int], AttackOutcome]
 
 
 # adapters that somebody or something spoilt on the way
 
 
-def spoilt_adapter(testbed: Testbed, seed: int, kind: str) -> Outcome:
+def spoilt_adapter(testbed: Testbed, seed: int, kind: str) -> AttackOutcome:
     with testbed.deployment(**WATCH_ONLY) as deployment:
         weights = export_weights(better(testbed))
         manifest = testbed.manifest(weights, ATTACK, deployment.draft)
@@ -54,24 +54,26 @@ def spoilt_adapter(testbed: Testbed, seed: int, kind: str) -> Outcome:
         deployment.turn()
         assert deployment.pointed_version == INCUMBENT or served
         return refused(
-            deployment, Outcome("adapter", kind, seed, served=served), "replica", "rejected_by_replica"
+            deployment, AttackOutcome("adapter", kind, seed, served=served), "replica", "rejected_by_replica"
         )
 
 
-def replayed_version(testbed: Testbed, seed: int) -> Outcome:
+def replayed_version(testbed: Testbed, seed: int) -> AttackOutcome:
     """Other weights under the number that serves."""
     with testbed.deployment(**WATCH_ONLY) as deployment:
         try:
             deployment.publish(export_weights(scaled(testbed.incumbent_state, 0.1 * seed)), INCUMBENT)
         except VersionConflictError as error:
-            return Outcome("adapter", "version replayed", seed, "feed", reason=str(error), recorded=True)
-        return Outcome("adapter", "version replayed", seed, served=True)
+            return AttackOutcome(
+                "adapter", "version replayed", seed, "feed", reason=str(error), reported=True
+            )
+        return AttackOutcome("adapter", "version replayed", seed, served=True)
 
 
 # candidates that the gate has to judge
 
 
-def bad_training(testbed: Testbed, seed: int, kind: str) -> Outcome:
+def bad_training(testbed: Testbed, seed: int, kind: str) -> AttackOutcome:
     """Honest held-out records, spoilt ones to learn from."""
     rng = np.random.default_rng(seed)
     honest = mixed(testbed, rng, HELD_OUT + FRESH)
@@ -80,9 +82,9 @@ def bad_training(testbed: Testbed, seed: int, kind: str) -> Outcome:
         try:
             deployment.give([BAD_RECORDS[kind](record, rng) for record in honest[HELD_OUT:]], held_out=False)
         except ValueError as error:  # the store takes only what can be a record
-            return Outcome("records", kind, seed, "store", reason=str(error), recorded=True)
+            return AttackOutcome("records", kind, seed, "store", reason=str(error), reported=True)
         deployment.turn()
-        return judged(deployment, Outcome("records", kind, seed))
+        return judged(deployment, AttackOutcome("records", kind, seed))
 
 
 def _filled(state: AdapterState, rng: np.random.Generator, value: float) -> AdapterState:
@@ -101,7 +103,7 @@ CANDIDATES: Mapping[str, Candidate] = {
 }
 
 
-def bad_candidate(testbed: Testbed, seed: int, kind: str) -> Outcome:
+def bad_candidate(testbed: Testbed, seed: int, kind: str) -> AttackOutcome:
     """Honest records, but the weights that are judged are not what training made."""
     rng = np.random.default_rng(seed)
     with testbed.deployment(**AS_IT_IS) as deployment:
@@ -109,7 +111,7 @@ def bad_candidate(testbed: Testbed, seed: int, kind: str) -> Outcome:
         deployment.give(mixed(testbed, rng, HELD_OUT), held_out=True)
         deployment.give(mixed(testbed, rng, FRESH), held_out=False)
         deployment.turn()
-        return judged(deployment, Outcome("candidate", kind, seed))
+        return judged(deployment, AttackOutcome("candidate", kind, seed))
 
 
 def attacks() -> dict[str, list[tuple[str, Attack]]]:
@@ -131,7 +133,7 @@ def run(
     num_seeds: int,
     families: Sequence[str] | None = None,
     report: Callable[[str], None] = print,
-) -> list[Outcome]:
+) -> list[AttackOutcome]:
     """Every attack with every seed."""
     outcomes = []
     for family, listed in attacks().items():

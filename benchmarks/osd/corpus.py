@@ -27,7 +27,7 @@ class CorpusError(DeployError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
+class CorpusExchange:
     """A request and the answer that the corpus holds for it; `kind` is the language or source of chat."""
 
     domain: str
@@ -46,7 +46,7 @@ def split_of(question: str) -> str:
     raise AssertionError("the shares of the splits add up to 100")
 
 
-def exchanges(folder: Path, domain: str, split: str) -> list[Exchange]:
+def exchanges(folder: Path, domain: str, split: str) -> list[CorpusExchange]:
     """Every row of a domain and split, each prompt once, in a fixed shuffled order.
 
     Raises CorpusError where the folder lacks the domain's files.
@@ -78,14 +78,14 @@ def general_english(folder: Path) -> list[str]:
 
 
 @cache
-def _rows(folder: Path, domain: str) -> list[Exchange]:
-    by_question: dict[str, Exchange] = {}
+def _rows(folder: Path, domain: str) -> list[CorpusExchange]:
+    by_question: dict[str, CorpusExchange] = {}
     for row in _SOURCES[domain](folder):
         by_question.setdefault(row.question, row)
     return sorted(by_question.values(), key=lambda row: row.question)
 
 
-def _file(folder: Path, name: str, domain: str, kind: str) -> list[Exchange]:
+def _file(folder: Path, name: str, domain: str, kind: str) -> list[CorpusExchange]:
     path = folder / name
     try:
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -95,10 +95,10 @@ def _file(folder: Path, name: str, domain: str, kind: str) -> list[Exchange]:
             "Give --data a folder that has it"
         ) from error
     rows = map(json.loads, lines)
-    return [Exchange(domain, kind, row["prompt"], row["response"]) for row in rows]
+    return [CorpusExchange(domain, kind, row["prompt"], row["response"]) for row in rows]
 
 
-def _python(folder: Path) -> Iterator[Exchange]:
+def _python(folder: Path) -> Iterator[CorpusExchange]:
     yield from _file(folder, "mbpp/mbpp.jsonl", "python", "mbpp")
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -106,7 +106,7 @@ def _python(folder: Path) -> Iterator[Exchange]:
             yield from _functions(path)
 
 
-def _functions(path: Path) -> Iterator[Exchange]:
+def _functions(path: Path) -> Iterator[CorpusExchange]:
     """Documented functions of a module, asked for by the first paragraph of their documentation."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -120,17 +120,17 @@ def _functions(path: Path) -> Iterator[Exchange]:
         if FUNCTION_CHARS[0] <= len(source) <= FUNCTION_CHARS[1]:
             first = " ".join(text.split("\n\n")[0].split())[:300]
             question = f"{PYTHON_ASKED}Write a function {node.name}: {first}"
-            yield Exchange("python", "stdlib", question, source)
+            yield CorpusExchange("python", "stdlib", question, source)
 
 
-def _chat(folder: Path) -> Iterator[Exchange]:
+def _chat(folder: Path) -> Iterator[CorpusExchange]:
     yield from _file(folder, "gpteacher/codegen.jsonl", "chat", "en")
     yield from _file(folder, "gpteacher/roleplay.jsonl", "chat", "en")
     yield from _file(folder, "tldr/en.jsonl", "chat", "en")
     yield from _file(folder, "tldr/es.jsonl", "chat", "es")
 
 
-_SOURCES: Mapping[str, Callable[[Path], Iterator[Exchange]]] = {
+_SOURCES: Mapping[str, Callable[[Path], Iterator[CorpusExchange]]] = {
     "gsm8k": lambda folder: iter(_file(folder, "gsm8k/train.jsonl", "gsm8k", "en")),
     "spider": lambda folder: iter(_file(folder, "spider/train.jsonl", "spider", "en")),
     "python": _python,

@@ -15,7 +15,7 @@ from benchmarks.osd.experiment_cache import ExperimentCache, Report
 from benchmarks.osd.plan import moving_acceptance
 from buffer.names import DEFAULT_ROUTE
 from deploy.demo.corpus import Prompt
-from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.demo.traffic import Ask, Clients, RequestOutcome
 from deploy.settings_source import load_settings
 from deploy.wiring import RunningSystem, open_feed, running_system
 from serving.engine.counters import acceptance_rate
@@ -37,9 +37,9 @@ def measure_deployed(
         with running_system(settings, report) as system:
             clients = Clients(system.url, NUM_CLIENTS)
             before = clients.send(judged)
-            outcomes: list[Outcome] = []
+            outcomes: list[RequestOutcome] = []
 
-            def on_outcome(outcome: Outcome) -> None:
+            def on_outcome(outcome: RequestOutcome) -> None:
                 outcomes.append(outcome)
                 if len(outcomes) % 200 == 0:
                     report(f"{len(outcomes)} of {len(asks)} answered, draft {outcome.draft_version}")
@@ -98,11 +98,11 @@ def _events(system: RunningSystem) -> dict[str, int]:
     return counts
 
 
-def _rate(outcomes: Sequence[Outcome]) -> float:
+def _rate(outcomes: Sequence[RequestOutcome]) -> float:
     return acceptance_rate(
         sum(outcome.num_accepted for outcome in outcomes), sum(outcome.num_attempted for outcome in outcomes)
     )
 
 
-def _texts(outcomes: Sequence[Outcome]) -> dict[str, tuple[int, ...]]:
+def _texts(outcomes: Sequence[RequestOutcome]) -> dict[str, tuple[int, ...]]:
     return {outcome.question: outcome.token_ids for outcome in outcomes}

@@ -26,7 +26,7 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
     """Work it out, write it down, show it."""
     plan = _needed(name, plan)
     if name != "deployed":
-        plan.recorded()
+        plan.record_answers()
     picture = report.with_suffix(".png")
     if name == "domain":
         metrics, series, adapters = per_domain(plan)

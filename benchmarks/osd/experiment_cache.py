@@ -42,7 +42,7 @@ class ExperimentCache:
         return self.cache / "osd" / sha256(json.dumps(named).encode()).hexdigest()[:16]
 
     def stream(self, domain: str, temperature: float) -> list[RecordedAnswer]:
-        """What the target recorded to the domain's streamed requests."""
+        """What the target answered to the domain's streamed requests."""
         return self._recorded(domain, "stream", self.num_stream, temperature)
 
     def held_out(self, domain: str, temperature: float) -> list[RecordedAnswer]:

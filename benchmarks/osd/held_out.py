@@ -20,7 +20,7 @@ _NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Measured:
+class HeldOutAcceptance:
     """A mean and its 95 % interval over prompts."""
 
     acceptance: float
@@ -29,7 +29,7 @@ class Measured:
 
 
 class HeldOut:
-    """RecordedAnswer requests of one domain and temperature."""
+    """Recorded requests of one domain and temperature."""
 
     def __init__(self, recorded: Sequence[RecordedAnswer], replay: Replay) -> None:
         self.recorded, self._replay = recorded, replay
@@ -40,13 +40,15 @@ class HeldOut:
         counts_P2 = self.counts(draft)
         return float(counts_P2[:, 0].sum() / counts_P2[:, 1].sum())
 
-    def measure(self, draft: TrainableDraft) -> Measured:
+    def measure(self, draft: TrainableDraft) -> HeldOutAcceptance:
         """By a bootstrap over prompts."""
         counts_P2 = self.counts(draft)
         draws = np.random.default_rng(0).integers(len(counts_P2), size=(_NUM_RESAMPLES, len(counts_P2)))
         sums = counts_P2[draws].sum(1)
         low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
-        return Measured(float(counts_P2[:, 0].sum() / counts_P2[:, 1].sum()), float(low), float(high))
+        return HeldOutAcceptance(
+            float(counts_P2[:, 0].sum() / counts_P2[:, 1].sum()), float(low), float(high)
+        )
 
     def counts(self, draft: TrainableDraft) -> NDArray[np.float64]:
         """[P, 2]: by prompt, accepted (or what is expected of it) and attempted tokens."""

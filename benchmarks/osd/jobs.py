@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.adapted import Adapter
 from benchmarks.osd import arms
-from benchmarks.osd.arms import NUM_DRAFT_TOKENS, Material, Outcome, Routing, settings_of
+from benchmarks.osd.arms import NUM_DRAFT_TOKENS, ArmOutcome, Material, Routing, settings_of
 from benchmarks.osd.experiment_cache import ExperimentCache, Report
-from benchmarks.osd.held_out import HeldOut, Measured
+from benchmarks.osd.held_out import HeldOut, HeldOutAcceptance
 from benchmarks.osd.kept_rows import with_kept
 from benchmarks.osd.recorded_answers import RecordedAnswer, interleaved, shuffled
 from buffer.names import DEFAULT_ROUTE
@@ -76,7 +76,7 @@ class Result:
     learner_s: float
     num_steps: int
     facts: dict[str, Any]
-    final: dict[str, Measured] = field(default_factory=dict)
+    final: dict[str, HeldOutAcceptance] = field(default_factory=dict)
     """By domain, on held-out prompts, with the draft of `default`."""
     adapter: str = ""
     """Folder of what serves `default` at the end; empty: the floor."""
@@ -84,7 +84,7 @@ class Result:
     @classmethod
     def read(cls, folder: Path) -> "Result":
         kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        kept["final"] = {domain: Measured(**measured) for domain, measured in kept["final"].items()}
+        kept["final"] = {domain: HeldOutAcceptance(**measured) for domain, measured in kept["final"].items()}
         return cls(**kept)
 
 
@@ -103,7 +103,7 @@ def run(job: Job, cache: ExperimentCache) -> Result:
     if job.num_kept != TOP_K:
         stream = [with_kept(pair, one, job.num_kept) for one in stream]
     material = Material(pair, stream, held_out, job.evaluate_every, job.routing)
-    outcome: Outcome = getattr(arms, job.arm)(material, settings)
+    outcome: ArmOutcome = getattr(arms, job.arm)(material, settings)
     return _keep(folder, job, outcome, material, settings)
 
 
@@ -155,7 +155,9 @@ def _stream(job: Job, cache: ExperimentCache) -> Sequence[RecordedAnswer]:
     return list(chain(*streams))
 
 
-def _keep(folder: Path, job: Job, outcome: Outcome, material: Material, settings: LearnerSettings) -> Result:
+def _keep(
+    folder: Path, job: Job, outcome: ArmOutcome, material: Material, settings: LearnerSettings
+) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     draft = arms.trainable(material.pair, settings)
     state = outcome.states[DEFAULT_ROUTE]

@@ -18,7 +18,7 @@ from benchmarks.osd.attack_outcome import (
     HELD_OUT,
     REQUESTS_A_LOOK,
     WATCH_ONLY,
-    Outcome,
+    AttackOutcome,
     better,
     drawn,
     judged,
@@ -43,7 +43,7 @@ Merged = Mapping[str, torch.Tensor]
 BadSwap = Callable[[StagedWeights, np.random.Generator], Merged]
 
 
-def misleading_window(testbed: Testbed, seed: int) -> Outcome:
+def misleading_window(testbed: Testbed, seed: int) -> AttackOutcome:
     """Better on all that was held out, since it learnt that well and something else wrong; then traffic is
     the something else. Afterwards the same weights knock again."""
     rng = np.random.default_rng(seed)
@@ -55,14 +55,14 @@ def misleading_window(testbed: Testbed, seed: int) -> Outcome:
         deployment.give(drawn(testbed, shown, rng, HELD_OUT), held_out=True)
         deployment.give(drawn(testbed, shown, rng, FRESH), held_out=False)
         deployment.turn()
-        found = Outcome("window", f"{shown}, then {other}", seed)
+        found = AttackOutcome("window", f"{shown}, then {other}", seed)
         if deployment.pointed_version != ATTACK:
             return judged(deployment, found)
         found = watched(deployment, found, candidate, testbed.incumbent_state, cycle([other]))
         deployment.offer(candidate)
         deployment.give(drawn(testbed, shown, rng, FRESH), held_out=False)
         deployment.turn()
-        return Outcome(**asdict(found) | {"promoted_again": deployment.pointed_version > ATTACK})
+        return AttackOutcome(**asdict(found) | {"promoted_again": deployment.pointed_version > ATTACK})
 
 
 UNJUDGED: Mapping[str, Candidate] = {
@@ -75,13 +75,13 @@ UNJUDGED: Mapping[str, Candidate] = {
 }
 
 
-def unjudged(testbed: Testbed, seed: int, kind: str) -> Outcome:
+def unjudged(testbed: Testbed, seed: int, kind: str) -> AttackOutcome:
     """Published past the gate, fitting in every respect."""
     bad = UNJUDGED[kind](testbed.incumbent_state, np.random.default_rng(seed))
     with testbed.deployment(**WATCH_ONLY) as deployment:
         deployment.publish(export_weights(bad), ATTACK)
         deployment.turn()
-        found = Outcome("unjudged", kind, seed)
+        found = AttackOutcome("unjudged", kind, seed)
         return watched(deployment, found, bad, testbed.incumbent_state, traffic(testbed, seed))
 
 
@@ -128,17 +128,17 @@ def _no_draft() -> NoReturn:
     raise AssertionError("no route is opened here")
 
 
-def bad_swap(testbed: Testbed, seed: int, kind: str) -> Outcome:
+def bad_swap(testbed: Testbed, seed: int, kind: str) -> AttackOutcome:
     """A good draft, but what serves under its number is something else."""
     said = better(testbed)
     faulty = FaultyDrafts(testbed, BAD_SWAPS[kind], np.random.default_rng(seed))
     with testbed.deployment(faulty, **WATCH_ONLY) as deployment:
         deployment.publish(export_weights(said), ATTACK)
         deployment.turn()
-        return watched(deployment, Outcome("swap", kind, seed), None, said, traffic(testbed, seed))
+        return watched(deployment, AttackOutcome("swap", kind, seed), None, said, traffic(testbed, seed))
 
 
-def shift(testbed: Testbed, seed: int) -> Outcome:
+def shift(testbed: Testbed, seed: int) -> AttackOutcome:
     """A good draft; one kind of traffic, then another, harder or easier."""
     rng = np.random.default_rng(seed)
     kinds = list(testbed.prompts)
@@ -154,7 +154,7 @@ def shift(testbed: Testbed, seed: int) -> Outcome:
             deployment.turn()
         gone = deployment.pointed_version != ATTACK
         reason = deployment.events("rolled_back")[-1].reason if gone else ""
-        return Outcome("shift", f"{first}, then {second}", seed, "", served, gone, reason=reason)
+        return AttackOutcome("shift", f"{first}, then {second}", seed, "", served, gone, reason=reason)
 
 
 def _two_faced(testbed: Testbed, shown: str, other: str, rng: np.random.Generator) -> AdapterState:

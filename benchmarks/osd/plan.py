@@ -33,7 +33,7 @@ class ExperimentPlan:
     report: Report
     temperatures: tuple[float, ...] = (0.0, 1.0)
 
-    def recorded(self) -> None:
+    def record_answers(self) -> None:
         """Ask the target for everything at once, so that every process finds it."""
         wanted = [(domain, temperature) for temperature in self.temperatures for domain in self.domains]
         record_all(wanted, self.cache, self.num_processes, self.report)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.osd.corpus import Exchange
+from benchmarks.osd.corpus import CorpusExchange
 from benchmarks.prompts import said, token_ids
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.local import build_engine
@@ -70,9 +70,9 @@ class Asking:
     max_tokens: int = 40
 
 
-def report(
+def record_answers(
     pair: ModelPair,
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[CorpusExchange],
     temperature: float,
     asking: Asking,
 ) -> list[RecordedAnswer]:
@@ -99,13 +99,13 @@ def report(
 def recorded_once(
     file: Path,
     pair: ModelPair,
-    exchanges: Callable[[], Sequence[Exchange]],
+    exchanges: Callable[[], Sequence[CorpusExchange]],
     temperature: float,
     asking: Asking,
 ) -> list[RecordedAnswer]:
     """From `file`; without it the exchanges are read, recorded now and kept there."""
     if not file.exists():
-        save(file, report(pair, exchanges(), temperature, asking))
+        save(file, record_answers(pair, exchanges(), temperature, asking))
     return load(file)
 
 
@@ -137,7 +137,7 @@ def load(file: Path) -> list[RecordedAnswer]:
 
 
 def _request(
-    pair: ModelPair, row: Exchange, number: int, temperature: float, asking: Asking
+    pair: ModelPair, row: CorpusExchange, number: int, temperature: float, asking: Asking
 ) -> GenerationRequest:
     assert pair.tokenizer is not None
     asked = token_ids(pair.tokenizer, [said("user", row.question)])[-asking.prompt_tokens :]
@@ -147,7 +147,9 @@ def _request(
     return GenerationRequest(name, tuple(asked), sampling, capture=True)
 
 
-def _recorded(row: Exchange, generation: Generation, embedding_H: NDArray[np.float16]) -> RecordedAnswer:
+def _recorded(
+    row: CorpusExchange, generation: Generation, embedding_H: NDArray[np.float16]
+) -> RecordedAnswer:
     rounds = generation.captured_rounds
     sampling = generation.sampling
     return RecordedAnswer(

@@ -17,7 +17,7 @@ from benchmarks.adapted import Adapter
 from benchmarks.engine_modes import EngineMode
 from benchmarks.forwards import measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
-from benchmarks.modes import Mode, Outcome, Rounds
+from benchmarks.modes import Mode, ModeOutcome, Rounds
 from benchmarks.osd.experiment_cache import Report
 from benchmarks.osd.recorded_answers import RecordedAnswer
 from serving.compiling import CompileChoice
@@ -45,7 +45,7 @@ def measure_speed(
     room = max(map(len, prompts)) + NUM_TOKENS + 16
     makers = {arm: _maker(pair, folder, room, compile, None) for arm, folder in adapters.items()}
     lineup = Lineup({OFF: _maker(pair, "", room, compile, 0), **makers})
-    outcomes: dict[str, list[Outcome]] = {arm: [] for arm in (OFF, *makers)}
+    outcomes: dict[str, list[ModeOutcome]] = {arm: [] for arm in (OFF, *makers)}
     try:
         for turn in range(turns + 1):
             for arm, kept in outcomes.items():

@@ -56,7 +56,7 @@ TESTBED_SETTINGS = {
 
 
 class Diary(NullTracker):
-    """What the learner recorded its tracker of its decisions."""
+    """What the learner reported to its tracker of its decisions."""
 
     def __init__(self) -> None:
         self.decisions: list[str] = []
@@ -68,7 +68,7 @@ class Diary(NullTracker):
 
 
 @dataclass(frozen=True)
-class Turn:
+class ServedTurn:
     """What a few requests brought."""
 
     num_rounds: int
@@ -219,7 +219,7 @@ class InProcessDeployment:
                 fresh = replace(fresh, created_at_s=self.now_s, expires_at_s=self.now_s + TTL_S)
             self.store.append(self.key, [fresh])
 
-    def serve(self, kind: str, num_requests: int) -> Turn:
+    def serve(self, kind: str, num_requests: int) -> ServedTurn:
         """Requests through the engine, their records into the store; a quarter at temperature 1."""
         self.now_s += 1.0
         testbed, prompts = self.testbed, islice(self.testbed.prompts[kind], num_requests)
@@ -237,7 +237,7 @@ class InProcessDeployment:
         generations = [handle.result() for handle in handles]
         self.served_last: list[GenerationRecord] = []
         self._record(generations)
-        return Turn(
+        return ServedTurn(
             sum(generation.num_rounds for generation in generations),
             sum(generation.num_attempted for generation in generations),
             sum(generation.num_accepted for generation in generations),
@@ -305,7 +305,7 @@ def demo_testbed(pair: ModelPair, learnt: Adapter, settings: LearnerSettings) ->
         yield Testbed(pair, engine, settings, weakened(learnt, WEAKENED), traffic, MAX_TOKENS)
 
 
-def acceptance(turns: Sequence[Turn]) -> float:
+def acceptance(turns: Sequence[ServedTurn]) -> float:
     return acceptance_rate(
         sum(turn.num_accepted for turn in turns), sum(turn.num_attempted for turn in turns)
     )

@@ -49,7 +49,7 @@ def demo(
     from deploy.demo.figures import metrics_of, save_plot, series
     from deploy.demo.plan import DemoPlan, Timekeeper
     from deploy.demo.report import write_report
-    from deploy.demo.screen import Screen
+    from deploy.demo.screen import DemoScreen
     from deploy.demo.session import DemoSession
     from deploy.demo.summary import summarise
     from deploy.settings_source import load_settings
@@ -67,7 +67,7 @@ def demo(
         settings = load_settings(config, os.environ, overrides)
         with running_system(settings, errors().print) as system:
             with closing(open_feed(system.redis_url, system.target_revision)) as feed:
-                with Screen(console) as screen:
+                with DemoScreen(console) as screen:
                     result = DemoSession(system, feed, screen, DemoPlan(), Timekeeper()).run()
                 metrics = metrics_of(result, feed, wall_s=time.monotonic() - began_s)
             summarise(console, screen, result, metrics)

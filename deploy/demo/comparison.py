@@ -16,7 +16,7 @@ from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.store import AdapterFeed
 from deploy.demo.corpus import Prompt
 from deploy.demo.plan import MeasuringPlan, TimeLimit
-from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.demo.traffic import Ask, Clients, RequestOutcome
 from serving.engine.counters import acceptance_rate
 
 ARMS = ("no_speculation", "floor", "adapted")
@@ -27,13 +27,13 @@ SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Turn:
+class ArmTurn:
     """One arm over one domain's share of prompts; turns of one number and domain make a pair."""
 
     number: int
     arm: str
     domain: str
-    outcomes: list[Outcome]
+    outcomes: list[RequestOutcome]
     wall_s: float
 
     @property
@@ -66,7 +66,7 @@ class Identity:
 class Comparison:
     """All turns of one number of clients."""
 
-    turns: list[Turn]
+    turns: list[ArmTurn]
     arms: tuple[str, ...] = ARMS
     """Those that there were: without a promoted draft, none is adapted."""
     shortage: str = ""
@@ -119,16 +119,16 @@ class Comparison:
         return list(dict.fromkeys(turn.domain for turn in self.turns))
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[RequestOutcome]:
         """Of pairs or not."""
         return [outcome for turn in self.turns for outcome in turn.outcomes]
 
-    def _of(self, domain: str, arm: str) -> list[Turn]:
+    def _of(self, domain: str, arm: str) -> list[ArmTurn]:
         return [pair[arm] for pair in self._pairs(domain) if arm in pair]
 
-    def _pairs(self, domain: str) -> list[dict[str, Turn]]:
+    def _pairs(self, domain: str) -> list[dict[str, ArmTurn]]:
         """What all arms answered, by turn."""
-        by_number: dict[int, dict[str, Turn]] = {}
+        by_number: dict[int, dict[str, ArmTurn]] = {}
         for turn in self.turns:
             if turn.domain == domain and turn.is_whole:
                 by_number.setdefault(turn.number, {})[turn.arm] = turn
@@ -164,7 +164,7 @@ def compare(
     arms = ARMS if latest else ARMS[:-1]
     versions = {"floor": FLOOR_VERSION, "adapted": latest.draft_version if latest else FLOOR_VERSION}
     used_up = f"its {limit.budget_s:.0f} s were used"
-    turns: list[Turn] = []
+    turns: list[ArmTurn] = []
     count, prompt_s = plan.num_clients, 0.0
     try:
         for number in range(plan.max_turns):
@@ -193,7 +193,7 @@ def _turns(
     share: dict[str, list[Prompt]],
     max_tokens: int,
     limit: TimeLimit,
-) -> Iterator[Turn]:
+) -> Iterator[ArmTurn]:
     """One arm over the domains, until the time is used."""
     lengths = 0 if arm == "no_speculation" else None
     for domain, prompts in share.items():
@@ -202,7 +202,7 @@ def _turns(
             return
         asks = [Ask(prompt, max_tokens, num_draft_tokens=lengths, store=False) for prompt in prompts]
         outcomes = clients.send(asks)
-        yield Turn(number, arm, domain, outcomes, limit.clock() - began_s)
+        yield ArmTurn(number, arm, domain, outcomes, limit.clock() - began_s)
 
 
 def pin_and_wait(feed: AdapterFeed, version: int, limit: TimeLimit) -> bool:
@@ -218,7 +218,9 @@ def pin_and_wait(feed: AdapterFeed, version: int, limit: TimeLimit) -> bool:
     return limit.wait_until(serves)
 
 
-def identity(outcomes: Sequence[Outcome], gap: Callable[[Ask, int], float], limit: TimeLimit) -> Identity:
+def identity(
+    outcomes: Sequence[RequestOutcome], gap: Callable[[Ask, int], float], limit: TimeLimit
+) -> Identity:
     """Compare every greedy answer with that of the target alone (the arm without speculation).
 
     `gap`: how far apart the target's two best tokens are at a position of an answer; see `top_two_gap`.

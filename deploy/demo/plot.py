@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.demo.traffic import Outcome
+from deploy.demo.traffic import RequestOutcome
 from serving.engine.counters import acceptance_rate
 
 WINDOW = 30
@@ -13,7 +13,9 @@ LEAST_ATTEMPTED = 10
 """Draft tokens in the window under which there is no average to speak of."""
 
 
-def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int]], file: Path) -> None:
+def plot_acceptance(
+    outcomes: Sequence[RequestOutcome], phases: Sequence[tuple[str, int]], file: Path
+) -> None:
     """`phases`: (name, number of requests) in the order of `outcomes`; one without any is not shown."""
     import matplotlib
 
@@ -45,7 +47,7 @@ def plot_acceptance(outcomes: Sequence[Outcome], phases: Sequence[tuple[str, int
     pyplot.close(figure)
 
 
-def moving_acceptance(outcomes: Sequence[Outcome]) -> list[float | None]:
+def moving_acceptance(outcomes: Sequence[RequestOutcome]) -> list[float | None]:
     """Accepted over attempted in the last WINDOW requests, at each request; None where hardly anything was
     drafted, since speculation was off."""
     rates: list[float | None] = []
@@ -57,7 +59,7 @@ def moving_acceptance(outcomes: Sequence[Outcome]) -> list[float | None]:
     return rates
 
 
-def swaps(outcomes: Sequence[Outcome]) -> list[tuple[int, int]]:
+def swaps(outcomes: Sequence[RequestOutcome]) -> list[tuple[int, int]]:
     """(request, version) where a version answered for the first time."""
     seen = {outcomes[0].draft_version} if outcomes else set()
     found = []

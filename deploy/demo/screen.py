@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer.records import AdapterEvent
-from deploy.demo.traffic import Outcome
+from deploy.demo.traffic import RequestOutcome
 from deploy.terminal import visible
 from serving.engine.counters import acceptance_rate
 
@@ -19,19 +19,19 @@ _EDGE = 25
 _STYLES = {"promoted": "green", "refused": "yellow", "rolled_back": "red"}
 
 
-class Screen:
+class DemoScreen:
     """Fed by the story; draws itself a few times a second, or prints lines where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
-        self._outcomes: dict[str, list[Outcome]] = {}
+        self._outcomes: dict[str, list[RequestOutcome]] = {}
         self._num_planned: dict[str, int] = {}
         self._events: deque[AdapterEvent] = deque(maxlen=_SHOWN_EVENTS)
         self._num_seen_events = 0
         self._live = Live(console=console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "DemoScreen":
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -50,7 +50,7 @@ class Screen:
         self._outcomes[name], self._num_planned[name] = [], num_planned
         self.narrate(f"replaying {name}")
 
-    def add(self, name: str, outcome: Outcome) -> None:
+    def add(self, name: str, outcome: RequestOutcome) -> None:
         self._outcomes[name].append(outcome)
 
     def show_events(self, events: Sequence[AdapterEvent]) -> None:
@@ -83,7 +83,7 @@ class Screen:
         return table
 
 
-def _percent(outcomes: Sequence[Outcome]) -> str:
+def _percent(outcomes: Sequence[RequestOutcome]) -> str:
     attempted = sum(outcome.num_attempted for outcome in outcomes)
     rate = acceptance_rate(sum(outcome.num_accepted for outcome in outcomes), attempted)
     return f"{rate:.2f}" if attempted else "-"

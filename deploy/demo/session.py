@@ -21,8 +21,8 @@ from deploy.demo.comparison import Comparison, Identity, compare, identity
 from deploy.demo.corpus import DOMAINS, Prompt, prompts
 from deploy.demo.load import Load, load_between, processor_times
 from deploy.demo.plan import DemoPlan, MeasuringPlan, Timekeeper, TimeLimit, TrafficPlan
-from deploy.demo.screen import Screen
-from deploy.demo.traffic import Ask, Clients, Outcome, top_two_gap
+from deploy.demo.screen import DemoScreen
+from deploy.demo.traffic import Ask, Clients, RequestOutcome, top_two_gap
 from deploy.wiring import RunningSystem
 from serving.compiling import COMPILING
 
@@ -50,7 +50,7 @@ class DemoResult:
     """What happened, as it happens."""
 
     phases: list[Phase] = field(default_factory=list)
-    traffic: list[Outcome] = field(default_factory=list)
+    traffic: list[RequestOutcome] = field(default_factory=list)
     comparisons: dict[int, Comparison] = field(default_factory=dict)
     """By number of clients."""
     identity: Identity = field(default_factory=lambda: Identity(0, 0, 0))
@@ -62,7 +62,7 @@ class DemoResult:
     """What did not go as planned, in sentences."""
 
     @property
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[RequestOutcome]:
         """Of all requests there were."""
         measured = [outcome for comparison in self.comparisons.values() for outcome in comparison.outcomes]
         return [*self.traffic, *measured]
@@ -72,7 +72,12 @@ class DemoSession:
     """One demo on a running system."""
 
     def __init__(
-        self, system: RunningSystem, feed: AdapterFeed, screen: Screen, plan: DemoPlan, timekeeper: Timekeeper
+        self,
+        system: RunningSystem,
+        feed: AdapterFeed,
+        screen: DemoScreen,
+        plan: DemoPlan,
+        timekeeper: Timekeeper,
     ) -> None:
         self._system, self._feed, self._screen = system, feed, screen
         self._plan, self._timekeeper = plan, timekeeper

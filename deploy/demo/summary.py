@@ -9,13 +9,13 @@ from rich.text import Text
 
 from deploy.demo.comparison import ARMS, Comparison, verdict
 from deploy.demo.corpus import DOMAINS
-from deploy.demo.screen import Screen
+from deploy.demo.screen import DemoScreen
 from deploy.demo.session import DemoResult, Phase
 
 NONE = "-"
 
 
-def summarise(console: Console, screen: Screen, result: DemoResult, metrics: Mapping[str, Any]) -> None:
+def summarise(console: Console, screen: DemoScreen, result: DemoResult, metrics: Mapping[str, Any]) -> None:
     """Tables, then sentences."""
     console.print("", screen.traffic_table(), "", sep="\n")
     for num_clients, comparison in result.comparisons.items():

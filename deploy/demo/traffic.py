@@ -1,6 +1,6 @@
 """Clients of the endpoint: real HTTP requests, several at once, and what came of each.
 
-Knows nothing of Ray, Redis or learning; sees only what any client sees. A failed request is an Outcome
+Knows nothing of Ray, Redis or learning; sees only what any client sees. A failed request is an RequestOutcome
 with an error, never an exception.
 """
 
@@ -31,7 +31,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """One answer, or why there is none."""
 
     ask: Ask
@@ -65,9 +65,9 @@ class Clients:
     def send(
         self,
         asks: Iterable[Ask],
-        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+        on_outcome: Callable[[RequestOutcome], None] = lambda outcome: None,
         time_limit_s: float = float("inf"),
-    ) -> list[Outcome]:
+    ) -> list[RequestOutcome]:
         """Send all asks in order, each as soon as a client is free; no new one once `time_limit_s` are over.
 
         Returns the outcomes in the order in which they finished.
@@ -75,9 +75,9 @@ class Clients:
         return asyncio.run(self._send(asks, on_outcome, self._clock() + time_limit_s))
 
     async def _send(
-        self, asks: Iterable[Ask], on_outcome: Callable[[Outcome], None], deadline_s: float
-    ) -> list[Outcome]:
-        outcomes: list[Outcome] = []
+        self, asks: Iterable[Ask], on_outcome: Callable[[RequestOutcome], None], deadline_s: float
+    ) -> list[RequestOutcome]:
+        outcomes: list[RequestOutcome] = []
         coming = iter(asks)
         limits = httpx.Limits(max_connections=self._num_clients)
 
@@ -96,7 +96,7 @@ class Clients:
         return outcomes
 
 
-async def _send_one(http: httpx.AsyncClient, ask: Ask) -> Outcome:
+async def _send_one(http: httpx.AsyncClient, ask: Ask) -> RequestOutcome:
     body: dict[str, Any] = {
         "messages": list(ask.prompt.messages),
         "max_tokens": ask.max_tokens,
@@ -114,12 +114,12 @@ async def _send_one(http: httpx.AsyncClient, ask: Ask) -> Outcome:
         response.raise_for_status()
         answer = response.json()
     except httpx.HTTPStatusError as error:
-        return Outcome(ask, error=f"{error.response.status_code}: {error.response.text[:200]}")
+        return RequestOutcome(ask, error=f"{error.response.status_code}: {error.response.text[:200]}")
     except (httpx.HTTPError, ValueError) as error:
-        return Outcome(ask, error=f"{type(error).__name__}: {error}")
+        return RequestOutcome(ask, error=f"{type(error).__name__}: {error}")
     choice, figures = answer["choices"][0], answer["metrics"]["speculative_decoding"]
     versions = choice["weight_versions"]
-    return Outcome(
+    return RequestOutcome(
         ask,
         token_ids=tuple(choice["token_ids"]),
         text=choice["message"]["content"],

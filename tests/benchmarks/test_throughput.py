@@ -13,9 +13,9 @@ from benchmarks.commands import app
 from benchmarks.engine_modes import ask_by_clients
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
-from benchmarks.modes import MODES, Outcome, Rounds
+from benchmarks.modes import MODES, ModeOutcome, Rounds
 from benchmarks.prompts import SHORT_TOKENS, DataError, demo_prompts, folder_prompts
-from benchmarks.rows import KEYS, Measured, Setting
+from benchmarks.rows import KEYS, MeasuredSetting, Setting
 from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
 from benchmarks.throughput_views import plot_throughput, table
 from serving.engine import SamplingParams
@@ -65,7 +65,7 @@ def adapter(pair: ModelPair, data: Path) -> Adapter:
 @pytest.fixture(scope="module")
 def measured(
     folders: tuple[str, str], data: Path, adapter: Adapter, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ThroughputPlan, list[Measured]]:
+) -> tuple[ThroughputPlan, list[MeasuredSetting]]:
     """All modes, at one request and at three, two turns each."""
     adapter_folder = tmp_path_factory.mktemp("adapter")
     adapter.save(adapter_folder)
@@ -87,7 +87,7 @@ def measured(
 
 @pytest.mark.slow
 def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
-    measured: tuple[ThroughputPlan, list[Measured]],
+    measured: tuple[ThroughputPlan, list[MeasuredSetting]],
 ) -> None:
     metrics, _ = figures(*measured)
     assert [row["mode"] for row in metrics["rows"]] == [*MODES, *MODES]
@@ -100,7 +100,7 @@ def test_every_setting_has_one_row_a_mode_with_exactly_the_promised_keys(
 
 @pytest.mark.slow
 def test_every_mode_says_what_the_target_says_in_float32(
-    measured: tuple[ThroughputPlan, list[Measured]],
+    measured: tuple[ThroughputPlan, list[MeasuredSetting]],
 ) -> None:
     metrics, _ = figures(*measured)
     fractions = metrics["greedy_float32_identical_fraction"]
@@ -110,7 +110,7 @@ def test_every_mode_says_what_the_target_says_in_float32(
 
 @pytest.mark.slow
 def test_figures_of_rounds_are_there_where_a_mode_has_rounds(
-    measured: tuple[ThroughputPlan, list[Measured]],
+    measured: tuple[ThroughputPlan, list[MeasuredSetting]],
 ) -> None:
     rows = {row["mode"]: row for row in measured[1][0].rows()}
     assert rows["engine_off"]["block_efficiency"] == 1.0
@@ -126,7 +126,7 @@ def test_figures_of_rounds_are_there_where_a_mode_has_rounds(
 
 @pytest.mark.slow
 def test_the_report_is_plain_json_and_can_be_drawn(
-    measured: tuple[ThroughputPlan, list[Measured]], tmp_path: Path
+    measured: tuple[ThroughputPlan, list[MeasuredSetting]], tmp_path: Path
 ) -> None:
     metrics, series = figures(*measured)
     assert json.loads(json.dumps([metrics, series])) is not None
@@ -218,11 +218,11 @@ class Failing:
 
     def __init__(self) -> None:
         Failing.num_made += 1
-        self._calls = iter([Outcome(2.0, [[1, 2]], Rounds(2, 1, 1, 0))])
+        self._calls = iter([ModeOutcome(2.0, [[1, 2]], Rounds(2, 1, 1, 0))])
 
     def generate(
         self, prompts: list[list[int]], *, concurrency: int, num_tokens: int, temperature: float
-    ) -> Outcome:
+    ) -> ModeOutcome:
         return next(self._calls)
 
     def close(self) -> None:
@@ -231,30 +231,30 @@ class Failing:
 
 def test_a_mode_that_fails_becomes_a_note_and_is_made_anew() -> None:
     lineup = Lineup({"shaky": Failing})
-    assert lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0) == Outcome(
+    assert lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0) == ModeOutcome(
         2.0, [[1, 2]], Rounds(2, 1, 1, 0)
     )
     assert "StopIteration" in str(lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0))
-    assert isinstance(lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0), Outcome)
+    assert isinstance(lineup.run("shaky", [[1]], concurrency=1, num_tokens=2, temperature=0.0), ModeOutcome)
     assert Failing.num_made == 2
 
 
 def test_a_row_of_a_failed_mode_has_no_figures_but_a_note() -> None:
-    outcomes = {mode: [Outcome(2.0, [[1, 2, 3, 4]])] for mode in MODES}
+    outcomes = {mode: [ModeOutcome(2.0, [[1, 2, 3, 4]])] for mode in MODES}
     notes = {"transformers_continuous": "RuntimeError: no"}
-    rows = Measured(Setting(1, "bfloat16", 1.0, 64), outcomes, notes, TIMES).rows()
+    rows = MeasuredSetting(Setting(1, "bfloat16", 1.0, 64), outcomes, notes, TIMES).rows()
     row = rows[MODES.index("transformers_continuous")]
     assert row["note"] == "RuntimeError: no" and row["tokens_per_s"] is row["measured_speedup"] is None
     assert rows[0]["tokens_per_s"] == 2.0 and rows[0]["measured_speedup"] == 1.0
 
 
 def test_speedups_are_medians_of_ratios_within_turns() -> None:
-    def turns(*walls_s: float) -> Iterator[Outcome]:
-        return (Outcome(wall_s, [[0] * 12]) for wall_s in walls_s)
+    def turns(*walls_s: float) -> Iterator[ModeOutcome]:
+        return (ModeOutcome(wall_s, [[0] * 12]) for wall_s in walls_s)
 
     outcomes = {mode: list(turns(1.0, 2.0, 4.0)) for mode in MODES}
     outcomes["engine_adaptive"] = list(turns(0.5, 2.0, 1.0))
-    rows = Measured(Setting(1, "float32", 0.0, 64), outcomes, {}, TIMES).rows()
+    rows = MeasuredSetting(Setting(1, "float32", 0.0, 64), outcomes, {}, TIMES).rows()
     row = rows[MODES.index("engine_adaptive")]
     assert row["measured_speedup"] == 2.0
     assert row["tokens_per_s"] == 12.0

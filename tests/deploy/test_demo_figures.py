@@ -11,22 +11,22 @@ import pytest
 from rich.console import Console
 
 from buffer.memory_store import MemoryAdapterFeed
-from deploy.demo.comparison import ARMS, Comparison, Identity, Turn, first_difference, identity, verdict
+from deploy.demo.comparison import ARMS, ArmTurn, Comparison, Identity, first_difference, identity, verdict
 from deploy.demo.corpus import DOMAINS, Prompt
 from deploy.demo.figures import metrics_of, save_plot, series
 from deploy.demo.load import Load, ProcessorTimes, load_between, processor_times
 from deploy.demo.plan import Timekeeper
 from deploy.demo.plot import moving_acceptance, plot_acceptance, swaps
 from deploy.demo.report import write_report
-from deploy.demo.screen import Screen
+from deploy.demo.screen import DemoScreen
 from deploy.demo.session import DemoResult, Phase
 from deploy.demo.summary import speed_sentence, summarise
-from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.demo.traffic import Ask, Clients, RequestOutcome
 
 
-def _outcome(version: int = 0, attempted: int = 10, accepted: int = 5, tokens: int = 4) -> Outcome:
+def _outcome(version: int = 0, attempted: int = 10, accepted: int = 5, tokens: int = 4) -> RequestOutcome:
     prompt = Prompt("sql", "key", ({"role": "user", "content": "how many?"},), "one")
-    return Outcome(
+    return RequestOutcome(
         Ask(prompt, 8),
         token_ids=tuple(range(tokens)),
         num_attempted=attempted,
@@ -35,10 +35,10 @@ def _outcome(version: int = 0, attempted: int = 10, accepted: int = 5, tokens: i
     )
 
 
-def _pair(number: int, domain: str, seconds: tuple[float, ...] = (1.0, 1.0, 1.0)) -> list[Turn]:
+def _pair(number: int, domain: str, seconds: tuple[float, ...] = (1.0, 1.0, 1.0)) -> list[ArmTurn]:
     """One turn of every arm that a duration is given for."""
     return [
-        Turn(number, arm, domain, [_outcome()], wall_s) for arm, wall_s in zip(ARMS, seconds, strict=False)
+        ArmTurn(number, arm, domain, [_outcome()], wall_s) for arm, wall_s in zip(ARMS, seconds, strict=False)
     ]
 
 
@@ -46,7 +46,7 @@ def _summary(result: DemoResult) -> str:
     """What a person without a terminal reads at the end."""
     written = io.StringIO()
     console = Console(file=written, soft_wrap=True, width=80)
-    screen = Screen(console)
+    screen = DemoScreen(console)
     for phase in result.phases:
         screen.begin(phase.name, phase.num_planned)
     summarise(console, screen, result, metrics_of(result, MemoryAdapterFeed(), wall_s=1.0))
@@ -76,16 +76,16 @@ def test_a_difference_that_there_was_no_time_to_look_into_is_no_near_tie() -> No
 def test_an_answer_whose_counterpart_was_cut_or_failed_is_not_compared() -> None:
     alone = replace(_outcome(), ask=replace(_outcome().ask, num_draft_tokens=0))
     limit = Timekeeper(lambda: 0.0).begin(1.0)
-    failed = Outcome(alone.ask, error="503")
+    failed = RequestOutcome(alone.ask, error="503")
     assert identity([_outcome()], lambda ask, position: 0.0, limit).fraction is None
     assert identity([failed, _outcome()], lambda ask, position: 0.0, limit).fraction is None
 
 
 def test_acceptance_is_pooled_over_tokens_and_speed_is_the_median_of_turns() -> None:
     floor = [
-        Turn(0, "floor", "sql", [_outcome(accepted=1), _outcome(attempted=90, accepted=80)], 2.0),
-        Turn(1, "floor", "sql", [_outcome()], 1.0),
-        Turn(2, "floor", "sql", [_outcome()], 0.1),
+        ArmTurn(0, "floor", "sql", [_outcome(accepted=1), _outcome(attempted=90, accepted=80)], 2.0),
+        ArmTurn(1, "floor", "sql", [_outcome()], 1.0),
+        ArmTurn(2, "floor", "sql", [_outcome()], 0.1),
     ]
     others = [turn for number in range(3) for turn in _pair(number, "sql") if turn.arm != "floor"]
     comparison = Comparison([*floor, *others])
@@ -105,7 +105,9 @@ def test_a_speed_up_is_the_median_of_the_pairs_own_ratios() -> None:
 
 def test_only_what_every_arm_answered_counts() -> None:
     whole, cut = _pair(0, "sql"), _pair(1, "sql", (1.0, 1.0))
-    failed = [replace(turn, outcomes=[Outcome(_outcome().ask, error="503")]) for turn in _pair(2, "sql")]
+    failed = [
+        replace(turn, outcomes=[RequestOutcome(_outcome().ask, error="503")]) for turn in _pair(2, "sql")
+    ]
     comparison = Comparison([*whole, *cut, *failed])
     assert comparison.num_pairs("sql") == 1 and len(comparison.ratios("sql")) == 1
     assert len(comparison.outcomes) == 3 + 2 + 3

@@ -21,7 +21,7 @@ from deploy.demo.comparison import ARMS, compare
 from deploy.demo.corpus import DOMAINS, prompts
 from deploy.demo.figures import metrics_of
 from deploy.demo.plan import DemoPlan, MeasuringPlan, Timekeeper, TrafficPlan
-from deploy.demo.screen import Screen
+from deploy.demo.screen import DemoScreen
 from deploy.demo.session import DemoResult, DemoSession, await_compiled_passes
 from deploy.demo.summary import summarise
 from deploy.demo.traffic import Clients
@@ -72,7 +72,7 @@ def _tell(live: LiveServer, plan: DemoPlan) -> tuple[DemoResult, str]:
     """The result, and what a person without a terminal reads."""
     written = io.StringIO()
     console = Console(file=written, soft_wrap=True, width=80)
-    screen = Screen(console)
+    screen = DemoScreen(console)
     system = RunningSystem(_SETTINGS, live.url, "redis://unused", None, "target")
     result = DemoSession(system, live.feed, screen, plan, Timekeeper(WorkClock(live))).run()
     summarise(console, screen, result, metrics_of(result, live.feed, wall_s=1.0))
@@ -244,6 +244,6 @@ def test_a_learner_that_answers_late_keeps_no_client_waiting(server: LiveServer,
     plan = replace(PLAN, domain=TrafficPlan(num_requests=30, budget_s=30.0), measuring=())
     system = RunningSystem(settings, server.url, "redis://unused", learner, "target")
     DemoSession(
-        system, server.feed, Screen(Console(file=io.StringIO())), plan, Timekeeper(WorkClock(server))
+        system, server.feed, DemoScreen(Console(file=io.StringIO())), plan, Timekeeper(WorkClock(server))
     ).run()
     assert learner.num_answers_meanwhile >= 12

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
-from benchmarks.screen import Screen as BenchScreen
+from benchmarks.screen import DemoScreen as BenchScreen
 from benchmarks.throughput_views import table as throughput_table
 from buffer.records import AdapterEvent, AdapterManifest, DrafterCounts, ServingStatus
 from buffer.redis_server import EmbeddedRedis
@@ -25,8 +25,8 @@ from deploy.cli import app
 from deploy.commands.console import fail
 from deploy.commands.invitation import invite
 from deploy.demo.corpus import Prompt
-from deploy.demo.screen import Screen
-from deploy.demo.traffic import Ask, Outcome
+from deploy.demo.screen import DemoScreen
+from deploy.demo.traffic import Ask, RequestOutcome
 from deploy.running import own_note, write_learner_snapshot, write_note
 from deploy.settings_source import load_settings
 from deploy.terminal import Terminal, lines, visible
@@ -173,10 +173,10 @@ def test_an_invitation_shows_names_as_they_are_and_no_password() -> None:
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_demos_screen_shows_events_and_phases_as_they_are(is_terminal: bool) -> None:
     console = terminal(force_terminal=is_terminal, color_system=None)
-    with Screen(console) as screen:
+    with DemoScreen(console) as screen:
         screen.begin(ALL, 5)
         ask = Ask(Prompt(ALL, ALL, ({"role": "user", "content": ALL},), ALL), 4)
-        screen.add(ALL, Outcome(ask, error=ALL))
+        screen.add(ALL, RequestOutcome(ask, error=ALL))
         screen.show_events([AdapterEvent("refused", "default", 1, ALL, 0.0)])
         console.print(screen.traffic_table())
         console.print(screen._render())

@@ -72,21 +72,21 @@ def _random_adapter(pair: ModelPair, settings: LearnerSettings) -> Adapter:
 def test_a_spoilt_adapter_is_refused_by_the_replica_and_taken_back(testbed: Testbed, kind: str) -> None:
     outcome = attacks.spoilt_adapter(testbed, 3, kind)
     assert not outcome.served
-    assert (outcome.refused_by, outcome.recorded) == ("replica", True), outcome
+    assert (outcome.refused_by, outcome.reported) == ("replica", True), outcome
 
 
 @pytest.mark.parametrize("kind", attacks.CANDIDATES)
 def test_a_bad_candidate_is_refused_by_the_gate(testbed: Testbed, kind: str) -> None:
     outcome = attacks.bad_candidate(testbed, 0, kind)
     assert not outcome.served
-    assert outcome.recorded and outcome.reason
+    assert outcome.reported and outcome.reason
 
 
 @pytest.mark.parametrize("kind", BAD_RECORDS)
 def test_training_on_bad_records_serves_nothing(testbed: Testbed, kind: str) -> None:
     outcome = attacks.bad_training(testbed, 0, kind)
     assert not outcome.served
-    assert outcome.recorded and outcome.reason
+    assert outcome.reported and outcome.reason
 
 
 def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_again(testbed: Testbed) -> None:
@@ -102,7 +102,7 @@ def test_what_only_live_traffic_shows_is_rolled_back_in_time_and_not_let_in_agai
     assert figures["num_live_costly"] == len(outcomes), outcomes
     assert figures["num_live_costly_rolled_back_in_time"] == len(outcomes), outcomes
     assert figures["rounds_until_rollback_max"] <= MOST_ROUNDS
-    assert figures["num_promoted_again"] == figures["num_untold"] == 0
+    assert figures["num_promoted_again"] == figures["num_unreported"] == 0
 
 
 def test_a_good_draft_stays_when_traffic_shifts(testbed: Testbed) -> None:

@@ -43,29 +43,29 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PackedBatch:
     """Rows of token ids; `learned_BT[b, t]` says that the token at t is predicted from those before it."""
 
     ids_BT: torch.Tensor
     learned_BT: torch.Tensor
 
-    def shards(self, num_shards: int) -> list["Batch"]:
+    def shards(self, num_shards: int) -> list["PackedBatch"]:
         """The batch cut into parts of about equal numbers of rows."""
         parts = zip(self.ids_BT.chunk(num_shards), self.learned_BT.chunk(num_shards), strict=True)
-        return [Batch(*part) for part in parts]
+        return [PackedBatch(*part) for part in parts]
 
-    def to(self, device: str) -> "Batch":
-        return Batch(self.ids_BT.to(device), self.learned_BT.to(device))
+    def to(self, device: str) -> "PackedBatch":
+        return PackedBatch(self.ids_BT.to(device), self.learned_BT.to(device))
 
 
 Draw = Callable[[Random], Document]
 
 
-def batch_at(step: int, draw: Draw, *, seed: int, num_rows: int, length: int) -> Batch:
+def batch_at(step: int, draw: Draw, *, seed: int, num_rows: int, length: int) -> PackedBatch:
     """The batch [B, T] of a step."""
     rng = Random(f"{seed}:{step}")
     rows = [_row(draw, rng, length) for _ in range(num_rows)]
-    return Batch(
+    return PackedBatch(
         torch.tensor([row.ids for row in rows]), torch.tensor([row.learned for row in rows], dtype=torch.bool)
     )
 

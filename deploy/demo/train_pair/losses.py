@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from deploy.demo.train_pair.batches import Batch
+from deploy.demo.train_pair.batches import PackedBatch
 
 
-def logits_at(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+def logits_at(model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
     """Logits [N, V] in float32 at the positions that predict a learned token; layers run in bfloat16."""
     with torch.autocast(batch.ids_BT.device.type, torch.bfloat16):
         hidden_BTH = model.model(batch.ids_BT, use_cache=False).last_hidden_state
@@ -18,12 +18,12 @@ def logits_at(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
     return logits_NV.to(torch.float32)
 
 
-def next_token_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+def next_token_loss(model: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
     """Mean negative log-likelihood of the learned tokens, in nats."""
     return functional.cross_entropy(logits_at(model, batch), batch.ids_BT[:, 1:][batch.learned_BT[:, 1:]])
 
 
-def distillation_loss(draft: LlamaForCausalLM, target: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+def distillation_loss(draft: LlamaForCausalLM, target: LlamaForCausalLM, batch: PackedBatch) -> torch.Tensor:
     """Mean forward KL from target to draft plus the draft's loss at the target's likeliest token, in nats."""
     with torch.no_grad():
         target_logprobs_NV = logits_at(target, batch).log_softmax(-1)

@@ -21,8 +21,8 @@ from deploy.demo.train_pair.batches import (
     NUM_ROWS,
     RECITAL_WEIGHTS,
     TARGET_WEIGHTS,
-    Batch,
     Document,
+    PackedBatch,
     answered_draw,
     batch_at,
     corpus_draw,
@@ -108,7 +108,7 @@ class _Batches:
     seed: int
     num_shards: int
 
-    def shards(self, step: int) -> list[Batch]:
+    def shards(self, step: int) -> list[PackedBatch]:
         draw = phased_draw(step, self.tokenizer, self.phases)
         return batch_at(step, draw, seed=self.seed, num_rows=NUM_ROWS, length=LENGTH).shards(self.num_shards)
 

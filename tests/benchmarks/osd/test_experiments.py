@@ -58,7 +58,7 @@ def test_a_job_is_worked_out_once(cache: ExperimentCache) -> None:
 def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cache: ExperimentCache) -> None:
     """Word problems that differ in their numbers alone: whoever learns at all gains much here."""
     plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
-    plan.recorded()
+    plan.record_answers()
     metrics, series, adapters = per_domain(plan)
     rates = metrics["acceptance_rate"]["gsm8k"]
     assert rates["offline"] > rates["floor"] + 0.1
@@ -73,7 +73,7 @@ def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cach
 @pytest.mark.slow
 def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) -> None:
     plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
-    plan.recorded()
+    plan.record_answers()
     metrics, series = shift(plan)
     assert metrics["replay"]["forgotten_of_first"] == pytest.approx(0.0)
     views.plot_phases(metrics, series, plan.domains, plan.cache.cache / "shift.png")

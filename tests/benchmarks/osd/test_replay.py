@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.osd.arms import settings_of, trainable
-from benchmarks.osd.corpus import Exchange
-from benchmarks.osd.recorded_answers import Asking, RecordedAnswer, load, report, save
+from benchmarks.osd.corpus import CorpusExchange
+from benchmarks.osd.recorded_answers import Asking, RecordedAnswer, load, record_answers, save
 from benchmarks.osd.replay import Replay
 from deploy.commands.demo import PAIR
 from deploy.demo.corpus import prompts
@@ -29,8 +29,8 @@ def pair() -> ModelPair:
 @pytest.fixture(scope="module", params=[0.0, 1.0])
 def recorded(request: pytest.FixtureRequest, pair: ModelPair) -> list[RecordedAnswer]:
     stream = prompts("prose", "heldout", seed=3)
-    rows = [Exchange("prose", "en", next(stream).messages[-1]["content"], "") for _ in range(12)]
-    return report(pair, rows, request.param, ASKING)
+    rows = [CorpusExchange("prose", "en", next(stream).messages[-1]["content"], "") for _ in range(12)]
+    return record_answers(pair, rows, request.param, ASKING)
 
 
 def _engine(pair: ModelPair, recorded: list[RecordedAnswer]) -> list[Generation]:
@@ -78,7 +78,7 @@ def test_a_replay_with_another_draft_length_or_noise_is_seen(
         ) != (counted)
 
 
-def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, recorded: list[RecordedAnswer]) -> None:
+def test_rows_that_were_never_recorded_are_not_numbers(pair: ModelPair, recorded: list[RecordedAnswer]) -> None:
     draft = trainable(pair, settings_of("ours", {}))
     played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, recorded)
     traces = [trace for one in played for trace in one.record.rounds]
@@ -90,7 +90,7 @@ def test_rows_that_were_never_told_are_not_numbers(pair: ModelPair, recorded: li
         assert np.isfinite(trace.topk_logprobs_EK[:emitted]).all()
 
 
-def test_what_was_told_survives_its_file(tmp_path: Path, recorded: list[RecordedAnswer]) -> None:
+def test_what_was_recorded_survives_its_file(tmp_path: Path, recorded: list[RecordedAnswer]) -> None:
     save(tmp_path / "recorded.npz", recorded)
     for one, other in zip(recorded, load(tmp_path / "recorded.npz"), strict=True):
         assert vars(one).keys() == vars(other).keys()
