@@ -78,7 +78,9 @@ def test_a_replay_with_another_draft_length_or_noise_is_seen(
         ) != (counted)
 
 
-def test_rows_that_were_never_recorded_are_not_numbers(pair: ModelPair, recorded: list[RecordedAnswer]) -> None:
+def test_rows_that_were_never_recorded_are_not_numbers(
+    pair: ModelPair, recorded: list[RecordedAnswer]
+) -> None:
     draft = trainable(pair, settings_of("ours", {}))
     played = Replay(pair.target_revision, NUM_DRAFT_TOKENS).play(draft, 0, recorded)
     traces = [trace for one in played for trace in one.record.rounds]
