@@ -174,25 +174,22 @@ def _shape(schema: Schema, definitions: Schema) -> str:
     """A type in words, with its bounds: `integer (at least 1)`."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return (
-            f"`{name}`"
-            if "properties" in definitions.get(name, {})
-            else _shape(definitions[name], definitions)
-        )
+        is_body = "properties" in definitions[name]
+        return f"`{name}`" if is_body else _shape(definitions[name], definitions)
     choices = schema.get("anyOf") or schema.get("oneOf")
     if choices:
         return " or ".join(dict.fromkeys(_shape(choice, definitions) for choice in choices))
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
-    kind = {"string": "text", "array": "list", "object": "map", "boolean": "true or false"}.get(
-        schema.get("type", "any"), schema.get("type", "any")
-    )
+    json_type: str = schema.get("type", "any")
+    kind = _KINDS.get(json_type, json_type)
     if schema.get("items"):
         kind += f" of {_shape(schema['items'], definitions)}"
     bounds = [words.format(schema[key]) for key, words in _BOUNDS.items() if key in schema]
     return f"{kind} ({', '.join(bounds)})" if bounds else kind
 
 
+_KINDS = {"string": "text", "array": "list", "object": "map", "boolean": "true or false"}
 _BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "more than {}",
