@@ -14,6 +14,7 @@ SOURCES := $(wildcard buffer serving learner deploy benchmarks docs tests)
 EDITABLE := --editable '.[dev,demo,docs]' --editable ./benchmarks
 
 export TORCH_INDEX TORCH_CUDA
+export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve test test-all fuzz check docs bench format clean
 
