@@ -10,15 +10,16 @@ JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard buffer serving learner deploy benchmarks tests)
-EDITABLE := --editable '.[dev,demo]' --editable ./benchmarks
+SOURCES := $(wildcard buffer serving learner deploy benchmarks docs tests)
+EDITABLE := --editable '.[dev,demo,docs]' --editable ./benchmarks
 
 export TORCH_INDEX TORCH_CUDA
+export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-all fuzz check bench format clean
+.PHONY: help setup demo serve test test-all fuzz check docs bench format clean
 
 help:
-	@echo "make setup | demo | serve | test | test-all | fuzz | check | bench | format | clean"
+	@echo "make setup | demo | serve | test | test-all | fuzz | check | docs | bench | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -50,6 +51,12 @@ check: setup
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: setup
 	$(BIN)/everdraft bench $(or $(ARGS),engine)
@@ -59,4 +66,4 @@ format: setup
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ class MlflowSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
+    """False: no run is tracked; the learner learns all the same."""
     tracking_uri: str | None = Field(default=None, repr=False)
     """May hold a password. None: SQLite in the state folder, artifacts beside it."""
 
@@ -39,8 +40,11 @@ class ClusterSettings(BaseModel):
     ray_address: str | None = None
     """A running Ray (`auto`, `host:port`); None starts one of our own on loopback."""
     namespace: str = "everdraft"
+    """Of named actors in Ray."""
     host: str = "127.0.0.1"
+    """Where the endpoint listens; another address than loopback opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)
+    """Of the endpoint."""
     state_dir: Path = Path(".everdraft")
     """Checkpoints, MLflow's database, and the note that tells `status` and `drafts` what runs. One service
     and one learner at a time may use it."""

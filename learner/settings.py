@@ -33,15 +33,20 @@ class LearnerSettings(BaseModel):
     """`full`: the draft's own weights learn, or only those of `target_modules`. A version is then as large
     as the draft, in float32, in Redis and in every checkpoint (there five times, with moments and mean)."""
     lora_rank: int = Field(32, ge=1)
+    """Of every LoRA pair."""
     lora_alpha: float = Field(64.0, gt=0)
+    """A pair's update is scaled by `lora_alpha / lora_rank`."""
     target_modules: tuple[str, ...] | None = None
     """Last parts of module names. None: under LoRA every linear layer, and embedding and head unless they are
     one weight; under `full` every weight."""
     seed: int = 0
+    """Of the candidate's first weights, of draws of records and of the gate's resamples."""
 
     # one distillation step
     divergence: DivergenceName = "forward_kl"
+    """What a step makes small, between target and draft at each position; see divergences.py."""
     jensen_shannon_beta: float = Field(0.5, gt=0, lt=1)
+    """Of `jensen_shannon`: the target's share of the mixture."""
     greedy_temperature: float = Field(0.5, gt=0)
     """Temperature at which greedy and near-greedy requests are distilled; see distributions.py."""
     learning_rate: float = Field(3e-3, gt=0)
@@ -54,35 +59,45 @@ class LearnerSettings(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     """`inf`: no clipping."""
     records_per_step: int = Field(16, ge=1)
+    """Fresh and replayed together."""
     replay_share: float = Field(0.5, ge=0, lt=1)
     """Share of a step's records drawn from everything kept, against forgetting."""
     rejected_suffix_weight: float = Field(0.0, ge=0)
     """Weight of positions after a first rejection (the draft's own mistakes). 0 leaves them out: on the
     early demo pair they cost 60 % more time a step and gained nothing."""
     rejected_suffix_rounds_per_record: int = Field(2, ge=0)
+    """At most so many rounds of a record give such positions."""
     rejected_suffix_context_tokens: int = Field(48, ge=1)
+    """Tokens of context before such positions."""
     max_row_tokens: int = Field(1024, ge=2)
     """Longer contexts are cut from the left."""
     max_tokens_per_pass: int = Field(4096, ge=2)
+    """Bounds a pass: padded tokens of all its rows."""
     max_positions_per_pass: int = Field(1024, ge=1)
     """Bounds the logits held at once: positions times vocabulary times 4 bytes."""
 
     # when to learn
     min_records_per_cycle: int = Field(24, ge=1)
+    """So many waiting records start a cycle."""
     max_record_age_s: float = Field(10.0, gt=0)
     """A cycle starts when enough records wait, or when the oldest has waited this long."""
     max_records_per_cycle: int = Field(256, ge=1)
+    """Read at most for one cycle; the others wait."""
     passes_over_fresh: float = Field(4.0, gt=0)
+    """How often a cycle's fresh records are seen, as far as `max_steps_per_cycle` allows."""
     max_steps_per_cycle: int = Field(16, ge=1)
+    """Optimizer steps between two decisions."""
     max_busy_share: float = Field(0.7, gt=0, le=1)
     """Share of the time between two steps that may be spent computing; the rest is slept."""
     stall_gain: float = Field(0.01, ge=0)
+    """Held-out acceptance; see `stall_decisions`."""
     stall_decisions: int = Field(6, ge=1)
     """Training slows, and then sleeps, if over so many scored decisions together it gained less held-out
     acceptance."""
     slow_stretch: int = Field(4, ge=1)
     """A slow cycle, and a probe, takes so many times the records and steps, for one judgement."""
     first_rest_records: int = Field(192, ge=0)
+    """Length of the first rest; see `max_rest_records`."""
     max_rest_records: int = Field(3072, ge=0)
     """Records that pass untrained before a probe; the rest doubles after each probe that is not promoted.
     0: training neither slows nor sleeps."""
@@ -104,18 +119,23 @@ class LearnerSettings(BaseModel):
     """Of the last held-out records of a route, so many compare every draft that exists."""
     route_window_records: int = Field(2000, ge=1)
     """Latest prompts by which untagged traffic is told apart; two bytes a hidden unit each. Of what is kept
-    of a route, at most so many records are its first lesson."""
+    of a route, its first training takes at most so many records."""
     route_review_records: int = Field(200, ge=1)
     """Records between two looks at how prompts cluster."""
 
     # judging
     held_out_share: float = Field(0.2, gt=0, lt=1)
+    """Share of requests, by a hash of their id, that judge and are never trained on."""
     held_out_window_records: int = Field(160, ge=1)
+    """The latest held-out records, on which candidate, incumbent and floor are scored."""
     gate_min_records: int = Field(16, ge=2)
+    """Fewer scored held-out records decide nothing."""
     gate_level: float = Field(0.05, gt=0, lt=0.5)
     """One-sided: how often a candidate no better than the incumbent may pass one decision."""
     gate_min_gain: float = Field(0.0, ge=0)
+    """The lower bound of the gain in acceptance over the incumbent must be above it."""
     gate_num_resamples: int = Field(1000, ge=100)
+    """Of the bootstrap over records that gives the lower bound."""
     nominal_num_draft_tokens: int = Field(4, ge=0)
     """Used to predict speed until a replica reports the length in use."""
     refusals_before_reset: int = Field(12, ge=1)
@@ -132,23 +152,28 @@ class LearnerSettings(BaseModel):
     """Of the comparison with the parent: how often a draft just as good may be rolled back. That costs
     little; a slow rollback costs every round."""
     swap_false_alarm: float = Field(0.01, gt=0, lt=1)
+    """Of the swap check: how often a swap that did what it said may raise an alarm."""
     swap_check_margin: float = Field(0.03, ge=0, le=0.2)
     """Observed acceptance may lie this far under the expected one without an alarm. On the demo pair the
     two agree within .003, under coupled sampling within .008."""
 
     # state and process
     checkpoint_folder: str = "learner-checkpoints"
+    """Holds the learner's whole state; `everdraft` puts it into the state folder."""
     consumer_name: str = "learner"
     """Of this learner among those that share its records; machine and state folder are put behind it."""
     retry_s: float = Field(1.0, gt=0)
     """Pause before the store is tried again after it could not be reached."""
     num_threads: int = Field(1, ge=1)
+    """Of the learner's process."""
     niceness: int = Field(10, ge=0, le=19)
+    """Of the learner's process: replicas run at 0, and it gives way to them."""
 
     # tracking
     tracking_uri: str = ""
     """MLflow; empty: no tracking."""
     experiment_name: str = "everdraft"
+    """MLflow's experiment."""
     registered_model_name: str = "everdraft-draft"
     """Of every route's own, which is called `<name>-<target>-<revision>-<route>`."""
 

@@ -24,7 +24,9 @@ class ServingSettings(BaseModel):
     model_name: str | None = None
     """What clients call the model; None: the last part of `target`."""
     device: str = "cpu"
+    """Where the models run: `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of both models' weights and of their keys and values. Byte-equal greedy text is promised in float32."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of one forward pass; None leaves torch's own choice."""
 
@@ -51,6 +53,7 @@ class ServingSettings(BaseModel):
     """Routes beyond `default` that may have a draft of their own, each with weights, keys and values; 0
     serves all routes with one draft, and routes no prompt."""
     num_replicas: int = Field(default=1, ge=1)
+    """Replicas behind the endpoint, each with both models of its own."""
 
     api_keys: tuple[SecretStr, ...] = ()
     """Bearer keys of clients, 8 characters or more each; none leaves the endpoint open."""

@@ -162,8 +162,8 @@ def test_a_link_that_leads_nowhere_is_caught(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[a](README.md#the-map)",
-        "[a](#two-commands)",
+        "[a](README.md#two-commands)",
+        "[a](#your-own-models)",
         "[a](benchmarks/results)",
         "[a](https://arxiv.org/abs/2310.07177)",
         "`[a](no.md)`",
