@@ -1,1 +1,1 @@
-"""The seam between serving and learning: records go forward through it, adapters come back."""
+"""The interface between serving and learning: serving sends records, the learner sends adapters back."""

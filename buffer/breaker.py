@@ -1,7 +1,7 @@
-"""A circuit breaker: after failures it opens, lets one try through now and then, and closes by itself.
+"""A circuit breaker: it opens after failures, then allows one try per back-off, and closes after a success.
 
-It knows neither what is tried nor what time it is: callers say both. Invariant: while open, at most
-one try per back-off, and the back-off never exceeds `max_backoff_s`.
+It knows neither the operation that is tried nor a clock: callers pass the time. Invariant: while open, at
+most one try per back-off, and the back-off never exceeds `max_backoff_s`.
 """
 
 

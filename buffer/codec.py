@@ -1,8 +1,8 @@
 """Records, manifests, events, statuses, route states and route tables to bytes and back. No pickle.
 
-Layout: magic, schema version, kind, checksum of the body; then the body, msgpack with raw
-little-endian arrays. It knows nothing of where the bytes live. Invariant: `decode` returns what was
-encoded or raises a SeamError, whatever bytes it is given.
+Layout: magic, schema version, kind, checksum of the body; then the body, msgpack with raw little-endian
+arrays. It knows nothing of where the bytes are stored. Invariant: `decode` returns what was encoded or raises
+a SeamError, for any input bytes.
 
 Schema 2 is written, schema 1 is read too (see `schema1`). Builds of schema 1 refuse schema 2, so the learner
 is upgraded before the replicas: an old replica keeps the drafts it has and goes on writing records that the
@@ -30,7 +30,7 @@ SCHEMA_VERSION = 2
 
 _MAGIC = b"ed"
 _PREFIX = struct.Struct("<2sH")
-"""Magic and schema version: the part that no version may ever move."""
+"""Magic and schema version: these two fields stay in place in every schema version."""
 _HEADER = struct.Struct("<2sHBI")
 _KINDS: dict[type, int] = {
     GenerationRecord: 1,
@@ -40,13 +40,13 @@ _KINDS: dict[type, int] = {
     RouteTable: 6,
     RouteState: 7,
 }
-"""No number twice, and none again: 4 was a status of a shape before the first release, 5 in schema 1 a route
+"""No number is used twice or reused: 4 was a status before the first release, and 5 in schema 1 was a route
 state too."""
 KINDS_BY_SCHEMA = {1: {**_KINDS, **KINDS_1}, SCHEMA_VERSION: _KINDS}
 _RECORD_HINTS = get_type_hints(GenerationRecord)
 _TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
 _EMBEDDING = "prompt_embedding_H"
-"""Absent where the record has none, as in all records of builds before it."""
+"""The key is absent if the record has no embedding, as in all records of builds that did not know it."""
 _MAX_EMBEDDING = 2**16
 _RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds", _EMBEDDING})
 
@@ -127,7 +127,7 @@ def _record_from_plain(plain: dict[str, Any]) -> GenerationRecord:
 
 
 def _checked_embedding(embedding_H: NDArray[Any]) -> NDArray[np.float16]:
-    """A mean over routes' records takes in every entry: one that is not finite would mislead all prompts."""
+    """Centroids are means over records, so one value that is not finite would misroute all prompts."""
     halves_H = np.ascontiguousarray(embedding_H, dtype="<f2")
     if halves_H.ndim != 1 or not 0 < halves_H.size <= _MAX_EMBEDDING or not np.isfinite(halves_H).all():
         raise ValueError(
@@ -138,8 +138,8 @@ def _checked_embedding(embedding_H: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def _status_from_plain(plain: dict[str, Any]) -> ServingStatus:
-    """Earlier builds do not tell all of it: what a first draft pass costs on top, whether the draft length is
-    fixed, how many records went to `default`."""
+    """Adds fields that earlier builds did not report: the extra cost of a first draft pass, whether the draft
+    length is fixed, and how many records went to `default`."""
     costs = plain["costs"]
     if costs is not None:
         costs.setdefault("draft_start_s", [0.0] * len(costs["batch_sizes"]))

@@ -1,9 +1,9 @@
 """The rounds of a record as columns: each array concatenated over the rounds, raw little-endian.
 
-A position costs 6 K bytes of top-K, 8 of re-tempering and emitted log-probability, 12 when drafted;
-a round adds 28 of layout. Who drafted is named once a record, and by place in each round. It knows
-nothing of headers, checksums or schema versions: that is `codec`.
-Invariant: `decode_rounds(encode_rounds(rounds))` is bit-identical, NaN payloads and infinities included.
+A position costs 6 K bytes of top-K, 8 of re-tempering and emitted log-probability, 12 when drafted; a round
+adds 28 of layout. Each drafter is named once a record; rounds refer to it by index. It knows nothing of
+headers, checksums or schema versions: that is `codec`. Invariant: `decode_rounds(encode_rounds(rounds))` is
+bit-identical, NaN payloads and infinities included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ from buffer.plain import from_plain, to_plain
 from buffer.records import RoundTrace
 
 LAYOUT = "layout"
-"""int32 [rounds, 7]: start, place in DRAFTERS, num_accepted, num_attempted, G, C, K."""
+"""int32 [rounds, 7]: start, index in DRAFTERS, num_accepted, num_attempted, G, C, K."""
 
 DRAFTERS = "drafters"
-"""Every DraftedBy of the rounds, once."""
+"""The distinct DraftedBy values of the rounds."""
 
 _DTYPES = {
     "drafted_token_ids_G": "<i4",
@@ -39,7 +39,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class DraftedBy:
-    """Fields of a RoundTrace that few of a record's rounds do not share."""
+    """The fields of a RoundTrace that say who drafted; most rounds of a record share them."""
 
     drafter_id: str
     draft_route: str | None
@@ -52,7 +52,7 @@ class DraftedBy:
 
 def encode_rounds(rounds: Sequence[RoundTrace]) -> dict[str, Any]:
     """Column name -> bytes, and the drafters. Raises ValueError for a round whose arrays do not fit each
-    other, or whose version is none."""
+    other, or whose version is negative."""
     sizes = [_checked_sizes(index, trace) for index, trace in enumerate(rounds)]
     places: dict[DraftedBy, int] = {}
     layout = [

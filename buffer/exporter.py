@@ -1,8 +1,9 @@
 """Hands records from serving to a store without ever making serving wait.
 
-`submit` puts into a bounded queue and returns; one daemon thread encodes and appends in batches. A
-breaker keeps a dead store from costing anything. It knows no engine and no Redis. Invariants:
-`submit` neither blocks nor raises; every submitted record is exported, dropped and counted, or queued.
+`submit` puts a record into a bounded queue and returns; one daemon thread encodes and appends in batches. A
+circuit breaker stops the attempts while the store cannot be reached. It knows no engine and no Redis.
+Invariants: `submit` neither blocks nor raises; every submitted record is exported, dropped and counted, or
+queued.
 """
 
 import logging
@@ -19,7 +20,7 @@ from buffer.store import RecordStore, StreamKey
 
 RecordMaker = Callable[[], GenerationRecord]
 Submission = tuple[StreamKey, GenerationRecord | RecordMaker, int]
-"""Key, record, and the bytes it holds."""
+"""Stream key, the record or a callable that makes it, and the bytes that it holds."""
 
 MAX_QUEUE_BYTES = 64 * 2**20
 
@@ -31,7 +32,7 @@ CLOSED = "closed"
 DROP_REASONS = (QUEUE_FULL, STORE_UNAVAILABLE, BREAKER_OPEN, INVALID_RECORD, CLOSED)
 
 _POLL_S = 0.1
-"""How soon the thread notices `close`."""
+"""The thread notices `close` within this time."""
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +71,12 @@ class RecordExporter:
 
     @property
     def num_exported(self) -> int:
-        """Handed to the store, those it already had included."""
+        """Records handed to the store, including those that it already had."""
         return self._num_exported
 
     @property
     def num_rerouted_records(self) -> int:
-        """See RecordStore."""
+        """See `RecordStore.num_rerouted_records`."""
         return self._store.num_rerouted_records
 
     @property
@@ -121,7 +122,7 @@ class RecordExporter:
             wait_s = self._breaker.wait_s(self._clock())
             if wait_s > 0.0:
                 if self._closing.wait(min(wait_s, _POLL_S)):
-                    return  # the store is away: `close` counts what is left
+                    return  # the store cannot be reached: `close` counts what is left
                 continue
             try:
                 first = self._queue.get(timeout=_POLL_S)

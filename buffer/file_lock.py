@@ -1,10 +1,10 @@
-"""A lock file that says who holds it: one holder at a time, and free again however that one dies.
+"""A lock file that names its holder: one holder at a time, and released however that process ends.
 
-It is the kernel's own lock (flock), which lasts as long as any process has the descriptor open. A program
-that is executed gets the descriptor only if it is passed on; then the lock outlives the process that took
-it until that program has ended too, and a later start waits for what a killed one left. Invariants: a
-file that was left behind blocks nobody, and what it says is estimated only while the lock is held. The file
-is never removed, for another file of the same name would be another lock.
+It uses flock, which lasts as long as any process has the descriptor open. A child program inherits the
+descriptor only if it is passed on; then the lock lasts until that program has ended too, and a later start
+waits for the child programs of a killed process. Invariants: a file that was left behind blocks nobody, and
+its content is trusted only while the lock is held. The file is never removed, because a new file of the same
+name would be another lock.
 """
 
 import fcntl
@@ -17,19 +17,20 @@ from pathlib import Path
 import psutil
 
 LEFTOVERS_S = 10.0
-"""What a killed process leaves has ended by then: its Redis flushes for 3 s at most, its Ray takes 5."""
+"""Child programs of a killed process have ended by then: its Redis flushes for 3 s at most, its Ray takes
+5."""
 _POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that took a lock. It may be gone while a program of its own still holds the lock."""
+    """The process that took a lock. It may have ended while a child program of it still holds the lock."""
 
     pid: int = 0
     process_started_at_s: float = 0.0
-    """Unix time; together with the pid it names one process for good."""
+    """Unix time; together with the pid it identifies one process."""
     about: str = ""
-    """What it said of itself, such as the URL that it answers at."""
+    """What the holder wrote about itself, such as its URL."""
 
     def lives(self) -> bool:
         return process_started_at_s(self.pid) == self.process_started_at_s
@@ -42,10 +43,11 @@ class Holder:
 
 
 def take_lock(file: Path, about: str = "", *, leftovers_s: float = LEFTOVERS_S) -> int | Holder:
-    """The descriptor that holds the lock until it is closed, or who holds it instead.
+    """Returns the descriptor that holds the lock until it is closed, or the current holder.
 
-    Waits `leftovers_s` at most for what a holder that is gone left behind, or an earlier use in this very
-    process; another process that lives is not waited for. Raises OSError where no lock can be had.
+    Waits at most `leftovers_s` for child programs of a holder that has ended, or for an earlier use in this
+    process; it does not wait for another process that still runs. Raises OSError if the file cannot be
+    locked.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -82,7 +84,7 @@ def _sign(descriptor: int, about: str) -> None:
 
 
 def _signed(descriptor: int) -> Holder:
-    """Nobody in particular while the holder has not signed yet."""
+    """An unnamed Holder while the holder has not written its name yet."""
     try:
         return Holder(**json.loads(os.pread(descriptor, 10_000, 0)))
     except (ValueError, TypeError):

@@ -1,7 +1,8 @@
-"""Both seams in process memory: for tests, benchmarks and single-process use. Nothing survives it.
+"""Record store and adapter feed in process memory: for tests, benchmarks and single-process use.
 
-Records are held encoded, so a bound counts the same bytes as on Redis and nobody can change what was
-appended. It knows no other process. Invariant: one lock guards each store; no call sleeps under it.
+Records are held encoded, so that a bound counts the same bytes as on Redis and callers cannot change what was
+appended. Nothing outlives the process, and other processes cannot see it. Invariant: one lock guards each
+store; no call sleeps while it holds the lock.
 """
 
 import random
@@ -27,7 +28,7 @@ from buffer.store import (
 
 
 class MemoryRecordStore:
-    """A RecordStore that lives and dies with the process."""
+    """A RecordStore in the memory of this process."""
 
     def __init__(self, bounds: Bounds | None = None, *, clock: Callable[[], float] = time.time) -> None:
         self._bounds = bounds or Bounds()
@@ -113,7 +114,7 @@ class MemoryRecordStore:
     def _has_room(self, key: StreamKey) -> bool:
         if self._bounds.max_routes is None or key in self._streams or key == default_stream(key):
             return True
-        others = [known for known in self._streams if default_stream(known) == default_stream(key) != known]
+        others = [other for other in self._streams if default_stream(other) == default_stream(key) != other]
         return len(others) < self._bounds.max_routes
 
     def _forget_idle(self) -> None:
@@ -125,7 +126,7 @@ class MemoryRecordStore:
 
 
 class MemoryAdapterFeed:
-    """An AdapterFeed that lives and dies with the process. Make one for each target."""
+    """An AdapterFeed in the memory of this process. Make one for each target."""
 
     def __init__(
         self,

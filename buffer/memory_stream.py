@@ -1,7 +1,7 @@
 """One stream of encoded records in memory: order, deduplication, delivery, bounds.
 
-It knows no lock, no clock and no waiting: `memory_store` holds the first two and does the third.
-Invariant: `entries`, `entry_ids` and `num_bytes` always describe the same records.
+It takes no lock, reads no clock and never waits: `memory_store` has the lock and the clock. Invariant:
+`entries`, `entry_ids` and `num_bytes` always describe the same records.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ class Entry:
     expires_at_s: float
     appended_at_s: float
     consumer: str | None = None
-    """Who holds it, unacknowledged."""
+    """The consumer that it was delivered to and that has not acknowledged it."""
     delivered_at_s: float = 0.0
     acknowledged: bool = False
 
@@ -65,7 +65,7 @@ class Stream:
         return deliveries
 
     def hand_over(self, entry_id: int, consumer: str, now_s: float) -> list[Delivery]:
-        """One delivery, or none when the entry is gone or expired (then it leaves)."""
+        """One delivery, or none if the entry is gone or expired (then it is removed)."""
         entry = self.entries.get(entry_id)
         if entry is None:
             return []

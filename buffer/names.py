@@ -1,12 +1,12 @@
-"""Names and numbers that mean the same on both sides of the seam. Imports nothing, so any room may use it."""
+"""Names and numbers that serving and learner share. Imports nothing, so that any module may use it."""
 
 FLOOR_VERSION = 0
-"""`draft_version` of the draft as it was loaded, never adapted; always one step away."""
+"""`draft_version` of the draft as it was loaded, without an adapter; a rollback can always go to it."""
 
 DEFAULT_ROUTE = "default"
 
 MODEL_DRAFTER = "draft"
-"""`drafter_id` of a draft model, whose weights have versions, counted by route."""
+"""`drafter_id` of a draft model; its weights have versions, which are counted by route."""
 
 NGRAM_DRAFTER = "ngram"
-"""`drafter_id` of what copies from the text before it: no weights, no version, no route's."""
+"""`drafter_id` of n-gram lookup, which copies from earlier text; it has no weights, version or route."""

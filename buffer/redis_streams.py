@@ -1,7 +1,7 @@
-"""Which record streams there are on a Redis, of every target, and what their keys are called.
+"""The registry of record streams on a Redis, for all targets, and the names of their keys.
 
-Works with the client that it is given and knows no redis library. Invariant: over all processes no target
-has more than `max_routes` streams beside `default`'s; one is forgotten when its keys have expired.
+Works with the client that it is given and knows no redis library. Invariant: over all processes no target has
+more than `max_routes` streams beside `default`'s; a stream leaves the registry when its keys have expired.
 """
 
 import json
@@ -14,7 +14,7 @@ from buffer.store import Bounds, StreamKey, default_stream
 
 
 class Link(Protocol):
-    """What is used of a RedisLink, inside its `translated`."""
+    """The part of RedisLink that is used here, inside its `translated`."""
 
     @property
     def client(self) -> Any: ...
@@ -34,7 +34,7 @@ def _member(key: StreamKey) -> str:
 
 
 class StreamRegistry:
-    """A sorted set of streams by the time at which they are forgotten."""
+    """A sorted set of streams by the time at which they expire."""
 
     def __init__(self, link: Link, prefix: str, bounds: Bounds, clock: Callable[[], float]) -> None:
         self._link, self._prefix, self._bounds, self._clock = link, prefix, bounds, clock
@@ -63,7 +63,7 @@ class StreamRegistry:
         return "+inf" if max_age_s is None else repr(self._clock() + max_age_s)
 
     def _adopt_old_streams(self) -> None:
-        """Once: streams of builds that forgot none get the time to live that the others have."""
+        """Once: give streams of earlier builds, which never expired, the usual time to live."""
         if self._has_adopted:
             return
         old, client, max_age_s = f"{self._prefix}:streams", self._link.client, self._bounds.max_age_s

@@ -5,10 +5,10 @@ thread, so the kernel can be told to kill the server with it (Linux ties that si
 that forked, which in the parent may be a short-lived one); and it sees by its own parent's id that the
 parent is gone. It knows nothing of what the server holds. Invariant: the server never outlives it.
 
-Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the
-folder, at the end), and descriptors of locks that the server shall hold as long as it lives, even where
-this process was killed. Standard input: the server's configuration. Standard output: the server's process
-id; then, if the server ends unasked, the end of its log.
+Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the folder, at
+the end), and descriptors of locks that the server keeps open as long as it runs, even if this process is
+killed. Standard input: the server's configuration. Standard output: the server's process id; then, if the
+server ends unexpectedly, the end of its log.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""A store and a feed that are waited for: every call is made until it can be reached.
+"""A RecordStore and an AdapterFeed that repeat each call until the store can be reached.
 
 Knows no threads and no clock: `wait` is called with each error, and sleeps or raises. Since a call that
 raised StoreUnavailableError changed nothing, making it again is safe.
@@ -14,7 +14,7 @@ from buffer.store import AdapterFeed, Delivery, RecordStore, StreamKey, StreamSi
 
 Result = TypeVar("Result")
 Wait = Callable[[StoreUnavailableError], None]
-"""What to do between two attempts; raises to give up."""
+"""Called between two attempts; raises to give up."""
 
 
 def _until_reached(wait: Wait, act: Callable[[], Result]) -> Result:
@@ -26,7 +26,7 @@ def _until_reached(wait: Wait, act: Callable[[], Result]) -> Result:
 
 
 class RetryingStore:
-    """A RecordStore."""
+    """A RecordStore that repeats each call until the store can be reached."""
 
     def __init__(self, store: RecordStore, wait: Wait) -> None:
         self._store, self._wait = store, wait
@@ -61,7 +61,7 @@ class RetryingStore:
 
 
 class RetryingFeed:
-    """An AdapterFeed."""
+    """An AdapterFeed that repeats each call until the store can be reached."""
 
     def __init__(self, feed: AdapterFeed, wait: Wait) -> None:
         self._feed, self._wait = feed, wait

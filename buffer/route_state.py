@@ -1,8 +1,8 @@
 """Which adapter of a route serves, and which are kept: the rules of an AdapterFeed, as pure functions.
 
 It knows nothing of weights, clocks or storage; both feeds apply it, one under a lock, one under WATCH.
-Invariants: versions only grow; what serves, what would serve without the pin, and the parents of both
-are always kept (as far as they were kept before).
+Invariants: versions only grow; the serving version, the one that would serve without the pin, and the parents
+of both are never trimmed.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class RouteState:
     last_version: int = 0
     """The greatest version ever published, kept or not."""
     pointer: int = FLOOR_VERSION
-    """What serves when nothing is pinned."""
+    """The version that serves while nothing is pinned."""
     pinned: int | None = None
     parents: Mapping[int, int] = field(default_factory=dict)
 
@@ -43,7 +43,8 @@ class RouteState:
             )
 
     def published(self, draft_version: int, parent_version: int, max_versions: int) -> "RouteState":
-        """Point at a new version; keep the newest `max_versions` and whatever may be needed again."""
+        """Point at a new version; keep the newest `max_versions` and those that a rollback or an unpin may
+        need."""
         if draft_version <= self.last_version:
             raise VersionConflictError(
                 f"route {self.route!r}: draft_version {draft_version} does not exceed "
@@ -82,7 +83,7 @@ class RouteState:
 
 
 def promotion(manifest: AdapterManifest, at_s: float) -> AdapterEvent:
-    """The history's line for a publish."""
+    """The history's event for a publish."""
     return AdapterEvent(
         kind="promoted",
         route=manifest.route,
@@ -94,7 +95,7 @@ def promotion(manifest: AdapterManifest, at_s: float) -> AdapterEvent:
 
 
 def _gain(evidence: Mapping[str, float]) -> str:
-    """What the gate saw, where it says so."""
+    """The gate's figures as text, if the evidence has them."""
     names = ("acceptance_incumbent", "acceptance_candidate", "gain_lower_bound")
     if not all(name in evidence for name in names):
         return ""
@@ -103,5 +104,5 @@ def _gain(evidence: Mapping[str, float]) -> str:
 
 
 def turn(kind: str, state: RouteState, reason: str, at_s: float) -> AdapterEvent:
-    """The history's line for a rollback, a pin or an unpin: it names what serves afterwards."""
+    """The history's event for a rollback, a pin or an unpin: it names the version that serves afterwards."""
     return AdapterEvent(kind, state.route, state.serving, reason, at_s)

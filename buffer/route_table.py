@@ -1,7 +1,7 @@
 """Which route a prompt belongs to: one centroid a route, in the space of mean prompt embeddings.
 
 Made by the learner, read by replicas. It knows nothing of traffic, drafts or storage. Invariant: a table is
-whole and finite, or it cannot be made. Legend: R routes, H the target's hidden size.
+complete and finite, or its construction fails. Legend: R routes, H the target's hidden size.
 """
 
 import re
@@ -30,17 +30,18 @@ def check_route_name(name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class RouteTable:
-    """Raises ValueError where its parts do not fit each other."""
+    """The centroids of all routes. Raises ValueError if the parts do not fit each other."""
 
     target_revision: str
-    """Whose hidden states these are: another target's embeddings mean nothing here."""
+    """The target whose hidden states these are; embeddings of another target cannot be compared with them."""
     updated_at_s: float
     mean_H: NDArray[np.float32]
-    """Of all prompts' embeddings: most of each is common to all; what is left tells routes apart."""
+    """Mean of all prompts' embeddings. All prompts share most of it; what remains after subtracting it
+    differs by route."""
     centroids_RH: NDArray[np.float32]
-    """Mean embedding of each route's prompts, `mean_H` not yet taken off."""
+    """Mean embedding of each route's prompts, before `mean_H` is subtracted."""
     routes: tuple[str, ...]
-    """Names of the centroids' rows, distinct but for `default`: several kinds may be its own."""
+    """Route of each centroid; distinct except for `default`, which may have several centroids."""
     min_similarity: float
     """Cosine under which a prompt belongs to no route."""
 
@@ -64,8 +65,8 @@ class RouteTable:
             check_route_name(route)
 
     def route_of(self, embedding_H: NDArray[Any]) -> str:
-        """The route of the nearest centroid, by the cosine of what lies beyond the mean; `default` where
-        nothing is near. Raises ValueError for an embedding of another size."""
+        """The route of the nearest centroid, by cosine after subtracting the mean; `default` if none is near.
+        Raises ValueError for an embedding of another size."""
         if embedding_H.shape != self.mean_H.shape:
             raise ValueError(
                 f"embedding_H has shape {embedding_H.shape}, the table's are {self.mean_H.shape}: it is "

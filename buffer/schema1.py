@@ -1,9 +1,9 @@
-"""What builds of schema 1 wrote, in the shape of schema 2: bodies as plain data, before they become values.
+"""Converts plain data of schema 1 to the shape of schema 2, before it is decoded into values.
 
-There a number stood for who drafted: versions from 0 up for the draft of the record's own route, -1 for what
-copied from the text, -2 for another route's draft, which could only be the default route's and whose version
-was not written down. Invariant: what a round is evidence of stays as it was, unknown versions unknown. Bodies
-may be hostile: whatever is raised here is a corrupt body to `codec`.
+In schema 1 a number said who drafted: versions from 0 up for the draft of the record's own route, -1 for
+n-gram lookup, -2 for another route's draft, which could only be the default route's and whose version was not
+stored. Invariant: each round still counts for the same drafter, and an unknown version stays unknown. Bodies
+may be hostile: `codec` treats whatever is raised here as a corrupt body.
 """
 
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from buffer.records import GenerationRecord, ServingStatus
 from buffer.route_state import RouteState
 
 KINDS_1: dict[type, int] = {RouteState: 5}
-"""Kinds whose number was another one; the same as a status's."""
+"""Kinds that had another number in schema 1; it was also the number of a status."""
 
 _NGRAM_VERSION = -1
 _BORROWED_VERSION = -2
 _VERSION_COLUMN = 1
-"""Of the layout: the draft's version there, the place of a drafter in schema 2."""
+"""Column of the layout: the draft's version in schema 1, the index of a drafter in schema 2."""
 
 Plain = dict[str, Any]
 
 
 def from_schema_1(cls: type, plain: Any) -> Any:
-    """The body that schema 2 has for the same value. Raises whatever a body that is none of `cls` causes."""
+    """The body of the same value in schema 2. Raises any exception for a body that is no `cls`."""
     upgrade = _UPGRADES.get(cls)
     return plain if upgrade is None else upgrade(plain)
 
@@ -43,12 +43,12 @@ def _record(plain: Plain) -> Plain:
 
 
 def _drafted_by(version: int, route: str) -> Plain:
-    found: tuple[str, str | None, int | None] = MODEL_DRAFTER, route, version
+    fields: tuple[str, str | None, int | None] = MODEL_DRAFTER, route, version
     if version == _NGRAM_VERSION:
-        found = NGRAM_DRAFTER, None, None
+        fields = NGRAM_DRAFTER, None, None
     elif version == _BORROWED_VERSION:
-        found = MODEL_DRAFTER, DEFAULT_ROUTE, None
-    return dict(zip(("drafter_id", "draft_route", "draft_version"), found, strict=True))
+        fields = MODEL_DRAFTER, DEFAULT_ROUTE, None
+    return dict(zip(("drafter_id", "draft_route", "draft_version"), fields, strict=True))
 
 
 def _status(plain: Plain) -> Plain:

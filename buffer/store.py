@@ -1,7 +1,8 @@
-"""The two seams of the project as Protocols; `memory_store`, `redis_store` and `redis_feed` fulfil them.
+"""The two interfaces between serving and learner, as Protocols: `RecordStore` and `AdapterFeed`.
 
-Every call may raise StoreUnavailableError; then nothing was stored or changed. All calls are
-thread-safe. `now_s` comes from the clock given to the implementation, never from the caller.
+`memory_store`, `redis_store` and `redis_feed` implement them. Every call may raise StoreUnavailableError;
+then nothing was stored or changed. All calls are thread-safe. `now_s` comes from the clock given to the
+implementation, never from the caller.
 """
 
 from collections.abc import Sequence
@@ -23,16 +24,17 @@ class StreamKey:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a stream may hold, the oldest records leave first; and how many streams there may be. None:
+    """Limits of a stream, which drops its oldest records first, and on the number of streams. None:
     unbounded."""
 
     max_records: int | None = 20_000
     max_bytes: int | None = 512 * 2**20
     max_age_s: float | None = 7 * 24 * 3600.0
-    """A stream to which nothing was appended for so long is forgotten: nothing that it holds may stay."""
+    """A stream to which nothing was appended for so long is deleted, because all that it holds has
+    expired."""
     max_routes: int | None = 64
-    """Streams of one target, that of `default` not counted. Clients invent routes, so the records of one
-    too many go to `default`."""
+    """Streams of one target, not counting that of `default`. Clients may send any route name, so records of
+    routes beyond this limit go to `default`."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,29 @@ class Delivery:
 
 @dataclass(frozen=True)
 class StreamSize:
-    """What a stream holds and what it lost."""
+    """Size of a stream, and how many records it lost."""
 
     num_records: int
     num_bytes: int
     num_dropped_records: int
-    """Trimmed by a bound or expired before any consumer acknowledged them."""
+    """Records trimmed by a bound or expired before any consumer acknowledged them."""
     num_pending: int
-    """Delivered, not yet acknowledged."""
+    """Records delivered and not yet acknowledged."""
 
 
 def is_bound_to_its_route(record: GenerationRecord) -> bool:
-    """Whether its route has a draft of its own, which drafted. Such routes are few: replicas have room for
-    few drafts."""
+    """Whether the draft of the record's own route drafted in it. Such routes are few, because replicas have
+    room for few drafts."""
     return any(trace.draft_route == record.route for trace in record.rounds)
 
 
 def default_stream(key: StreamKey) -> StreamKey:
-    """Of the same target."""
+    """The `default` stream of the same target."""
     return replace(key, route=DEFAULT_ROUTE)
 
 
 def as_default(record: GenerationRecord) -> GenerationRecord:
-    """As the learner shall see a record whose route has no stream."""
+    """The record as it is stored if its route has no stream."""
     return replace(record, route=DEFAULT_ROUTE)
 
 
@@ -76,7 +78,7 @@ class RecordStore(Protocol):
 
     @property
     def num_rerouted_records(self) -> int:
-        """New records that this process appended to `default`, since their route was one too many."""
+        """New records that this process appended to `default` because their route exceeded `max_routes`."""
         ...
 
     def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
@@ -97,7 +99,7 @@ class RecordStore(Protocol):
         ...
 
     def ack(self, key: StreamKey, entry_ids: Sequence[str]) -> None:
-        """The step that used these records is checkpointed; they are never delivered again."""
+        """Called once the step that used these records is checkpointed; they are never delivered again."""
         ...
 
     def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
@@ -107,15 +109,16 @@ class RecordStore(Protocol):
     def size(self, key: StreamKey) -> StreamSize: ...
 
     def keys(self) -> list[StreamKey]:
-        """Every stream that exists; one that nobody appended to for `max_age_s` does no more."""
+        """All streams, without those to which nothing was appended for `max_age_s`."""
         ...
 
     def close(self) -> None: ...
 
 
 class AdapterFeed(Protocol):
-    """Of one target revision: adapters by route, the pointer to the one that serves, their history, the table
-    that routes prompts, and replicas' status. Another target's feed is another feed, on one server too."""
+    """The feed of one target revision: adapters by route, the pointer to the one that serves, their history,
+    the table that routes prompts, and replicas' status. Another target has a separate feed, on the same
+    server too."""
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
         """Keep the adapter, point the route at it (unless pinned), add a `promoted` event.
@@ -145,7 +148,7 @@ class AdapterFeed(Protocol):
         ...
 
     def rollback(self, route: str, reason: str, to_version: int | None = None) -> int:
-        """Point the route at `to_version` (None: the parent of what serves; the floor if that is
+        """Point the route at `to_version` (None: the parent of the serving version, or the floor if that is
         gone), add a `rolled_back` event. Returns the version that serves now."""
         ...
 

@@ -1,1 +1,1 @@
-"""Turns what the target said while verifying into better drafts, and lets only proven ones serve."""
+"""Trains drafts on what the target computed while verifying, and publishes those that pass the gate."""

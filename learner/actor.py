@@ -1,8 +1,8 @@
 """The learner as a Ray actor: detached, named, restarted on death. The only learner file that imports Ray.
 
-Knows no wiring: a factory, given by the composition root, builds the learner inside the actor's process.
-Invariant: the loop starts in the constructor, because a restarted actor reruns nothing else; if the loop
-dies, the process dies with it, and Ray starts it anew from its checkpoint.
+A factory, given by the composition root, builds the learner inside the actor's process. Invariant: the loop
+starts in the constructor, because a restarted actor reruns nothing else; if the loop fails, the process
+exits, and Ray restarts it from its checkpoint.
 """
 
 import logging
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 ACTOR_NAME = "everdraft-learner"
 RESTART_PAUSE_S = 2.0
-"""Between the death of a loop and that of its process, so that a hopeless start does not spin."""
+"""Pause between the failure of a loop and the exit of its process, so that repeated failures at start do not
+keep a core busy."""
 
 
 class LearnerActor:
@@ -57,7 +58,7 @@ class LearnerActor:
         return os.getpid()
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Ends the loop; True once it has ended. The actor itself is ended by who started it."""
+        """Ends the loop; True once it has ended. Ending the actor itself is up to the caller."""
         self._stop.set()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()

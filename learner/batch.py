@@ -1,4 +1,4 @@
-"""Rows to padded tensors, in groups that bound what one pass holds.
+"""Packs rows into padded tensors, in groups that bound the size of one pass.
 
 Knows no model and no loss. Invariant: masks come from lengths, never from token ids.
 Legend: R rows, T columns, N positions flattened over rows in row order, K kept entries.
@@ -24,7 +24,7 @@ class Batch:
     position_ids_RT: Tensor
     row_N: Tensor
     column_N: Tensor
-    """Where in its row the draft's logits for the position stand."""
+    """Column of the row at which the draft's logits for the position are."""
     topk_token_ids_NK: Tensor
     topk_logprobs_NK: Tensor
     retemper_N: Tensor
@@ -34,7 +34,7 @@ class Batch:
     weight_N: Tensor
     coupled_N: Tensor
     samplings: tuple[SamplingRow, ...]
-    """One a position."""
+    """One for each position."""
 
     @property
     def num_positions(self) -> int:

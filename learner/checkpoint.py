@@ -1,4 +1,4 @@
-"""The learner's whole state in one file, written atomically, so that a killed learner resumes where it was.
+"""A route's whole training state in one file, written atomically, so that a killed learner can resume.
 
 A checkpoint is a safetensors file: tensors as tensors, everything else as JSON in its header; no pickle.
 Its name carries the sha256 of its bytes, so a torn or corrupt file is recognised and the one before it
@@ -22,26 +22,27 @@ from buffer.records import AdapterManifest
 
 KEPT_FILES = 2
 _NAMED_BY = 16
-"""Of a target's revision, so many digits name its folder."""
+"""A target's folder is named by so many digits of its revision."""
 _SCHEMA = "1"
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything that a resumed learner needs and cannot read elsewhere."""
+    """Everything that a resumed learner needs and cannot read from elsewhere."""
 
     adapter: Mapping[str, Tensor]
-    """The weights that learn, as trained; the candidate is their mean, which `optimizer` holds."""
+    """The trainable weights as trained; the candidate is their running mean, which `optimizer` holds."""
     optimizer: Mapping[str, Tensor]
-    """By `<moment>.<key>`, see `optimizer_state`."""
+    """Tensors by `<moment>.<key>`, see `optimizer_state`."""
     generator_state: Mapping[str, Any]
-    """Of the numpy generator behind draws and bootstraps."""
+    """State of the numpy generator of draws and bootstraps."""
     num_steps: int = 0
     num_records_seen: int = 0
     last_version: int = 0
     """Greatest draft_version ever published; versions never restart, even if the feed does."""
     acked_entry_ids: Mapping[str, list[str]] = field(default_factory=dict)
-    """By route: what this state has used. Delivered again after a crash, they are acked, not relearnt."""
+    """Entries that this state has used, by route. If they are delivered again after a crash, they are
+    acknowledged and not trained on again."""
     incumbent_manifest: AdapterManifest | None = None
     incumbent_weights: bytes = b""
     mlflow_run_id: str = ""
@@ -49,7 +50,7 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write, flush, rename, forget all but the last files. Returns the new file."""
+    """Write, flush, rename, delete all but the last files. Returns the new file."""
     folder.mkdir(parents=True, exist_ok=True)
     data = _to_bytes(checkpoint)
     digest = hashlib.sha256(data).hexdigest()
@@ -63,21 +64,25 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def folder_of_target(folder: Path, target_revision: str) -> Path:
-    """Where the learner of one target keeps its state, for a state folder may see several. What a build that
-    knew no targets left in `folder` moves there, unless what served was made for another one."""
+    """Folder of one target's learner state, because a state folder may hold several targets. Checkpoints that
+    an earlier build left directly in `folder` are moved there, unless their draft was made for another
+    target."""
     own = folder / f"target-{target_revision[:_NAMED_BY]}"
     if _files(folder):
-        found = read_latest(folder)
-        manifest = found.incumbent_manifest if found else None
+        latest = read_latest(folder)
+        manifest = latest.incumbent_manifest if latest else None
         if manifest is None or manifest.target_revision == target_revision:
             own.mkdir(exist_ok=True)
-            for path in [*folder.glob("routes*"), *_files(folder)]:  # killed here, the next start goes on
+            for path in [
+                *folder.glob("routes*"),
+                *_files(folder),
+            ]:  # if killed here, the next start moves the rest
                 path.rename(own / path.name)
     return own
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """All of it or nothing, whenever the power fails."""
+    """Replace a file atomically, even across a loss of power."""
     aside = path.with_suffix(".part")
     with aside.open("wb") as file:
         file.write(data)
@@ -145,7 +150,7 @@ def _from_file(path: Path) -> Checkpoint | None:
     if header.get("schema") != _SCHEMA:
         return None
     plain = json.loads(header["state"])
-    if "pace" in plain:  # its name until version 0.2
+    if "pace" in plain:  # the key's name until version 0.2
         plain["schedule"] = plain.pop("pace")
     manifest = plain.pop("incumbent_manifest")
     weights = tensors.pop("incumbent", None)

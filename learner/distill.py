@@ -1,7 +1,7 @@
-"""One optimizer step on the draft's weights that learn, towards what the target said.
+"""One optimizer step on the draft's trainable weights, towards the target's distributions.
 
-Knows no store and no clock. Invariant: a step whose loss or gradient is not finite changes nothing and
-says so.
+Knows no store and no clock. Invariant: a step whose loss or gradient is not finite changes nothing and is
+reported as skipped.
 """
 
 import math

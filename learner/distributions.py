@@ -1,11 +1,11 @@
-"""The two distributions a record's kept entries stand for: the one to judge by and the one to learn from.
+"""The two target distributions that a record's kept entries stand for: final (to judge) and training.
 
 *Final*: the request's own distribution (temperature, top-k, top-p, min-p), exact at the kept entries, because
 a record carries the scalar that re-tempers them. *Training*: the request's temperature without its filters (a
-filter's zeros would hide what the target nearly said), on the K+1-way partition. Greedy and near-greedy
-requests are distilled, target and draft alike, at `greedy_temperature`: at 1 the kept entries are exact,
-lower sharpens towards the argmax that alone decides. Measured on an early demo pair after 48 steps: held-out
-acceptance .60 at 1, .68 at 0.5, .70 at 0.3. Knows no draft.
+filter's zeros would hide tokens that the target considered likely), on the K+1-way partition. Greedy and
+near-greedy requests are distilled, target and draft alike, at `greedy_temperature`: at 1 the kept entries are
+exact, a lower one sharpens towards the argmax, which alone decides. Measured on an early demo pair after 48
+steps: held-out acceptance .60 at 1, .68 at 0.5, .70 at 0.3. Knows no draft.
 
 Legend: N positions, K kept entries, P = K + 1 cells, V vocabulary.
 """
@@ -18,15 +18,16 @@ from learner.divergences import partition
 from serving.engine.sampling import SamplingMetadata
 
 NEAR_GREEDY_TEMPERATURE = 0.3
-"""Below it float16 rounding and 1/temperature would drown the signal; distilled like greedy."""
+"""Below it float16 rounding divided by the temperature would exceed the signal; such requests are distilled
+like greedy ones."""
 
 
 def final_target_logprobs(batch: Batch) -> Tensor:
     """[N, K]: the target's final distribution at its kept entries, -inf where filtered or padded.
 
     Exact where the filters end within the kept entries or the emitted token is kept (its stored final
-    log-probability gives the normaliser); else the normaliser is its closest bound. Greedy rows are not
-    meaningful: there the emitted token is the sampling.
+    log-probability gives the normaliser); else the normaliser is its closest bound. Not meaningful in greedy
+    rows, where the emitted token is the whole distribution.
     """
     sampling = SamplingMetadata.stack(batch.samplings, batch.retemper_N.device)
     tempered_NK = batch.topk_logprobs_NK / sampling.temperature_N[:, None] + batch.retemper_N[:, None]

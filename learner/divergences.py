@@ -19,7 +19,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """(target_NP, draft_NP), log-probabilities, to a value a position [N], natural units."""
 
 MIN_TAIL_MASS = 1e-6
-"""Float32 knows 1 - mass no better than this; a smaller tail is rounded up to it."""
+"""Float32 computes 1 - mass no more precisely than this; a smaller tail is rounded up to it."""
 
 _NOTHING = -100.0
 """A log-probability whose probability is 0 in float32 sums."""
@@ -42,12 +42,13 @@ def _kl(first_NP: Tensor, second_NP: Tensor) -> Tensor:
 
 
 def forward_kl(target_NP: Tensor, draft_NP: Tensor) -> Tensor:
-    """KL(target || draft): covers what the target says."""
+    """KL(target || draft): makes the draft cover all tokens that the target considers likely."""
     return _kl(target_NP, draft_NP)
 
 
 def reverse_kl(target_NP: Tensor, draft_NP: Tensor) -> Tensor:
-    """KL(draft || target): avoids what the target does not say. Cells the target excludes are floored."""
+    """KL(draft || target): makes the draft avoid tokens that the target considers unlikely. Cells the target
+    excludes are floored."""
     floor = math.log(MIN_TAIL_MASS)
     return _kl(draft_NP, target_NP.clamp(min=floor))
 
@@ -73,8 +74,8 @@ def negative_log_acceptance(target_NP: Tensor, draft_NP: Tensor) -> Tensor:
 def tv_weighted_kl(target_NP: Tensor, draft_NP: Tensor) -> Tensor:
     """Forward KL times detached total variation: OSD's "loss at the wrong tokens" in expectation.
 
-    A reached position is the first rejection with probability TV, so this is the mean of `osd` over
-    what might have been drafted, with less variance.
+    A position that is reached is the first rejection with probability TV, so this is the expectation of `osd`
+    over possible draft tokens, with less variance.
     """
     weight_N = total_variation(target_NP, draft_NP).detach()
     return weight_N * forward_kl(target_NP, draft_NP)

@@ -1,7 +1,7 @@
-"""The draft that learns, whichever of its weights do: logits for a batch, states in and out.
+"""The trainable draft, with LoRA or full weights: logits for a batch, weights in and out.
 
-Knows no records and no loss. Invariants: only the weights that learn ever change; `with_weights` puts back
-what it found; a LoRA state has PEFT's own keys, so an exported adapter loads with
+Knows no records and no loss. Invariants: only the trainable weights ever change; `with_weights` restores the
+previous weights on exit; a LoRA state has PEFT's own keys, so an exported adapter loads with
 `PeftModel.from_pretrained`.
 """
 
@@ -20,11 +20,11 @@ from learner.trainable import full_trainable, lora_trainable, output_head
 from serving.models.adapter import merge_adapter
 
 AdapterState = Mapping[str, Tensor]
-"""The weights that learn, by the key of their export; see Trainable."""
+"""The trainable weights, by the key of their export; see Trainable."""
 
 
 class TrainableDraft:
-    """`base` is the draft's own from now on; `parameters` start as the floor.
+    """`base` belongs to this object from now on; `parameters` start as the floor.
 
     `rank`, `alpha` and `seed` are LoRA's. Raises ValueError where `target_modules` names nothing in the
     base.
@@ -67,17 +67,17 @@ class TrainableDraft:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable ones."""
+        """Number of trainable parameters."""
         return sum(weight.numel() for weight in self._weights.values())
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The live weights, by key; what an optimizer updates."""
+        """The live trainable weights, by key; an optimizer updates them."""
         return dict(self._weights)
 
     @property
     def identity(self) -> dict[str, object]:
-        """What it is, for people."""
+        """The draft's id, revision and kind of training, for display."""
         return {
             "draft_id": self.draft_id,
             "draft_revision": self.draft_revision,
@@ -100,12 +100,12 @@ class TrainableDraft:
         return logits.float()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights that learn, on the CPU."""
+        """A copy of the trainable weights, on the CPU."""
         return {key: weight.detach().cpu().clone() for key, weight in self._weights.items()}
 
     def load(self, state: AdapterState | None) -> None:
-        """Take these weights; None: the floor. Raises ValueError, with nothing changed, for a state with
-        faults."""
+        """Load these weights; None: the floor. Raises ValueError, with nothing changed, for a state that does
+        not fit."""
         if state is not None and (fault := self.fault(state)):
             raise ValueError(f"adapter state does not fit the draft: {fault}; nothing was loaded")
         self.load_unchecked(self._floor if state is None else state)
@@ -122,9 +122,11 @@ class TrainableDraft:
         return ""
 
     def read(self, weights: bytes, manifest: AdapterManifest) -> AdapterState:
-        """A published draft as a state of this one; a full draft merges LoRA into it, as serving does.
+        """A published draft as a state of this one; if all weights are trained here, LoRA is merged into
+        them, as in serving.
 
-        Raises ValueError for what cannot be worn here exactly as it serves: another rank, alpha or kind.
+        Raises ValueError for an adapter that this draft cannot represent exactly: another rank, alpha or
+        kind.
         """
         state = import_weights(weights)
         if not self.rank:
@@ -139,7 +141,7 @@ class TrainableDraft:
 
     @contextmanager
     def with_weights(self, state: AdapterState | None) -> Iterator[None]:
-        """Inside, the draft has these weights (None: the floor) and no gradient is recorded."""
+        """Within the context the draft has these weights (None: the floor) and records no gradient."""
         own = self.state()
         self.load(state)
         try:
@@ -149,13 +151,14 @@ class TrainableDraft:
             self.load_unchecked(own)
 
     def load_unchecked(self, state: AdapterState) -> None:
-        """As `load`, values that are not finite included: to put back what was there."""
+        """Like `load`, but accepts values that are not finite: used to restore previous weights."""
         with torch.no_grad():
             for key, weight in state.items():
                 self._weights[key].copy_(weight)
 
     def _keep_positions(self, _head: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Hands the head only the wanted positions, [1, N, H]: a row over the vocabulary is dear."""
+        """Passes only the wanted positions to the head, [1, N, H], because logits over the vocabulary are
+        expensive."""
         if self._gather is None:
             return None
         return (hidden[0][self._gather][None], *hidden[1:])
@@ -164,7 +167,7 @@ class TrainableDraft:
 def build_draft(
     base: nn.Module, settings: LearnerSettings, *, draft_id: str, draft_revision: str
 ) -> TrainableDraft:
-    """As the settings say; `base`, float32, is changed in place."""
+    """Build the draft that the settings describe; `base`, in float32, is changed in place."""
     return TrainableDraft(
         base,
         draft_id=draft_id,
@@ -178,7 +181,7 @@ def build_draft(
 
 
 def export_weights(state: AdapterState) -> bytes:
-    """adapter_model.safetensors."""
+    """Bytes of adapter_model.safetensors."""
     return safetensors.torch.save(dict(state), metadata={"format": "pt"})
 
 

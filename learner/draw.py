@@ -1,4 +1,4 @@
-"""Which records a step sees: fresh and replayed, by route, never a held-out one.
+"""Chooses the records of a training step: fresh and replayed, by route, never a held-out one.
 
 Knows no tensors. Invariant: whether a record is held out depends on its request id alone, so all
 segments and choices of a request, in any process, at any time, fall on the same side.
@@ -54,6 +54,6 @@ def replay_draw(
         if share == 0:
             continue
         wanted = int(np.ceil(share / (1 - held_out_share))) + 1
-        found = store.draw_replay(keys[index], wanted, int(rng.integers(2**31)))
-        drawn += [item for item in found if not is_held_out(item.request_id, held_out_share)][:share]
+        kept = store.draw_replay(keys[index], wanted, int(rng.integers(2**31)))
+        drawn += [item for item in kept if not is_held_out(item.request_id, held_out_share)][:share]
     return drawn

@@ -1,7 +1,7 @@
-"""What serves now, as the adapter feed has it, and how the learner changes it.
+"""The draft that serves a route according to the adapter feed, and how the learner replaces it.
 
-Knows no records and no training. Invariants: the feed's word is final (an operator's rollback or pin is
-adopted, never fought); version numbers only grow, even when the feed comes back empty.
+Knows no records and no training. Invariants: the learner always adopts what the feed says, including an
+operator's rollback or pin; version numbers only grow, even after the feed lost its data.
 """
 
 import hashlib
@@ -40,7 +40,8 @@ class Incumbent:
         self.manifest = manifest
         self.weights = weights
         self.state, self.unreadable = self._read(manifest, weights)
-        """`unreadable`: why what serves cannot be scored here, e.g. another rank than is asked for now."""
+        """`unreadable`: why the serving draft cannot be scored under these settings, e.g. its rank
+        differs."""
         self.last_version = last_version
 
     @property
@@ -48,12 +49,13 @@ class Incumbent:
         return self.manifest.draft_version if self.manifest else FLOOR_VERSION
 
     def sync(self) -> bool:
-        """Adopt what the feed says serves; give an emptied feed its adapter back. True: it changed."""
-        known = self._feed.last_version(self._route)
-        if self.manifest is not None and known < self.manifest.draft_version:
+        """Adopt the draft that the feed says serves; if the feed lost its data, publish the adapter again.
+        True: another draft serves."""
+        last_version = self._feed.last_version(self._route)
+        if self.manifest is not None and last_version < self.manifest.draft_version:
             self._feed.publish(self.manifest, self.weights)
             return False
-        self.last_version = max(self.last_version, known)
+        self.last_version = max(self.last_version, last_version)
         latest = self._feed.latest(self._route)
         if (latest.draft_version if latest else FLOOR_VERSION) == self.version:
             return False
@@ -61,19 +63,20 @@ class Incumbent:
         return True
 
     def parent(self) -> AdapterState | None:
-        """What a rollback would go to; None is the floor, also where the parent is kept no more."""
+        """The weights that a rollback would go to; None is the floor, also if the parent is no longer
+        kept."""
         if self.manifest is None:
             return None
         try:
-            found = self._feed.manifest(self._route, self.manifest.parent_version)
-            return self._read(found, self._feed.weights(self._route, found.draft_version))[0]
+            parent = self._feed.manifest(self._route, self.manifest.parent_version)
+            return self._read(parent, self._feed.weights(self._route, parent.draft_version))[0]
         except UnknownVersionError:
             return None
 
     def publish(
         self, state: AdapterState, evidence: Mapping[str, float], num_records_seen: int, run_id: str
     ) -> AdapterManifest:
-        """Serve this state from now on, under the next version number."""
+        """Publish this state under the next version number."""
         weights = export_weights(state)
         manifest = self._manifest(weights, evidence, num_records_seen, run_id)
         while True:
@@ -81,15 +84,15 @@ class Incumbent:
                 self._feed.publish(manifest, weights)
                 break
             except VersionConflictError:
-                known = max(manifest.draft_version, self._feed.last_version(self._route))
-                manifest = replace(manifest, draft_version=known + 1)
+                last_version = max(manifest.draft_version, self._feed.last_version(self._route))
+                manifest = replace(manifest, draft_version=last_version + 1)
         self.manifest, self.weights, self.state = manifest, weights, dict(state)
         self.unreadable = ""
         self.last_version = manifest.draft_version
         return manifest
 
     def refuse(self, reason: str, evidence: Mapping[str, float]) -> None:
-        """A line in the history: this candidate did not get in."""
+        """Add a `refused` event to the history."""
         number = max(self.last_version, self._feed.last_version(self._route)) + 1
         event = AdapterEvent("refused", self._route, number, reason, self._now_s(), dict(evidence))
         self._feed.add_event(event)
@@ -135,8 +138,8 @@ class Incumbent:
         self.state, self.unreadable = self._read(latest, weights)
 
     def _read(self, manifest: AdapterManifest | None, weights: bytes) -> tuple[AdapterState | None, str]:
-        """The adapter's weights, None where replicas would refuse it and serve the floor; and why they
-        cannot be read though replicas serve them."""
+        """The adapter's weights, None if replicas would refuse it and serve the floor; and the reason if
+        replicas serve it but it cannot be read here."""
         if manifest is None or manifest.draft_revision != self._draft.draft_revision:
             return None, ""
         if manifest.target_revision != self._target_revision:

@@ -1,8 +1,8 @@
-"""The learner's life, one cycle after another: read `run_cycle` first.
+"""The learner's main loop, one cycle after another: read `run_cycle` first.
 
-Knows no Ray, no Redis, no MLflow: a store, a feed and a tracker are given. Invariants: serving never
-waits for it; nothing is published that the gate did not pass; a record is acknowledged only after the
-checkpoint that used it; while the store cannot be reached the learner waits and loses nothing.
+Knows no Ray, no Redis, no MLflow: store, feed and tracker are passed in. Invariants: serving never waits for
+the learner; nothing is published that did not pass the gate; a record is acknowledged only after the
+checkpoint that used it was written; while the store cannot be reached the learner waits and loses nothing.
 """
 
 import logging
@@ -41,15 +41,16 @@ SUMMED = (
     "num_refused_records",
     "num_waiting_records",
 )
-"""Figures of the whole learner; the others are those of `default`."""
+"""Figures of `snapshot` that are summed over all routes; the others are those of `default`."""
 
 
 class LearnerStopped(Exception):
-    """The stop event was set while the learner waited; what was not checkpointed is learnt again."""
+    """The stop event was set while the learner waited; work since the last checkpoint is repeated after a
+    restart."""
 
 
 class Learner:
-    """One draft for each open route of one target, `default`'s for all others.
+    """Trains one draft for each open route of a target; the draft of `default` serves all other routes.
 
     The constructor reads the checkpoint folder and touches neither store nor feed. `run` and `run_cycle`
     belong to one thread; `pause`, `resume` and `snapshot` may be called from any.
@@ -66,7 +67,7 @@ class Learner:
         tracker_for: Callable[[str], Tracker] | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
-        """`tracker_for` builds the tracker from the run id that the checkpoint holds, perhaps empty."""
+        """`tracker_for` builds the tracker from the run id in the checkpoint, which may be empty."""
         self._draft, self._settings = draft, settings
         self._store = RetryingStore(store, self._wait_for_store)
         self._feed = RetryingFeed(feed, self._wait_for_store)
@@ -76,8 +77,8 @@ class Learner:
         self._streams: list[StreamKey] = []
         self._reclaim_at_s = 0.0
         folder = checkpoint.folder_of_target(Path(settings.checkpoint_folder), target_revision)
-        found = checkpoint.read_latest(folder)
-        self._tracker = tracker_for(found.mlflow_run_id if found else "") if tracker_for else NullTracker()
+        latest = checkpoint.read_latest(folder)
+        self._tracker = tracker_for(latest.mlflow_run_id if latest else "") if tracker_for else NullTracker()
         self._routes = Routes(
             self._build,
             self._store,
@@ -93,10 +94,10 @@ class Learner:
         )
 
     def run(self, stop: threading.Event) -> None:
-        """Cycles until `stop` is set; then returns within about one step."""
+        """Runs cycles until `stop` is set; then returns within about one step."""
         self._stop = stop
-        known = {"target_revision": self._target_revision} | self._draft.identity
-        self._tracker.log_params(self._settings.model_dump() | known)
+        identity = {"target_revision": self._target_revision} | self._draft.identity
+        self._tracker.log_params(self._settings.model_dump() | identity)
         try:
             while not stop.is_set():
                 if self._paused.is_set() or not self.run_cycle():
@@ -109,7 +110,8 @@ class Learner:
             self._tracker.close()
 
     def run_cycle(self) -> bool:
-        """Wait, draw, distil, evaluate, gate, publish, checkpoint, ack. False: nothing was due."""
+        """One cycle: read, draw, distil, evaluate, gate, publish, checkpoint, acknowledge. False: no route
+        was due."""
         self._start()
         self._read()
         self._routes.review(self._streams)
@@ -139,7 +141,7 @@ class Learner:
         self._paused.clear()
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data for people: what the learner does, knows and has decided; also by route."""
+        """State of the learner as plain data for display, also by route."""
         routes = {draft.route: self._facts(draft) for draft in self._routes}
         return (
             routes[DEFAULT_ROUTE]
@@ -154,10 +156,10 @@ class Learner:
             }
         )
 
-    # what run_cycle is made of, in its order
+    # the steps of run_cycle, in order
 
     def _start(self) -> None:
-        """Once: take back what was read but not acknowledged, refill the held-out windows."""
+        """On the first cycle: reclaim what was read but not acknowledged, refill the held-out windows."""
         if self._started:
             return
         self._routes.start()
@@ -173,12 +175,13 @@ class Learner:
         self._started = True
 
     def _reclaim(self) -> None:
-        """At the start what this learner held itself, then what another one that is gone does."""
+        """Reclaim unacknowledged records: this consumer's own, and those of a consumer that is gone."""
         self._inbox.reclaim()
         self._reclaim_at_s = self._now_s() + CLAIM_IDLE_S
 
     def _read(self) -> None:
-        """What each route's draft has to know: the feed's word, what arrived, what that says of a swap."""
+        """For each route: follow the feed, handle replica rejections, read new records, watch the last
+        swap."""
         if self._now_s() >= self._reclaim_at_s:
             self._reclaim()
         self._streams = self._inbox.streams()
@@ -193,7 +196,8 @@ class Learner:
             draft.watch_live(sound)
 
     def _ack_untrained(self) -> None:
-        """Where training brings nothing now: held out as ever, else only counted. No checkpoint used them."""
+        """Acknowledge records of routes whose training rests: some are held out, the others only counted. No
+        checkpoint used them."""
         for draft in self._routes:
             if not (draft.is_resting and self._is_due(draft)):
                 continue
@@ -202,7 +206,7 @@ class Learner:
             self._inbox.ack(streams)
 
     def _due(self) -> RouteLearner | None:
-        """Of the drafts whose turn has come, the one whose records have waited longest."""
+        """Of the routes that are due, the one whose records have waited longest."""
         return max(filter(self._is_due, self._routes), key=self._oldest_age_s, default=None)
 
     def _is_due(self, draft: RouteLearner) -> bool:
@@ -215,14 +219,15 @@ class Learner:
         return sound
 
     def _replay(self, draft: RouteLearner, num_records: int) -> list[GenerationRecord]:
-        """From what is kept: a route's own, and for `default`, which may have to serve them again, all."""
+        """Kept records for replay: a route's own; all routes' for `default`, whose draft may have to serve
+        them again."""
         own = self._routes.streams_of(draft, self._streams)
         streams = self._streams if draft.route == DEFAULT_ROUTE else own
         share = self._settings.held_out_share
-        found = replay_draw(self._store, streams, num_records, share, draft.trainer.rng)
-        return [record for record in found if not self._fault(record)]
+        drawn = replay_draw(self._store, streams, num_records, share, draft.trainer.rng)
+        return [record for record in drawn if not self._fault(record)]
 
-    # small things
+    # helpers
 
     def _build(
         self, route: str, found: checkpoint.Checkpoint | None, fallback: Callable[[], ExistingDraft]
@@ -240,7 +245,7 @@ class Learner:
         )
 
     def _wait_for_store(self, error: StoreUnavailableError) -> None:
-        """Between two attempts; raises LearnerStopped if told to stop meanwhile."""
+        """Wait between two attempts; raises LearnerStopped if stopped meanwhile."""
         self._state, self._last_error = "store unavailable", str(error)
         logger.info("store cannot be reached, trying again: %s", error)
         if self._stop.wait(self._settings.retry_s):

@@ -1,8 +1,8 @@
-"""Records on their way to the learner: read from every stream of one target, kept until acknowledged.
+"""Reads the records of every stream of one target, and keeps them until they are acknowledged.
 
-Knows no models, nor which draft learns from which streams: callers name them. Invariant: a record is
-acknowledged only after the checkpoint that used it was written, and one that such a checkpoint names is
-never learnt from twice.
+Knows no models, nor which draft is trained on which streams: callers name them. Invariant: a record is
+acknowledged only after the checkpoint that used it was written, and one that such a checkpoint names is never
+trained on twice.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +11,13 @@ from buffer.records import GenerationRecord
 from buffer.store import Delivery, RecordStore, StreamKey
 
 CLAIM_IDLE_S = 600.0
-"""What another learner holds for so long it is taken not to come back to. A cycle is far shorter: a learner
-that lives acknowledges what it read within it."""
+"""Idle time after which another consumer's records are claimed. A cycle is far shorter: a live learner
+acknowledges what it read within it."""
 
 
 class RecordInbox:
-    """`acked_entry_ids`, by route, come from the checkpoint: used already, perhaps not yet acknowledged."""
+    """`acked_entry_ids`, by route, come from the checkpoint: already used, but perhaps not yet
+    acknowledged."""
 
     def __init__(
         self,
@@ -32,8 +33,8 @@ class RecordInbox:
         self._waiting: dict[StreamKey, list[Delivery]] = {}
 
     def streams(self) -> list[StreamKey]:
-        """The streams of this target, one a route. What was known of one that is gone is forgotten, but for
-        the records that wait."""
+        """The streams of this target, one a route. State of deleted streams is dropped, except for records
+        that wait."""
         every = self._store.keys()
         found = [key for key in every if key.target_revision == self._target_revision]
         routes = {key.route for key in found}
@@ -42,8 +43,8 @@ class RecordInbox:
         return sorted(found, key=lambda key: key.route)
 
     def reclaim(self) -> None:
-        """Take in what an earlier life of this consumer read and never acknowledged, and what another one has
-        held for CLAIM_IDLE_S."""
+        """Claim what an earlier process of this consumer read and never acknowledged, and what another
+        consumer has held for CLAIM_IDLE_S."""
         for key in self.streams():
             self._accept(key, self._store.claim(key, self._consumer, CLAIM_IDLE_S))
 
@@ -61,14 +62,14 @@ class RecordInbox:
         return sum(len(self._waiting.get(key, ())) for key in keys)
 
     def records(self, keys: Sequence[StreamKey]) -> list[GenerationRecord]:
-        """Everything of these streams that waits, by route and arrival."""
+        """All waiting records of these streams, by route and arrival."""
         return [delivery.record for key in keys for delivery in self._waiting.get(key, ())]
 
     def oldest_age_s(self, keys: Sequence[StreamKey], now_s: float) -> float:
         return max((now_s - record.created_at_s for record in self.records(keys)), default=0.0)
 
     def entry_ids(self, keys: Sequence[StreamKey]) -> dict[str, list[str]]:
-        """By route: what waits; a checkpoint names these before they are acknowledged."""
+        """Entry ids of waiting records, by route; a checkpoint names them before they are acknowledged."""
         return {
             key.route: [delivery.entry_id for delivery in deliveries]
             for key in keys
@@ -76,7 +77,7 @@ class RecordInbox:
         }
 
     def ack(self, keys: Sequence[StreamKey]) -> None:
-        """Everything of these streams that waited was used by a checkpoint."""
+        """Acknowledge all waiting records of these streams: a checkpoint used them."""
         used = self.entry_ids(keys)
         for key in keys:
             if key.route in used:
@@ -87,10 +88,10 @@ class RecordInbox:
 
     def _accept(self, key: StreamKey, deliveries: list[Delivery]) -> list[GenerationRecord]:
         used = self._used.get(key.route, set())
-        known = {delivery.entry_id for delivery in self._waiting.get(key, [])}
+        waiting = {delivery.entry_id for delivery in self._waiting.get(key, [])}
         again = [delivery.entry_id for delivery in deliveries if delivery.entry_id in used]
         if again:
             self._store.ack(key, again)
-        fresh = [delivery for delivery in deliveries if delivery.entry_id not in used | known]
+        fresh = [delivery for delivery in deliveries if delivery.entry_id not in used | waiting]
         self._waiting.setdefault(key, []).extend(fresh)
         return [delivery.record for delivery in fresh]

@@ -1,8 +1,8 @@
-"""One route's draft and all that belongs to it: the candidate, what serves, who judges it, who watches it.
+"""Trains and publishes one route's draft: the candidate, the incumbent, the judge and the live watch.
 
-Knows no store, and of other routes only the draft that serves where this one has none of its own yet.
-Invariants: nothing is published that the gate did not pass against the draft that serves the route now; a
-killed route goes on where its checkpoint stands.
+Knows no store, and of other routes only the draft that serves this one until it has its own. Invariants:
+nothing is published that did not pass the gate against the draft that serves the route now; a killed learner
+continues the route from its checkpoint.
 """
 
 import logging
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class RouteLearner:
-    """`draft` is shared by all routes, for the base under their weights is the same; each trains its own.
+    """`draft` is shared by all routes, because the base under their weights is the same; each route trains
+    its own weights.
 
     `fallback` is the draft that serves the route while it has none of its own: `default`'s, which itself
     falls back to the floor. `found` is the route's checkpoint, if there is one.
@@ -73,17 +74,17 @@ class RouteLearner:
             last_version=found.last_version if found else 0,
         )
         self.bootstrap_records: list[GenerationRecord] = []
-        """What was kept of the route when it was opened; its first cycle learns from it."""
+        """Kept records of the route when it was opened; its first cycle trains on them."""
         self.scores_of_drafts: DraftScores = {}
-        """Of every draft that existed at the last decision, on this route's held-out records."""
+        """Scores of every draft that existed at the last decision, on this route's held-out records."""
         self.start = FLOOR
-        """What the candidate started from when the route was opened, or last given another start."""
+        """The draft that the candidate started from when the route was opened or restarted."""
         if found:
             self._restore(found)
 
     @property
     def serving(self) -> ExistingDraft:
-        """What answers this route's requests now."""
+        """The draft that serves this route's requests now."""
         if not self.has_own and self.route != DEFAULT_ROUTE:
             return self._fallback()
         incumbent = self.incumbent
@@ -91,13 +92,14 @@ class RouteLearner:
 
     @property
     def has_own(self) -> bool:
-        """Has a draft of this route passed the gate, and serves?"""
+        """Whether a draft of this route passed the gate and serves."""
         return self.incumbent.version != FLOOR_VERSION
 
-    # what a cycle is made of, in its order
+    # the steps of a cycle, in order
 
     def follow_feed(self) -> None:
-        """The feed's word is final: after a rollback from outside, learn on from what serves."""
+        """Adopt the draft that the feed says serves; after a rollback from outside, continue training from
+        it."""
         if self.incumbent.sync():
             self.watch.end()
             self.restart()
@@ -106,14 +108,15 @@ class RouteLearner:
         self._watch_what_serves()
 
     def handle_replica_rejections(self) -> None:
-        """What replicas refuse is told, and taken back if none of them serves it."""
+        """Report replicas' rejections, and roll back a version that no replica serves."""
         for event in self.replies.new():
             self.progress.decided(event.kind, event.draft_version, event.reason)
         if reason := self.replies.rejected_by_all(self.incumbent.version):
             self._roll_back(reason)
 
     def watch_live(self, sound: Sequence[GenerationRecord]) -> None:
-        """Looks at what arrived; rolls a draft back that live traffic speaks against."""
+        """Evaluate arrived records; roll back a draft that is worse on live traffic or was swapped
+        wrongly."""
         if self.progress.arrived(observed_rates(sound)):
             self.judge.hurry()
         reason = self.watch.observe(sound)
@@ -122,12 +125,12 @@ class RouteLearner:
 
     @property
     def is_resting(self) -> bool:
-        """Training brings nothing now: let what arrived pass."""
+        """Whether training rests now, so that arriving records are not trained on."""
         return self.progress.schedule.resting and not self.bootstrap_records
 
     @property
     def slowdown(self) -> int:
-        """Times the usual records, and steps, of a cycle."""
+        """Factor on the usual records and steps of a cycle."""
         return self.progress.schedule.slowdown(self.progress.rule)
 
     def is_due(self, num_waiting: int, oldest_age_s: float) -> bool:
@@ -137,15 +140,15 @@ class RouteLearner:
         )
 
     def hold_out(self, records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
-        """Keeps a share of sound records to judge by; returns the others."""
+        """Keep a share of sound records to judge by; returns the others."""
         return self.judge.split(records)
 
     def refused_records(self, num_records: int) -> None:
-        """So many were not fit to learn from."""
+        """Count records that were not fit to train on."""
         self.progress.num_refused_records += num_records
 
     def skip_training(self, records: Sequence[GenerationRecord], num_waiting: int) -> None:
-        """Training brings nothing now: sound records are held out as ever, else only counted."""
+        """While training rests: hold out a share of the sound records, and count all."""
         self.hold_out(records)
         self.progress.rested(num_waiting)
 
@@ -159,8 +162,8 @@ class RouteLearner:
         sleep: Callable[[float], object],
     ) -> None:
         """One cycle: distil, evaluate, gate, publish. `records`: the sound ones of `num_waiting`; `replay`
-        draws so many that are kept; `keep_going` is told each step's seconds; `sleep` waits while replicas
-        swap."""
+        draws up to so many kept records; `keep_going` gets each step's seconds and says whether to continue;
+        `sleep` waits while replicas swap."""
         self.progress.took(num_waiting)
         fresh = self.hold_out(records) + self.bootstrap_records
         self.bootstrap_records = []
@@ -174,7 +177,7 @@ class RouteLearner:
         self.progress.cycle_ended(report, judgement, self.trainer.num_steps, self.trainer.busy_s)
 
     def evaluate(self, report: TrainingReport) -> Judgement:
-        """The gate's word on the candidate, against what serves this route now."""
+        """Judge the candidate against the draft that serves this route now."""
         candidate, serving = self.trainer.candidate, self.serving
         pinned = self._feed.pinned(self.route)
         fault = self.trainer.draft.fault(candidate) or serving.unreadable
@@ -195,7 +198,7 @@ class RouteLearner:
         )
 
     def publish(self, judgement: Judgement, rest: Callable[[float], object]) -> None:
-        """Serve the candidate; `rest` sleeps while replicas swap."""
+        """Publish the candidate; `rest` sleeps while replicas swap."""
         parent, state = self.serving, dict(self.trainer.candidate)
         evidence, progress = judgement.decision.evidence, self.progress
         manifest = self.incumbent.publish(state, evidence, progress.num_records_seen, progress.tracker.run_id)
@@ -217,7 +220,7 @@ class RouteLearner:
         self.scores_of_drafts = self.judge.compare(existing)
 
     def restart(self) -> None:
-        """A fresh candidate, from what serves the route."""
+        """Restart the candidate from the draft that serves the route."""
         self.start_from(self.serving)
 
     def start_from(self, start: ExistingDraft) -> None:
@@ -242,7 +245,7 @@ class RouteLearner:
         checkpoint.write(folder, state)
 
     def facts(self) -> dict[str, Any]:
-        """Plain data for people."""
+        """Plain data for display."""
         return self.progress.facts() | {
             "num_steps": self.trainer.num_steps,
             "learner_s": self.trainer.busy_s,
@@ -254,21 +257,22 @@ class RouteLearner:
         }
 
     def acceptance_by_draft(self) -> dict[str, float]:
-        """Of every draft that existed at the last decision; without those that could not be scored."""
-        found = {
-            f"{route}/{version}": worth.acceptance
-            for (route, version), worth in self.scores_of_drafts.items()
+        """Acceptance of every draft that existed at the last decision, without those that could not be
+        scored."""
+        acceptances = {
+            f"{route}/{version}": score.acceptance
+            for (route, version), score in self.scores_of_drafts.items()
         }
-        return {name: value for name, value in found.items() if value == value}
+        return {name: value for name, value in acceptances.items() if value == value}
 
     def _watch_what_serves(self) -> None:
-        """A learner that was killed takes its watch up again; a draft that others published gets one."""
+        """Watch the serving draft if nobody does yet: after a restart, or if another process published it."""
         manifest, state = self.incumbent.manifest, self.incumbent.state
         if manifest is not None and state is not None and manifest.draft_version > self.watch.last_version:
             self.watch.begin(manifest, state, self._parent())
 
     def _parent(self) -> AdapterState | None:
-        """What a rollback would go to."""
+        """The weights that a rollback would go to."""
         manifest = self.incumbent.manifest
         if manifest and manifest.parent_version == FLOOR_VERSION and self.route != DEFAULT_ROUTE:
             return self._fallback().state
@@ -279,7 +283,7 @@ class RouteLearner:
         self.follow_feed()
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        """Go on where the checkpoint stands."""
+        """Continue from the checkpoint."""
         if fault := self.trainer.draft.fault(found.adapter):
             logger.warning("checkpoint's adapter does not fit, starting from what serves: %s", fault)
             self.restart()

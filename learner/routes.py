@@ -1,7 +1,8 @@
-"""The open routes: read `review` first. Opens one, closes one, and tells prompts without a tag apart.
+"""Opens and closes routes, and clusters untagged prompts into routes: read `review` first.
 
-Knows no training. Invariants: `default` is always open and takes in the records of every route that is not; a
-closed route's requests are served by `default`'s draft, its records teach it, and its own draft is gone.
+Knows no training. Invariants: `default` is always open and takes the records of every route that is not;
+after a route is closed, `default`'s draft serves its requests and trains on its records, and its own draft is
+gone.
 """
 
 import logging
@@ -31,12 +32,13 @@ from learner.settings import LearnerSettings
 logger = logging.getLogger(__name__)
 
 BuildDraft = Callable[[str, checkpoint.Checkpoint | None, Callable[[], ExistingDraft]], RouteLearner]
-"""From a route, its checkpoint, and what says which draft serves it while it has none of its own."""
+"""Builds a route's learner from the route, its checkpoint, and a function that gives the draft that serves it
+until it has its own."""
 
 
 class Routes:
-    """`build` makes a route's draft from its checkpoint, `folder` is where they and the book are kept. The
-    constructor touches neither store nor feed."""
+    """`build` makes a route's learner from its checkpoint; `folder` holds the checkpoints and the route book.
+    The constructor touches neither store nor feed."""
 
     def __init__(
         self,
@@ -66,7 +68,10 @@ class Routes:
         self._used: dict[str, list[str]] = {}
         self._num_unreviewed = 0
         self.drafts: dict[str, RouteLearner] = {}
-        for route in (DEFAULT_ROUTE, *(name for name, found in book.standings.items() if found.is_open)):
+        for route in (
+            DEFAULT_ROUTE,
+            *(name for name, standing in book.standings.items() if standing.is_open),
+        ):
             found = checkpoint.read_latest(checkpoint_folder(self._folder, route))
             for stream, entry_ids in found.acked_entry_ids.items() if found else ():
                 self._used[stream] = [*self._used.get(stream, ()), *entry_ids]
@@ -80,25 +85,25 @@ class Routes:
         return self.drafts[DEFAULT_ROUTE]
 
     def existing(self) -> list[ExistingDraft]:
-        """Every draft that serves somewhere and can be scored, `default`'s first, and the floor."""
+        """Every draft that serves a route and can be scored, `default`'s first, and the floor."""
         default = self.default.serving
         floor = [] if default.key == FLOOR.key else [FLOOR]
         others = [draft.serving for draft in self if draft.has_own and draft.route != DEFAULT_ROUTE]
         return [draft for draft in [default, *floor, *others] if not draft.unreadable]
 
     def streams_of(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[StreamKey]:
-        """Those that teach it."""
+        """The streams whose records train it."""
         if draft.route == DEFAULT_ROUTE:
             return [key for key in streams if key.route == DEFAULT_ROUTE or key.route not in self.drafts]
         return [key for key in streams if key.route == draft.route]
 
     def used_entry_ids(self) -> dict[str, list[str]]:
-        """By stream: what the checkpoints had used, perhaps not yet acknowledged."""
+        """Entry ids that checkpoints have used, by stream; perhaps not yet acknowledged."""
         return self._used
 
     def start(self) -> None:
-        """Once: what serves on the feed is open here too, as far as there is room, and the feed has this
-        book's table."""
+        """On the first cycle: open the routes that the feed serves, as far as there is room, and publish the
+        table of the route book if the feed has none."""
         for route in self._feed.routes():
             latest = self._feed.latest(route)
             if route not in self.drafts and latest and latest.target_revision == self._target_revision:
@@ -114,11 +119,11 @@ class Routes:
             self._kinds.table = table
 
     def remember(self, records: Sequence[GenerationRecord]) -> None:
-        """Sound records' prompts, by which traffic without a tag is told apart."""
+        """Keep the prompts of sound records, to cluster untagged traffic."""
         self._kinds.remember(records)
 
     def arrived(self, records: Sequence[GenerationRecord]) -> None:
-        """Sound records that are new: each counts for its route."""
+        """Count new sound records for their routes."""
         self.remember(records)
         self._num_unreviewed += len(records)
         for route, num_records in Counter(
@@ -133,11 +138,11 @@ class Routes:
             self._standings[route] = standing.after_records(num_records, self._now_s())
 
     def review(self, streams: Sequence[StreamKey]) -> None:
-        """Close what starves, look again at how prompts fall apart, open what has grown; of a closed route
-        that neither has a stream nor is a kind of prompts nothing is kept."""
-        known = {key.route for key in streams}.union(self._kinds.routes)
+        """Close idle routes, cluster prompts again, open routes that have enough records. Drops the standing
+        of a closed route that has neither a stream nor a cluster of prompts."""
+        active = {key.route for key in streams}.union(self._kinds.routes)
         for route, standing in list(self._standings.items()):
-            if not standing.is_open and route not in known:
+            if not standing.is_open and route not in active:
                 del self._standings[route]
         for route, standing in list(self._standings.items()):
             if standing.is_open and (reason := reason_to_close(standing, self._now_s(), self._policy)):
@@ -149,7 +154,7 @@ class Routes:
             self._open(route)
 
     def decided(self, draft: RouteLearner) -> None:
-        """After each decision on a route's candidate: is its own draft the best that there is for it?"""
+        """After each decision on a route's candidate: check whether its own draft is the best one for it."""
         existing = self.existing()
         draft.compare(existing)
         if draft.route == DEFAULT_ROUTE or draft.serving.unreadable:
@@ -161,7 +166,7 @@ class Routes:
             self._give_up(draft, best)
 
     def save(self, draft: RouteLearner, used_entry_ids: dict[str, list[str]]) -> None:
-        """The route's checkpoint, then the book."""
+        """Write the route's checkpoint, then the route book."""
         draft.save(checkpoint_folder(self._folder, draft.route), used_entry_ids)
         self._write_book()
 
@@ -171,7 +176,7 @@ class Routes:
         return self.default.serving
 
     def _open(self, route: str) -> None:
-        """Start from the best draft that exists, judged on this route's held-out records."""
+        """Open a route; its candidate starts from the draft that is best on the route's held-out records."""
         draft = self._build(route, None, self._default_draft)
         draft.bootstrap_records = draft.judge.split(self._kept(route))
         existing = self.existing()
@@ -187,7 +192,7 @@ class Routes:
         self._put_table()
 
     def _close(self, route: str, reason: str) -> None:
-        """Back to `default`, unless an operator holds a version."""
+        """Close a route, unless an operator pinned a version of it."""
         draft = self.drafts[route]
         if self._feed.pinned(route) is not None:
             return
@@ -201,8 +206,8 @@ class Routes:
         self._put_table()
 
     def _give_up(self, draft: RouteLearner, best: ExistingDraft) -> None:
-        """Its own draft was beaten for long: by another route's, it starts again from that one, once; by
-        what `default` would serve it, it is closed."""
+        """The route's own draft has long not been the best: start again from another route's draft if that is
+        best (once from each), or close the route if what `default` would serve is best."""
         self._standings[draft.route] = replace(self._standings[draft.route], num_losses=0)
         if best.route != DEFAULT_ROUTE and best.key != draft.start.key:
             draft.start_from(best)
@@ -210,7 +215,7 @@ class Routes:
             self._close(draft.route, f"{best.name} has long been as good or better for it")
 
     def _tell(self, kind: str, draft: RouteLearner, reason: str) -> None:
-        """A line in the route's history. Either way `default`'s draft serves it afterwards."""
+        """Add an event to the route's history. In both kinds `default`'s draft serves it afterwards."""
         evidence = draft.acceptance_by_draft()
         event = AdapterEvent(kind, draft.route, FLOOR_VERSION, reason, self._now_s(), evidence)
         self._feed.add_event(event)
@@ -219,14 +224,14 @@ class Routes:
     # prompts without a tag
 
     def _kept(self, route: str) -> list[GenerationRecord]:
-        """Records of the route that are kept; before it had a name they came as `default`'s."""
+        """Kept records of the route; before it had a name they came as `default`'s."""
         wanted, seed = self._settings.route_window_records, self._settings.seed
-        found: list[GenerationRecord] = []
+        kept: list[GenerationRecord] = []
         for stream in (route, DEFAULT_ROUTE):
             drawn = self._store.draw_replay(StreamKey(self._target_revision, stream), wanted, seed)
             sound = (record for record in drawn if self._is_sound(record))
-            found += [record for record in sound if self._kinds.belongs(record, route)]
-        return found
+            kept += [record for record in sound if self._kinds.belongs(record, route)]
+        return kept
 
     def _look_again_at_kinds(self) -> None:
         kinds = self._kinds.look_again(self.drafts, self._now_s())
@@ -238,7 +243,7 @@ class Routes:
         self._put_table()
 
     def _put_table(self) -> None:
-        """Replicas are told of open routes only."""
+        """Publish the table with open routes only."""
         if self._kinds.table is not None:
             self._feed.put_route_table(told_of(self._kinds.table, list(self.drafts)))
 

@@ -1,4 +1,4 @@
-"""Records to rows: which tokens the draft reads, and at which positions it is held to what.
+"""Converts records to rows: the tokens that the draft reads, and the target's values at each position.
 
 A record gives one row over its own trajectory (prompt and output) and, for rounds that ended in a
 rejection, one short row that follows the draft's own tokens past it. Knows no model and no tensors.
@@ -25,19 +25,19 @@ _MOST_KEPT_MASS = 1.05
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """What the target said at N verified positions."""
+    """The target's log-probabilities at N verified positions."""
 
     position_N: NDArray[np.int64]
     """Index, in the row's whole context, of the token that is decided."""
     topk_token_ids_NK: NDArray[np.int64]
     topk_logprobs_NK: NDArray[np.float32]
-    """Raw target, temperature 1, largest first; padded entries are -inf."""
+    """The target's raw log-probabilities at temperature 1, largest first; padded entries are -inf."""
     retemper_N: NDArray[np.float32]
     emitted_token_id_N: NDArray[np.int64]
     emitted_logprob_N: NDArray[np.float32]
     """Final distribution of the target at the emitted token."""
     attempted_N: NDArray[np.bool_]
-    """The draft's own only: of a round that copied, none is attempted, accepted or rejected."""
+    """Counts draft models only: in a round that copied, no position is attempted, accepted or rejected."""
     accepted_N: NDArray[np.bool_]
     first_rejected_N: NDArray[np.bool_]
 
@@ -55,7 +55,7 @@ class Positions:
         return Positions(**{name: np.concatenate([part[name] for part in widened]) for name in widened[0]})
 
     def usable(self) -> NDArray[np.bool_]:
-        """Positions that hold numbers: poison never reaches a loss."""
+        """Positions whose values are finite: others must not reach a loss."""
         finite_N = np.isfinite(self.retemper_N) & np.isfinite(self.emitted_logprob_N)
         best_N = self.topk_logprobs_NK[:, 0]
         return finite_N & np.isfinite(best_N) & ~np.isnan(self.topk_logprobs_NK).any(1)
@@ -63,7 +63,7 @@ class Positions:
     def _widened(self, num_kept: int) -> "Positions":
         num_missing = num_kept - self.topk_token_ids_NK.shape[1]
         if num_missing == 0:
-            return self  # nearly always; padding by nothing took a third of a learner's time
+            return self  # the usual case; padding by 0 entries took a third of a learner's time
         missing = ((0, 0), (0, num_missing))
         arrays = dict(vars(self))
         arrays["topk_token_ids_NK"] = np.pad(self.topk_token_ids_NK, missing, constant_values=NO_TOKEN)
@@ -87,12 +87,12 @@ class Row:
 
     @property
     def column_N(self) -> NDArray[np.int64]:
-        """Where the draft's logits for each position stand."""
+        """Column of the draft's logits for each position."""
         return self.positions.position_N - 1 - self.first_position
 
 
 def record_fault(record: GenerationRecord, target_revision: str, vocab_size: int) -> str:
-    """Why this record must not be learnt from; empty when it may be."""
+    """Why this record must not be trained on; empty if it may be."""
     if record.target_revision != target_revision:
         return f"target_revision={record.target_revision!r} is not {target_revision!r}"
     if not record.rounds or not len(record.prompt_token_ids):
@@ -111,7 +111,8 @@ def record_fault(record: GenerationRecord, target_revision: str, vocab_size: int
 
 
 def _trace_fault(trace: RoundTrace, num_prompt: int, num_tokens: int) -> str:
-    """Why this round cannot be what a replica saw. Values that are not finite are left out one by one."""
+    """Why this round cannot be what a replica saw. Single values that are not finite do not count; their
+    positions are left out."""
     num_emitted, ids_EK = len(trace.emitted_target_logprobs_C), trace.topk_token_ids_EK
     if ids_EK.ndim != 2 or not ids_EK.size:
         return "kept target entries are not [E, K]"
@@ -123,7 +124,7 @@ def _trace_fault(trace: RoundTrace, num_prompt: int, num_tokens: int) -> str:
         return f"{num_emitted} emitted tokens from {trace.start} on lie outside the output"
     ordered_EK = np.sort(ids_EK, axis=1)
     if (ordered_EK[:, 1:] == ordered_EK[:, :-1]).any():
-        return "a token is kept twice"  # it would count twice, and any draft look better than it is
+        return "a token is kept twice"  # it would count twice, and any draft would look better than it is
     mass_E = np.exp(trace.topk_logprobs_EK.astype(np.float32)).sum(1)
     return "kept probabilities exceed 1" if (mass_E > _MOST_KEPT_MASS).any() else ""
 
@@ -219,7 +220,7 @@ def _row(
     weight: float,
     sampling: RecordSampling,
 ) -> Row | None:
-    """Cut the context from the left; drop positions that lost most of it, or hold no numbers."""
+    """Build a row: cut the context from the left, drop positions that lost most of it or are not usable."""
     cut = max(0, len(context_T) - max_tokens)
     least_context = 0 if cut == 0 else max_tokens // 4
     kept = positions.keep(positions.usable() & (positions.position_N - 1 - cut >= least_context))

@@ -1,4 +1,4 @@
-"""Everything that can be tuned about learning, validated once at the door.
+"""The learner's settings, validated when they are read.
 
 Knows no store, no model, no Ray. Invariant: an instance is frozen and every field is in range.
 """
@@ -30,8 +30,9 @@ class LearnerSettings(BaseModel):
 
     # the trainable draft
     trainable: TrainableName = "lora"
-    """`full`: the draft's own weights learn, or only those of `target_modules`. A version is then as large
-    as the draft, in float32, in Redis and in every checkpoint (there five times, with moments and mean)."""
+    """`full`: the draft's own weights are trained, or only those of `target_modules`. A version is then as
+    large as the draft, in float32, in Redis and in every checkpoint (there five times, with moments and
+    mean)."""
     lora_rank: int = Field(32, ge=1)
     """Of every LoRA pair."""
     lora_alpha: float = Field(64.0, gt=0)
@@ -50,10 +51,10 @@ class LearnerSettings(BaseModel):
     greedy_temperature: float = Field(0.5, gt=0)
     """Temperature at which greedy and near-greedy requests are distilled; see distributions.py."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Of the benchmark's small drafts, see LOG.md; a large draft may want less. What it spoils the gate keeps
-    out."""
+    """Suits the benchmark's small drafts, see LOG.md; a large draft may need less. The gate refuses a
+    candidate that a high rate made worse."""
     warmup_steps: int = Field(10, ge=0)
-    """The learning rate rises over the first steps, also after the candidate was started again."""
+    """The learning rate rises over the first steps, also after the candidate was restarted."""
     mean_over_steps: int = Field(60, ge=0)
     """The candidate is a running mean of the trained weights over about so many steps. 0: as trained."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -61,7 +62,7 @@ class LearnerSettings(BaseModel):
     records_per_step: int = Field(16, ge=1)
     """Fresh and replayed together."""
     replay_share: float = Field(0.5, ge=0, lt=1)
-    """Share of a step's records drawn from everything kept, against forgetting."""
+    """Share of a step's records that are drawn from all kept records, against forgetting."""
     rejected_suffix_weight: float = Field(0.0, ge=0)
     """Weight of positions after a first rejection (the draft's own mistakes). 0 leaves them out: on the
     early demo pair they cost 60 % more time a step and gained nothing."""
@@ -95,33 +96,34 @@ class LearnerSettings(BaseModel):
     """Training slows, and then sleeps, if over so many scored decisions together it gained less held-out
     acceptance."""
     slow_stretch: int = Field(4, ge=1)
-    """A slow cycle, and a probe, takes so many times the records and steps, for one judgement."""
+    """A slow cycle, and a probe, has so many times the usual records and steps."""
     first_rest_records: int = Field(192, ge=0)
     """Length of the first rest; see `max_rest_records`."""
     max_rest_records: int = Field(3072, ge=0)
-    """Records that pass untrained before a probe; the rest doubles after each probe that is not promoted.
-    0: training neither slows nor sleeps."""
+    """Most records that are not trained on before a probe; their number doubles after each probe that is not
+    promoted. 0: training neither slows nor sleeps."""
     shift_drop: float = Field(0.1, gt=0)
-    """Fall of live acceptance that is looked for, and wakes it."""
+    """Fall of live acceptance that counts as a shift of traffic, after which training resumes."""
 
     # routes
     max_routes: int = Field(4, ge=0)
     """Drafts beside that of `default`, each with weights of its own in the learner and in every replica.
     0: one draft for everything."""
     route_min_records: int = Field(200, ge=1)
-    """A route gets a draft of its own once it has had so many records; until then it teaches `default`'s."""
+    """A route gets a draft of its own once it has had so many records; until then its records train
+    `default`'s."""
     route_idle_s: float = Field(3600.0, gt=0)
     """A route without a record for so long is closed."""
     route_losses_before_close: int = Field(12, ge=1)
-    """Decisions in a row in which a route's draft is not the best there is for it: then it is closed
+    """Decisions in a row in which a route's draft is not the best one for it: then the route is closed
     (`default`'s is), or starts again from another route's (if that one is)."""
     route_evidence_records: int = Field(64, ge=2)
-    """Of the last held-out records of a route, so many compare every draft that exists."""
+    """All existing drafts are compared on so many of a route's last held-out records."""
     route_window_records: int = Field(2000, ge=1)
-    """Latest prompts by which untagged traffic is told apart; two bytes a hidden unit each. Of what is kept
-    of a route, its first training takes at most so many records."""
+    """Number of latest prompts that are clustered, of two bytes a hidden unit each. A new route's first cycle
+    trains on at most so many of its kept records."""
     route_review_records: int = Field(200, ge=1)
-    """Records between two looks at how prompts cluster."""
+    """Prompts are clustered again after so many records."""
 
     # judging
     held_out_share: float = Field(0.2, gt=0, lt=1)
@@ -131,7 +133,7 @@ class LearnerSettings(BaseModel):
     gate_min_records: int = Field(16, ge=2)
     """Fewer scored held-out records decide nothing."""
     gate_level: float = Field(0.05, gt=0, lt=0.5)
-    """One-sided: how often a candidate no better than the incumbent may pass one decision."""
+    """One-sided level: how often a candidate no better than the incumbent may pass one decision."""
     gate_min_gain: float = Field(0.0, ge=0)
     """The lower bound of the gain in acceptance over the incumbent must be above it."""
     gate_num_resamples: int = Field(1000, ge=100)
@@ -139,18 +141,19 @@ class LearnerSettings(BaseModel):
     nominal_num_draft_tokens: int = Field(4, ge=0)
     """Used to predict speed until a replica reports the length in use."""
     refusals_before_reset: int = Field(12, ge=1)
-    """So many refusals in a row, and the candidate starts again from the incumbent."""
+    """After so many refusals in a row the candidate restarts from the incumbent."""
     quiet_after_publish_s: float = Field(0.5, ge=0)
-    """Rest after a promotion: replicas that share the machine fetch, stage and swap undisturbed."""
+    """Pause after a promotion, so that replicas on the same machine fetch, stage and swap undisturbed."""
     live_records_per_cycle: int = Field(32, ge=0)
-    """Looked at after a swap, of what arrived; 0: no watch, no rollback."""
+    """Most records a cycle that are scored after a swap; 0: no live tests, no rollback."""
     live_trial_records: int = Field(16, ge=0)
-    """A promotion is watched over so many before the next one: else each would hide the one before."""
+    """A promotion is watched over so many records before the next one is allowed."""
     live_max_records: int = Field(400, ge=1)
-    """Then the new draft is kept, and only the swap check goes on, on an eighth of the records."""
+    """After so many records the new draft is kept, and only the swap check continues, on an eighth of the
+    records."""
     live_false_alarm: float = Field(0.05, gt=0, lt=1)
-    """Of the comparison with the parent: how often a draft just as good may be rolled back. That costs
-    little; a slow rollback costs every round."""
+    """How often the comparison with the parent may roll back a draft that is just as good. That costs little;
+    a slow rollback costs every round."""
     swap_false_alarm: float = Field(0.01, gt=0, lt=1)
     """Of the swap check: how often a swap that did what it said may raise an alarm."""
     swap_check_margin: float = Field(0.03, ge=0, le=0.2)
@@ -161,7 +164,7 @@ class LearnerSettings(BaseModel):
     checkpoint_folder: str = "learner-checkpoints"
     """Holds the learner's whole state; `everdraft` puts it into the state folder."""
     consumer_name: str = "learner"
-    """Of this learner among those that share its records; machine and state folder are put behind it."""
+    """Names this learner among those that share its records; machine and state folder are appended."""
     retry_s: float = Field(1.0, gt=0)
     """Pause before the store is tried again after it could not be reached."""
     num_threads: int = Field(1, ge=1)
@@ -171,11 +174,11 @@ class LearnerSettings(BaseModel):
 
     # tracking
     tracking_uri: str = ""
-    """MLflow; empty: no tracking."""
+    """URI of MLflow; empty: no tracking."""
     experiment_name: str = "everdraft"
     """MLflow's experiment."""
     registered_model_name: str = "everdraft-draft"
-    """Of every route's own, which is called `<name>-<target>-<revision>-<route>`."""
+    """Base name: each route's model is called `<name>-<target>-<revision>-<route>`."""
 
 
 def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
@@ -183,7 +186,7 @@ def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
     forward KL at temperature 1 where the draft was first rejected, each request seen once, a constant rate,
     no clipping, no replay. The index is the right one, which their code misses by one token.
 
-    Ours remain the held-out share, which they trained on, the gate, and a top-K target.
+    Differences that remain: a held-out share that is not trained on, the gate, and a top-K target.
     """
     return LearnerSettings(
         trainable="full",

@@ -1,7 +1,8 @@
-"""What of a draft is learnt: PEFT LoRA pairs on a frozen base, or the draft's own weights.
+"""The trainable weights of a draft: PEFT LoRA pairs on a frozen base, or the draft's own weights.
 
-Knows no records and no loss. Invariants: every weight that learns is there once, under the key that it is
-exported with; `floor` is what makes the draft what was shipped; nothing else of the model ever changes.
+Knows no records and no loss. Invariants: every trainable weight is listed once, under the key that it is
+exported with; with the values of `floor` the draft is the one that was loaded; nothing else of the model ever
+changes.
 """
 
 import copy
@@ -21,20 +22,21 @@ from serving.models.full_weights import full_config, full_parameters
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
-    """The model that computes logits, and its weights that learn."""
+    """A model that computes logits, and its trainable weights."""
 
     model: Any
     weights: dict[str, nn.Parameter]
-    """Live. LoRA by PEFT's key (`base_model.model.<module>.lora_A.weight`), full by parameter name."""
+    """The live weights: LoRA by PEFT's key (`base_model.model.<module>.lora_A.weight`), full weights by
+    parameter name."""
     floor: dict[str, Tensor]
-    """Those of `weights` that the floor fixes, with its values."""
+    """The part of `weights` that the floor determines, with its values."""
     rank: int
-    """0 for full weights, which have no alpha either."""
+    """0 for full weights, which have no alpha."""
     alpha: float
     target_modules: tuple[str, ...]
     """Empty: every weight."""
     config_json: str
-    """What an export of `weights` carries with it."""
+    """The configuration that is exported with `weights`."""
 
 
 def lora_trainable(
@@ -46,7 +48,7 @@ def lora_trainable(
     target_modules: tuple[str, ...] | None,
     seed: int,
 ) -> Trainable:
-    """PEFT wraps the base in place. Every B starts at zero, so the start is the floor."""
+    """LoRA on the base, which PEFT wraps in place. Every B starts at zero, so the start is the floor."""
     modules = target_modules or adapted_module_names(base)
     config = LoraConfig(
         r=rank,
@@ -66,7 +68,7 @@ def lora_trainable(
 
 
 def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -> Trainable:
-    """The base itself learns, or only the named modules of it; weights that are tied learn as one.
+    """Trains the base itself, or only the named modules; tied weights are trained as one.
 
     Raises ValueError where `target_modules` names nothing in the base."""
     base.requires_grad_(False)
@@ -80,8 +82,8 @@ def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -
 
 
 def adapted_module_names(base: Any) -> tuple[str, ...]:
-    """Last name parts of what LoRA adapts unless told: attention, MLP and, where they are not one weight,
-    embedding and head, which a draft needs for tokens that its own training hardly saw."""
+    """Last name parts of the modules that LoRA adapts by default: attention, MLP and, unless they are tied,
+    embedding and head, which a draft needs for tokens that were rare in its own training."""
     head, embedding = output_head(base), base.get_input_embeddings()
     ends = (head, embedding)
     tied = head.weight is embedding.weight

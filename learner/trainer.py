@@ -1,7 +1,7 @@
 """The candidate: a draft, its optimizer and its randomness, trained on draws of records.
 
-Knows no store, no feed, no gate. Invariant: under a fixed seed and the same records, a trainer restored
-from its checkpointed parts goes on bit for bit.
+Knows no store, no feed, no gate. Invariant: under a fixed seed and the same records, a trainer restored from
+a checkpoint continues bit for bit.
 """
 
 import time
@@ -24,7 +24,7 @@ from learner.rows import Row, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
 
 MEAN = "mean"
-"""Beside AdamW's own moments, so that a checkpoint keeps it and a reset clears it."""
+"""Name of the running mean among AdamW's moments, so that a checkpoint keeps it and a reset clears it."""
 
 
 @dataclass
@@ -45,10 +45,12 @@ class TrainingReport:
 
 
 class Trainer:
-    """Owns everything that training changes. Several may share one draft: it is theirs while they train.
+    """Owns everything that training changes. Several trainers may share one draft, which each loads with its
+    own weights.
 
-    `trained` is what the optimizer moves; `candidate`, what is judged and may serve, is a running mean of it:
-    at a constant rate the weights wander around what they found, and their mean lies nearer to it."""
+    `trained` is what the optimizer updates; `candidate`, which is judged and may serve, is a running mean of
+    it: at a constant learning rate the weights fluctuate around an optimum, and their mean lies nearer to
+    it."""
 
     def __init__(self, draft: TrainableDraft, settings: LearnerSettings) -> None:
         self.draft = draft
@@ -56,15 +58,15 @@ class Trainer:
         self.candidate: AdapterState = self.trained
         self.num_steps = 0
         self.busy_s = 0.0
-        """Computing since the start, training and scoring together."""
+        """Seconds of computing since the start, for training and scoring."""
         self.rng = np.random.default_rng(settings.seed)
         self._settings = settings
         self._optimizer = build_optimizer(draft)
         self._objective = objective_of(settings)
 
     def plan(self, num_fresh: int, stretch: int = 1) -> tuple[int, int]:
-        """(steps, replayed records wanted) for a cycle over so many fresh records, `stretch` times a usual
-        one at most."""
+        """(steps, replayed records wanted) for a cycle over so many fresh records; at most `stretch` times
+        the usual steps."""
         settings = self._settings
         most = stretch * settings.max_steps_per_cycle
         steps = num_steps(num_fresh, self._fresh_per_step, settings.passes_over_fresh, most)
@@ -77,7 +79,7 @@ class Trainer:
         rest: Callable[[float], bool],
         stretch: int = 1,
     ) -> TrainingReport:
-        """A step for each draw; `rest(step_s)` sleeps between steps and says whether to go on."""
+        """One step for each draw; `rest(step_s)` sleeps between steps and says whether to continue."""
         report = TrainingReport()
         self.draft.load_unchecked(self.trained)
         steps, _ = self.plan(len(fresh), stretch)
@@ -95,7 +97,7 @@ class Trainer:
         return report
 
     def step(self, records: Sequence[GenerationRecord]) -> StepMetrics:
-        """One optimizer step on these records, of the draft as it is."""
+        """One optimizer step of the draft, with its present weights, on these records."""
         began_s = time.perf_counter()
         metrics = distill_step(self.draft, self._optimizer, self.batches(records), self._objective)
         self.num_steps += 1
@@ -121,7 +123,8 @@ class Trainer:
     def score(
         self, state: AdapterState | None, records: Sequence[GenerationRecord]
     ) -> list[RecordScore | None]:
-        """Of the draft with the weights `state`, one a record; training is not touched."""
+        """Scores of the draft with the weights `state`, one for each record; training state is not
+        changed."""
         began_s = time.perf_counter()
         scores = score_records(
             self.draft,
@@ -142,7 +145,7 @@ class Trainer:
         self._optimizer.state.clear()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Its moments, the running mean among them."""
+        """The optimizer's moments, including the running mean."""
         return optimizer_state(self._optimizer, self.draft.parameters)
 
     def restore(
@@ -152,7 +155,7 @@ class Trainer:
         generator_state: Mapping[str, Any],
         num_steps: int,
     ) -> None:
-        """Go on from a checkpoint. Raises ValueError for an adapter of another shape."""
+        """Continue from a checkpoint. Raises ValueError for an adapter of another shape."""
         self.draft.load(adapter)
         load_optimizer_state(self._optimizer, self.draft.parameters, optimizer)
         self.trained, self.candidate = self.draft.state(), self._mean()
@@ -160,7 +163,7 @@ class Trainer:
         self.num_steps = num_steps
 
     def _follow(self) -> None:
-        """Move the running mean of each weight, kept as one more moment of the optimizer, towards it."""
+        """Update the running mean of each weight, which is kept as one more moment of the optimizer."""
         if self._settings.mean_over_steps == 0:
             return
         for parameter in self.draft.parameters.values():
@@ -170,7 +173,7 @@ class Trainer:
                 mean.lerp_(parameter.detach(), share)
 
     def _mean(self) -> AdapterState:
-        """Of every weight; the weight itself where no step was taken yet."""
+        """The running mean of every weight; the weight itself before the first step."""
         moments = {key: self._optimizer.state.get(each, {}) for key, each in self.draft.parameters.items()}
         return {
             key: moments[key].get(MEAN, parameter).detach().cpu().clone()
@@ -196,5 +199,5 @@ def objective_of(settings: LearnerSettings) -> Objective:
 
 
 def limit_threads(num_threads: int) -> None:
-    """For the whole process; the learner shares its machine with serving."""
+    """Limit torch's threads in the whole process, because the learner shares its machine with serving."""
     torch.set_num_threads(num_threads)

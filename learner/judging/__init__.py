@@ -1,1 +1,1 @@
-"""Whether a draft may serve, and whether it may go on serving: acceptance, gate, live test, backoff."""
+"""Whether a draft may start to serve and may go on serving: acceptance, gate, live test, backoff."""

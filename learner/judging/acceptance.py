@@ -1,13 +1,13 @@
-"""Expected acceptance at a verified position: the one estimator that losses, gate and routes report.
+"""Expected acceptance at a verified position: the estimator that losses, gate and routes report.
 
-The sum over the target's kept tokens of min(target, draft), plus, if the emitted token lies outside
-them, min(1, draft / target) at that token. Unbiased, because the emitted token follows the target's
-sampling. Never the minimum of the two tail masses: that reads high, so a candidate could win by matching
-only the mass of the tail. Everything is under the request's own final sampling.
+The sum over the target's kept tokens of min(target, draft), plus, if the emitted token lies outside them,
+min(1, draft / target) at that token. Unbiased, because the emitted token follows the target's sampling. It
+never uses the minimum of the two tail masses, which is biased upward, so that a candidate could win by
+matching only the mass of the tail. Everything is under the request's own final sampling.
 
-Coupled (seeded) requests accept by shared noise, a little less often: the sum becomes that of
-1 / sum_u max(target_u / target_v, draft_u / draft_v) (2408.07978); outside the kept tokens the sum over
-u is bounded by its cells, which reads high by at most the tail.
+Coupled (seeded) requests accept by shared noise, a little less often: the sum becomes that of 1 / sum_u
+max(target_u / target_v, draft_u / draft_v) (2408.07978); outside the kept tokens the sum over u is bounded by
+its cells, which is too high by at most the tail.
 
 Knows no model. Legend: N positions, K kept entries, V vocabulary.
 """
@@ -27,8 +27,8 @@ class PositionAcceptance:
     """Per position, [N] float32."""
 
     expected_N: Tensor
-    """Unbiased for the probability that a draft token is accepted here. One value may exceed 1, never
-    2: to clip it would bias the mean."""
+    """Unbiased for the probability that a draft token is accepted here. A single value may exceed 1, but
+    never 2; clipping it would bias the mean."""
     given_emitted_N: Tensor
     """Probability that the draft would have been accepted *as the emitted token*, over the target's
     probability of it: products of it along a trajectory are unbiased for whole runs."""
@@ -51,7 +51,7 @@ def position_acceptance(batch: Batch, logits_NV: Tensor) -> PositionAcceptance:
         ratio_N = torch.where(batch.coupled_N, coupled[1], ratio_N)
     kept_N = (batch.topk_token_ids_NK == batch.emitted_token_id_N[:, None]).any(-1)
     expected_N = kept_sum_N + torch.where(kept_N, 0.0, ratio_N)
-    # An argmax hides NaN: without this a poisoned draft could look like a greedy one.
+    # An argmax hides NaN: without this a draft with NaN logits could look like a good greedy one.
     agrees_N = draft_N.exp().masked_fill(logits_NV.isnan().any(-1), torch.nan)
     return PositionAcceptance(
         expected_N=torch.where(sampling.greedy_N, agrees_N, expected_N),

@@ -1,7 +1,8 @@
-"""A bandit that need not explore: every draft that exists is scored on what the target said anyway.
+"""Chooses the best existing draft for a route by scoring all of them on the same held-out records.
 
-A record holds the target's rows, so what any draft would have had accepted there is known without serving it.
-Knows no store and no route's life. Invariant: drafts are compared on the very same records.
+A bandit without exploration: a record holds the target's log-probabilities, so the acceptance that any draft
+would have had there is known without serving it. Knows no store and nothing of opening or closing routes.
+Invariant: drafts are compared on the same records.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ class ExistingDraft:
     draft_version: int
     state: AdapterState | None
     unreadable: str = ""
-    """Why it cannot be scored here, though it serves; then `state` says nothing."""
+    """Why it cannot be scored here, though it serves; then `state` is meaningless."""
 
     @property
     def key(self) -> DraftKey:
@@ -31,7 +32,7 @@ class ExistingDraft:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For display."""
         is_floor = self.draft_version == FLOOR_VERSION
         return "the floor" if is_floor else f"draft {self.draft_version} of {self.route}"
 
@@ -48,26 +49,27 @@ class DraftScore:
 
 
 DraftScores = dict[DraftKey, DraftScore]
-"""A row of the table route x draft."""
+"""Scores of all drafts on one route."""
 
 
 def scores_of_drafts(
     window: HeldOutWindow, drafts: Sequence[ExistingDraft], num_records: int, score: ScoreState
 ) -> DraftScores:
-    """Of every draft on the window's last records; what was scored before is not scored again."""
-    found: DraftScores = {}
+    """Scores of every draft on the window's last records; earlier scores are reused."""
+    scores: DraftScores = {}
     for draft in drafts:
-        scores = window.scores(draft.key, partial(score, draft.state), num_records)
-        usable = [one for one in scores if one is not None]
-        found[draft.key] = DraftScore(acceptance(usable), len(usable))
-    return found
+        by_record = window.scores(draft.key, partial(score, draft.state), num_records)
+        usable = [one for one in by_record if one is not None]
+        scores[draft.key] = DraftScore(acceptance(usable), len(usable))
+    return scores
 
 
-def best_draft(found: DraftScores, drafts: Sequence[ExistingDraft]) -> ExistingDraft:
-    """Of greatest worth; of equals the first, and the first of all where nothing could be scored."""
-    return max(drafts, key=lambda draft: _or_least(found[draft.key].acceptance))
+def best_draft(scores: DraftScores, drafts: Sequence[ExistingDraft]) -> ExistingDraft:
+    """The draft with the highest acceptance; the first among equals, and the first of all if none could be
+    scored."""
+    return max(drafts, key=lambda draft: _or_least(scores[draft.key].acceptance))
 
 
 def _or_least(value: float) -> float:
-    """A draft that scores NaN is the worst there is."""
+    """Rank a draft with a NaN score last."""
     return value if value == value else -1.0

@@ -1,6 +1,6 @@
-"""How good a draft is on given records: acceptance and speed, kept by record so that pairs can be compared.
+"""Scores a draft on given records: acceptance and speed, kept by record so that pairs can be compared.
 
-Knows no store. Invariant: a score is under the request's own final distribution, by the one estimator of
+Knows no store. Invariant: a score refers to the request's own final distribution and uses the estimator of
 acceptance.py, at the positions whose token was emitted.
 """
 
@@ -18,18 +18,18 @@ from learner.judging.speed import output_tokens_by_length
 from learner.rows import Row, trajectory_row
 
 LEAST_ATTEMPTED = 4
-"""Drafted tokens that make a record's rate worth a look."""
+"""Attempted draft tokens that a record needs for its rate to be used."""
 
 
 @dataclass(frozen=True, eq=False)
 class RecordScore:
-    """One draft on one record, by position in output order."""
+    """Score of one draft on one record, by position in output order."""
 
     expected_N: NDArray[np.float32]
     given_emitted_N: NDArray[np.float32]
     attempted_N: NDArray[np.bool_]
     accepted_N: NDArray[np.bool_]
-    """The last two are what serving did, whatever draft is scored."""
+    """The last two are what serving observed, whatever draft is scored."""
 
     @property
     def acceptance(self) -> float:
@@ -37,7 +37,8 @@ class RecordScore:
         return float(self.expected_N.mean())
 
     def tokens_per_round(self, longest: int) -> NDArray[np.float64]:
-        """By draft length, 0 to `longest`: the mean over where a round might start."""
+        """Expected tokens a round by draft length, 0 to `longest`: the mean over all positions at which a
+        round might start."""
         by_length_LN = output_tokens_by_length(self.expected_N, self.given_emitted_N, longest)
         return np.asarray(by_length_LN.mean(axis=1), np.float64)
 
@@ -65,10 +66,10 @@ def score_records(
 
 def _score_group(draft: TrainableDraft, rows: Sequence[Row]) -> dict[int, RecordScore]:
     batch = collate(rows, draft.device)
-    found = position_acceptance(batch, draft.logits(batch))
+    acceptance = position_acceptance(batch, draft.logits(batch))
     ends = np.cumsum([len(row.positions) for row in rows])[:-1]
-    expected = np.split(found.expected_N.cpu().numpy(), ends)
-    given_emitted = np.split(found.given_emitted_N.cpu().numpy(), ends)
+    expected = np.split(acceptance.expected_N.cpu().numpy(), ends)
+    given_emitted = np.split(acceptance.given_emitted_N.cpu().numpy(), ends)
     return {
         id(row): RecordScore(
             expected[index], given_emitted[index], row.positions.attempted_N, row.positions.accepted_N
@@ -78,7 +79,7 @@ def _score_group(draft: TrainableDraft, rows: Sequence[Row]) -> dict[int, Record
 
 
 def observed_rates(records: Sequence[GenerationRecord]) -> list[float]:
-    """Accepted over attempted, by record; records that hardly drafted left out."""
+    """Accepted over attempted, by record; without records that have too few draft tokens."""
     counts = [observed_acceptance([record]) for record in records]
     return [accepted / attempted for accepted, attempted in counts if attempted >= LEAST_ATTEMPTED]
 

@@ -1,4 +1,4 @@
-"""May the candidate serve? One pure decision on paired, held-out scores.
+"""The gate: decides from paired, held-out scores whether the candidate may serve. Pure.
 
 Knows no models and no clock. Invariant: a candidate passes only if the one-sided lower bound of its
 gain over the incumbent, from a bootstrap over records (not positions: those of one record are not
@@ -51,8 +51,8 @@ def decide(
     rule: GateRule,
     rng: np.random.Generator,
 ) -> GateDecision:
-    """All three scored on the same records, in the same order. `fault` is what is already known to be
-    wrong with the candidate (weights, revisions); empty: nothing."""
+    """All three scored on the same records, in the same order. `fault`: why the candidate must be refused
+    without scoring (weights, revisions); empty: no reason."""
     if not len(candidate) == len(incumbent) == len(floor):
         raise ValueError(
             f"{len(candidate)} candidate, {len(incumbent)} incumbent and {len(floor)} floor scores are "
@@ -88,7 +88,7 @@ def acceptance(scores: Scores) -> float:
 
 
 def speed(scores: Scores, operation: Operation) -> ExpectedSpeed:
-    """Of the draft with these scores, one at least; every position weighs the same."""
+    """Expected speed of the draft with these scores, at least one; every position has the same weight."""
     weights = [len(score.expected_N) for score in scores]
     longest = max(operation.draft_lengths)
     rounds = [score.tokens_per_round(longest) for score in scores]
@@ -117,7 +117,7 @@ def _evidence(
 
 
 def _speed_evidence(candidate: ExpectedSpeed, incumbent: ExpectedSpeed) -> dict[str, float]:
-    """What is compared, under the name of its unit, and the draft lengths."""
+    """The compared speeds, under the name of their unit, and the draft lengths."""
     return {
         f"{candidate.unit}_candidate": candidate.amount,
         f"{incumbent.unit}_incumbent": incumbent.amount,
@@ -127,7 +127,7 @@ def _speed_evidence(candidate: ExpectedSpeed, incumbent: ExpectedSpeed) -> dict[
 
 
 def _objection(evidence: dict[str, float], rule: GateRule) -> str:
-    """Why not; empty when nothing speaks against it."""
+    """Reason to refuse; empty if there is none."""
     if not np.isfinite(evidence["acceptance_candidate"]):
         return "the candidate's acceptance is not finite"
     if evidence["gain_lower_bound"] <= rule.min_gain:
@@ -139,7 +139,7 @@ def _objection(evidence: dict[str, float], rule: GateRule) -> str:
 
 
 def _slower(candidate: ExpectedSpeed, incumbent: ExpectedSpeed) -> str:
-    """Why not, if serving with it is expected to be slower; both are in the same unit."""
+    """Reason to refuse if the candidate is expected to be slower, else empty; both are in the same unit."""
     if not candidate.amount < incumbent.amount:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""The latest held-out records, and what each draft scores on them, computed once.
+"""The latest held-out records and the scores of each draft on them, each computed once.
 
 Knows no store. Invariant: no record is kept past its expiry, nor beyond the window.
 """
@@ -9,13 +9,13 @@ from buffer.records import GenerationRecord
 from learner.judging.evaluation import RecordScore
 
 DraftKey = tuple[str, int]
-"""Route and draft_version: of one draft that exists and never changes."""
+"""Route and draft_version of a draft that exists and never changes."""
 
 Scorer = Callable[[Sequence[GenerationRecord]], list[RecordScore | None]]
 
 
 class HeldOutWindow:
-    """A bounded window; the oldest leave first."""
+    """A bounded window; the oldest records are dropped first."""
 
     def __init__(self, max_records: int) -> None:
         self._max_records = max_records
@@ -27,7 +27,8 @@ class HeldOutWindow:
         return len(self._records)
 
     def add(self, records: Iterable[GenerationRecord]) -> None:
-        """Records with penalties or logit bias stay out: another distribution than their own sampling's."""
+        """Add records, without those that have penalties or logit bias: their distribution is not the one
+        that their sampling parameters describe."""
         for record in records:
             if not record.sampling.context_dependent:
                 self._records.pop(record.record_id, None)
@@ -35,12 +36,12 @@ class HeldOutWindow:
         self.shrink(self._max_records)
 
     def shrink(self, max_records: int) -> None:
-        """Keep the newest."""
+        """Keep the newest records."""
         for record_id in list(self._records)[: max(0, len(self._records) - max_records)]:
             self._forget(record_id)
 
     def forget_before(self, at_s: float) -> None:
-        """Records older than this judge no more."""
+        """Drop records older than this."""
         for record in list(self._records.values()):
             if record.created_at_s < at_s:
                 self._forget(record.record_id)
@@ -53,29 +54,29 @@ class HeldOutWindow:
     def scores(
         self, draft: DraftKey, score: Scorer, num_records: int | None = None
     ) -> list[RecordScore | None]:
-        """Of a draft that never changes under this key, one a record (of the last so many); only new
-        records are scored."""
-        known = self._scores.setdefault(draft, {})
+        """Scores of a draft that never changes under this key, one for each record (of the last
+        `num_records`); only new records are scored."""
+        by_record = self._scores.setdefault(draft, {})
         wanted = list(self._records)[-num_records if num_records else None :]
-        missing = [self._records[record_id] for record_id in wanted if record_id not in known]
-        known.update(zip((record.record_id for record in missing), score(missing), strict=True))
-        return [known[record_id] for record_id in wanted]
+        missing = [self._records[record_id] for record_id in wanted if record_id not in by_record]
+        by_record.update(zip((record.record_id for record in missing), score(missing), strict=True))
+        return [by_record[record_id] for record_id in wanted]
 
     def fresh_scores(self, score: Scorer) -> list[RecordScore | None]:
-        """Of a draft that changes, the candidate."""
+        """Scores of the candidate, which changes, on all records."""
         self._fresh = dict(zip(self._records, score(list(self._records.values())), strict=True))
         return list(self._fresh.values())
 
     def keep_fresh_as(self, draft: DraftKey) -> None:
-        """The candidate that was scored last is this draft now: it need not be scored again."""
+        """The candidate that was scored last was published as this draft: keep its scores under that key."""
         self._scores[draft], self._fresh = self._fresh, {}
 
     def keep_drafts(self, drafts: Iterable[DraftKey]) -> None:
         """Forget the scores of every other draft."""
         kept = set(drafts)
-        self._scores = {draft: found for draft, found in self._scores.items() if draft in kept}
+        self._scores = {draft: by_record for draft, by_record in self._scores.items() if draft in kept}
 
     def _forget(self, record_id: str) -> None:
         del self._records[record_id]
-        for known in self._scores.values():
-            known.pop(record_id, None)
+        for by_record in self._scores.values():
+            by_record.pop(record_id, None)

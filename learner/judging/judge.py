@@ -1,6 +1,6 @@
-"""Candidate, incumbent and floor on the same held-out records, and the gate's word on them.
+"""Scores candidate, incumbent and floor on the same held-out records and asks the gate for a decision.
 
-Knows no store. Invariant: no record that trained a candidate ever judges one.
+Knows no store. Invariant: no record that trained a candidate is used to judge one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,8 +24,8 @@ from learner.training_schedule import HeldOutGain
 
 @dataclass(frozen=True)
 class Judgement:
-    """The decision, mean held-out acceptance of the three drafts (NaN where not scored), and how far the
-    candidate got beyond the reference."""
+    """The gate's decision, the mean held-out acceptance of the three drafts (NaN where not scored), and the
+    candidate's gain over the reference."""
 
     decision: GateDecision
     acceptance_candidate: float = float("nan")
@@ -35,7 +35,7 @@ class Judgement:
 
 
 class Judge:
-    """Keeps the held-out window and asks the gate."""
+    """Keeps the window of held-out records and decides on candidates."""
 
     def __init__(self, settings: LearnerSettings, score: ScoreState) -> None:
         self._settings = settings
@@ -48,22 +48,22 @@ class Judge:
         return len(self._window)
 
     def split(self, records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
-        """Keeps the held-out ones and returns the others, to learn from."""
+        """Adds the held-out records to the window and returns the others, to train on."""
         held_out_share = self._settings.held_out_share
         self._window.add(record for record in records if is_held_out(record.request_id, held_out_share))
         return [record for record in records if not is_held_out(record.request_id, held_out_share)]
 
     def hurry(self) -> None:
-        """Traffic shifted: most of what is held out gives way, so that what is new soon has a voice."""
+        """Traffic shifted: drop most of the held-out records, so that new ones soon decide."""
         self._window.shrink(4 * self._settings.gate_min_records)
 
     def promoted(self, draft: DraftKey) -> None:
-        """The candidate that was judged last is this draft now."""
+        """The candidate that was judged last was published as this draft."""
         self._window.keep_fresh_as(draft)
 
     def compare(self, drafts: Sequence[ExistingDraft]) -> DraftScores:
-        """What each draft that exists is worth on the last held-out records. Forgets every other draft, the
-        reference of held_out_gain excepted."""
+        """Score every existing draft on the last held-out records. Forgets the scores of all other drafts,
+        except those of the reference of `held_out_gain`."""
         reference = [] if self._reference is None else [self._reference]
         self._window.keep_drafts(draft.key for draft in [*drafts, *reference])
         return scores_of_drafts(self._window, drafts, self._settings.route_evidence_records, self._score)
@@ -80,9 +80,9 @@ class Judge:
         backoff: RollbackBackoff,
         new_reference: bool,
     ) -> Judgement:
-        """`fault` is what is already known to speak against the candidate; `seed` draws the bootstrap;
-        `backoff` is what earlier rollbacks taught; `new_reference`: from now on the held-out gain is counted
-        from the incumbent."""
+        """`fault`: why the candidate must be refused without scoring (empty: no reason); `seed` is that of
+        the bootstrap; `backoff` comes from earlier rollbacks; `new_reference`: from now on the held-out gain
+        is counted from the incumbent."""
         if new_reference or self._reference is None:
             self._reference = incumbent
         self._window.expire(now_s)
@@ -97,12 +97,12 @@ class Judge:
         start, state = floor, self._reference.state
         if state is not None:
             start = self._window.scores(self._reference.key, partial(self._score, state))
-        found = [
+        scored_by_all = [
             (new, old, base, first)
             for new, old, base, first in zip(after, before, floor, start, strict=True)
             if new is not None and old is not None and base is not None and first is not None
         ]
-        *scores, reference = [list(column) for column in zip(*found, strict=True)] or [[], [], [], []]
+        *scores, reference = [list(column) for column in zip(*scored_by_all, strict=True)] or [[], [], [], []]
         decision = decide(
             *scores,
             fault="",
@@ -124,7 +124,7 @@ class Judge:
 
 
 def operation(statuses: Iterable[ServingStatus], nominal_num_draft_tokens: int) -> Operation:
-    """How the replica that reported last runs; the nominal draft length until one drafts."""
+    """How serving runs, from the replica that reported last; the nominal draft length until one drafts."""
     latest = max(statuses, key=lambda status: status.at_s, default=None)
     if latest is None:
         return Operation(nominal_num_draft_tokens)

@@ -1,13 +1,13 @@
-"""Two tests that watch a swap, valid at every moment they are looked at.
+"""Two sequential tests that watch a swap; both remain valid however often they are evaluated.
 
-`LiveComparison`: the new draft against the one before, both scored on the *same* records that arrive
-after the swap (raw live acceptance is confounded by shifting traffic); a loser is rolled back.
-`SwapCheck`: what serving observed against what the new draft should have reached at the very same
-positions; catches a swap that did not do what it said.
+`LiveComparison`: the new draft against the one before, both scored on the *same* records that arrive after
+the swap (raw live acceptance is confounded by shifting traffic); a draft that is worse is rolled back.
+`SwapCheck`: the acceptance that serving observed against the one expected of the new draft at the same
+positions; detects a swap that did not load the intended weights.
 
-Both bet against "nothing is wrong": wealth whose expected growth is at most nil under that hypothesis
-exceeds 1 / f with probability at most f, ever (Ville), so the false-alarm rate holds however often one
-looks. Pure: state in, state out. Knows no models.
+Both bet against "nothing is wrong": wealth whose expected growth is at most nil under that hypothesis exceeds
+1 / f with probability at most f, ever (Ville), so the false-alarm rate holds at any number of evaluations.
+Pure: state in, state out. Knows no models.
 """
 
 import math
@@ -21,20 +21,22 @@ from buffer.records import GenerationRecord
 from learner.judging.evaluation import RecordScore
 
 BETS = (0.05, 0.1, 0.2, 0.4)
-"""Shares of wealth put on a position of the swap check; the average wealth is followed: small effects
-need small bets."""
+"""Shares of wealth bet on a position of the swap check. The test uses the average wealth over them, because
+small effects need small bets."""
 
 LEAST_VALUE = -2.0
-"""Of what is bet on: an acceptance estimate lies in [0, 2). No bet may lose more than its wealth."""
+"""Lower bound of a value that is bet on: an acceptance estimate lies in [0, 2). No bet may lose more than its
+wealth."""
 
 SCALE = 4.0
-"""Of the comparison: a record's loss x multiplies wealth by 1 + tanh(SCALE * x). No expected growth if
-losses of each size are no more frequent than gains of that size, whatever the sizes; where they are not
-alike, log(1 + tanh) is concave, so wealth shrinks unless the mean is a loss. Bets on the plain mean of
-values in [-1, 1] need three times the records: they must fear one gain of a whole 1."""
+"""Scale of the comparison: a record's loss x multiplies wealth by 1 + tanh(SCALE * x). There is no expected
+growth if losses of each size are no more frequent than gains of that size; if their frequencies differ, log(1
++ tanh) is concave, so wealth shrinks unless the mean is a loss. Bets on the plain mean of values in [-1, 1]
+need three times the records, because they must allow for a gain of a whole 1."""
 
 SLIGHT_LOSS = 0.01
-"""Not worth a rollback, and not bet on: a draft that gains much on few records loses a little on many."""
+"""A loss this small is neither bet on nor a reason to roll back: a draft that gains much on few records loses
+a little on many."""
 
 SHORT_RECORD_POSITIONS = 8
 """A record of so few positions counts half."""
@@ -74,7 +76,8 @@ def bet_on_losses(losses: NDArray[np.float64]) -> list[float]:
 
 @dataclass(frozen=True)
 class LiveComparison:
-    """New draft against the one it replaced; a value a record, incumbent's acceptance less candidate's."""
+    """New draft against the one it replaced; one value for each record, the incumbent's acceptance minus the
+    candidate's."""
 
     draft_version: int
     false_alarm: float
@@ -101,13 +104,13 @@ class LiveComparison:
 
     @property
     def mean_gain(self) -> float:
-        """Acceptance of the new draft less that of the one before, the mean over records."""
+        """Acceptance of the new draft minus that of the one before, the mean over records."""
         return self.gain_sum / max(1, self.evidence.num_values)
 
 
 @dataclass(frozen=True)
 class SwapCheck:
-    """Observed acceptance of the serving draft against the expected; a value an attempted position.
+    """Observed against expected acceptance of the serving draft; one value for each attempted position.
 
     `margin` allows for what is known to differ: draft keys and values from before the swap, contexts cut
     for training, bounds of the coupled estimate.
@@ -153,19 +156,20 @@ class SwapCheck:
 
 
 def drafted_by(record: GenerationRecord, draft_version: int) -> bool:
-    """Did this version of the record's route draft every round that drafted anything? Rounds that copied
-    speak of no draft."""
+    """Whether this version of the record's route drafted every round that a draft model drafted. Rounds that
+    copied are ignored."""
     by_draft = [trace for trace in record.rounds if trace.num_drafted and trace.is_by_draft]
     return bool(by_draft) and all(trace.is_by(record.route, draft_version) for trace in by_draft)
 
 
 def _loss(after: RecordScore, before: RecordScore) -> float:
-    """Acceptance lost on one record, a mean over its positions and a few that lose nothing."""
+    """Acceptance lost on one record, averaged over its positions and SHORT_RECORD_POSITIONS that lose
+    nothing."""
     num_positions = len(before.expected_N)
     lost = (before.acceptance - after.acceptance) * num_positions / (num_positions + SHORT_RECORD_POSITIONS)
     return float(np.nan_to_num(lost, nan=1.0))
 
 
 def _lost_acceptance(after: RecordScore, before: RecordScore) -> float:
-    """On one record, as people are told it."""
+    """Acceptance lost on one record, as it is reported."""
     return float(np.nan_to_num(before.acceptance - after.acceptance, nan=1.0))

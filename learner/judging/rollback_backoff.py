@@ -1,6 +1,6 @@
-"""What a rollback teaches the gate: the held-out traffic that let the loser in is convicted with it.
+"""Makes the gate stricter after rollbacks, and discards the held-out records that passed the bad draft.
 
-Pure; read from the feed's own history, so it outlives the learner and an operator's rollback counts like
+Pure; computed from the feed's history, so that it survives a restart and an operator's rollback counts like
 the learner's. Invariant: after a rollback nothing is promoted on records older than the promotion that
 failed, and each further failure in a row doubles the records that are needed.
 """
@@ -13,28 +13,29 @@ from buffer.records import AdapterEvent
 
 @dataclass(frozen=True)
 class RollbackBackoff:
-    """`trusted_since_s`: older held-out records judge nothing any more."""
+    """`trusted_since_s`: older held-out records are no longer used to judge."""
 
     trusted_since_s: float = 0.0
     num_failures: int = 0
-    """Promotions in a row, the last ones, that were rolled back."""
+    """How many of the last promotions, in a row, were rolled back."""
 
     def min_records(self, usual: int, most: int) -> int:
-        """Held-out records that the next promotion needs; at most a full window, or none could ever pass."""
+        """Held-out records that the next promotion needs; at most a full window, since otherwise none could
+        pass."""
         return min(max(usual, most), usual << max(0, self.num_failures - 1))
 
 
 def rollback_backoff(history: Iterable[AdapterEvent]) -> RollbackBackoff:
-    """`history` oldest first. A promotion that another one followed has stood its trial; a route that is
-    opened again starts anew, for what was taken back when it closed was no failure."""
-    found, promoted_s = RollbackBackoff(), None
+    """`history` is oldest first. A promotion that was followed by another one did not fail; a route that is
+    opened again starts without failures, because the rollback that closes a route is none."""
+    backoff, promoted_s = RollbackBackoff(), None
     for event in history:
         if event.kind == "opened":
-            found, promoted_s = RollbackBackoff(), None
+            backoff, promoted_s = RollbackBackoff(), None
         elif event.kind == "promoted":
             if promoted_s is not None:
-                found = RollbackBackoff(found.trusted_since_s)
+                backoff = RollbackBackoff(backoff.trusted_since_s)
             promoted_s = event.at_s
         elif event.kind == "rolled_back" and promoted_s is not None:
-            found, promoted_s = RollbackBackoff(promoted_s, found.num_failures + 1), None
-    return found
+            backoff, promoted_s = RollbackBackoff(promoted_s, backoff.num_failures + 1), None
+    return backoff

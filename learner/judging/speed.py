@@ -1,7 +1,7 @@
-"""Expected speed of a draft, from its acceptance along real trajectories and the engine's own cost model.
+"""Expected speed of a draft, from its acceptance along real trajectories and the engine's cost model.
 
-Knows no records and no models. No independence is assumed: the chance that a whole run of drafts is
-accepted is the product, along the trajectory, of what the emitted tokens give (see acceptance.py).
+Knows no records and no models. No independence is assumed: the chance that a whole run of drafts is accepted
+is the product, along the trajectory, of the values at the emitted tokens (see acceptance.py).
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ SpeedUnit = Literal["tokens_per_s", "tokens_per_round"]
 
 @dataclass(frozen=True)
 class Operation:
-    """How serving runs now: what a pass costs, at which batch size, with which draft length."""
+    """How serving runs now: costs of a pass, batch size and draft length."""
 
     num_draft_tokens: int
     mean_batch_size: float = 1.0
@@ -28,7 +28,7 @@ class Operation:
 
     @property
     def draft_lengths(self) -> Sequence[int]:
-        """Those that serving would choose from: every measured one, unless there is but the one in use."""
+        """The draft lengths that serving would choose from: every measured one, or only the fixed one."""
         if self.costs is None or self.is_draft_length_fixed:
             return (self.num_draft_tokens,)
         return range(max(self.costs.token_counts))
@@ -36,7 +36,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class ExpectedSpeed:
-    """Of one draft, at the draft length that serves it best."""
+    """Expected speed of one draft, at its best draft length."""
 
     amount: float
     unit: SpeedUnit
@@ -60,8 +60,8 @@ def output_tokens_by_length(
 
 
 def expected_speed(tokens_per_round_by_length: Sequence[float], operation: Operation) -> ExpectedSpeed:
-    """At the draft length with the most tokens a second: a better draft may be worth longer proposals.
-    While no costs are known, tokens a round at the length in use."""
+    """At the draft length with the most tokens a second: a better draft may have a longer best length. While
+    no costs are known, tokens a round at the length in use."""
     if operation.costs is None:
         length = operation.num_draft_tokens
         return ExpectedSpeed(tokens_per_round_by_length[length], "tokens_per_round", length)
@@ -76,7 +76,8 @@ def expected_speed(tokens_per_round_by_length: Sequence[float], operation: Opera
 
 
 def round_s_by_length(costs: PassCosts, batch_size: float, longest: int) -> list[float]:
-    """Seconds of a round by draft length, 0 to `longest`: what the engine that reported the costs reckons."""
+    """Seconds of a round by draft length, 0 to `longest`: computed like in the engine that reported the
+    costs."""
     table = CostTable(
         costs.batch_sizes, costs.token_counts, costs.target_pass_s, costs.draft_pass_s, costs.draft_start_s
     )

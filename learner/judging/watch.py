@@ -1,8 +1,8 @@
-"""The two live tests of a swap, fed with what arrives; says when to roll back and why.
+"""Runs the two live tests of a swap on arriving records; says when to roll back and why.
 
-Knows no feed. Invariants: only records that arrived after the swap, under a distribution of their own
-sampling, are ever looked at, and at most the wanted number a cycle; while a new draft is on trial no other
-may take its place, for then the parent that it is compared with would be a draft nobody has tried.
+Knows no feed. Invariants: only records that arrived after the swap and have no penalties or logit bias are
+used, and at most the wanted number a cycle; while a new draft is on trial no other may replace it, because it
+would be compared with a parent that itself was not tested.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ class LiveWatch:
         self._state: AdapterState | None = None
         self._parent_state: AdapterState | None = None
         self.last_version = FLOOR_VERSION
-        """Greatest version ever watched."""
+        """The greatest version that was ever watched."""
         self.comparison: LiveComparison | None = None
         self.swap_check: SwapCheck | None = None
 
     def begin(
         self, manifest: AdapterManifest, state: AdapterState, parent_state: AdapterState | None
     ) -> None:
-        """A new draft serves from now on."""
+        """Start watching a new draft."""
         settings, version = self._settings, manifest.draft_version
         self._since_s, self._state, self._parent_state = manifest.created_at_s, state, parent_state
         self.last_version = max(self.last_version, version)
@@ -42,12 +42,12 @@ class LiveWatch:
         self.swap_check = SwapCheck(version, settings.swap_false_alarm, settings.swap_check_margin)
 
     def end(self) -> None:
-        """Another draft serves; nothing to watch."""
+        """Stop watching: another draft serves."""
         self.comparison = self.swap_check = None
 
     @property
     def trial(self) -> str:
-        """Why no other draft may be promoted yet; empty: it may."""
+        """Why no other draft may be promoted yet; empty if one may."""
         if self.comparison is None or self._settings.live_records_per_cycle == 0:
             return ""
         seen, wanted = self.comparison.evidence.num_values, self._settings.live_trial_records
@@ -57,7 +57,7 @@ class LiveWatch:
         return f"version {version} is on trial: {seen} of {wanted} records since its swap were looked at"
 
     def observe(self, arrived: Sequence[GenerationRecord]) -> str:
-        """The reason to roll back, or empty."""
+        """Add arrived records. Returns the reason to roll back, or an empty string."""
         if self.comparison is None or self.swap_check is None:
             return ""
         records = [
@@ -79,7 +79,8 @@ class LiveWatch:
 
     @property
     def _num_wanted(self) -> int:
-        """All that is allowed while the verdict is open; then a broken swap is all that is looked for."""
+        """Records to score: all that is allowed while the comparison is open, then fewer, for the swap check
+        alone."""
         allowed = self._settings.live_records_per_cycle
         watching = self.comparison is not None and self.comparison.verdict == "watching"
         return allowed if watching else -(-allowed // 8)

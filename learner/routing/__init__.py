@@ -1,1 +1,1 @@
-"""Which routes have a draft of their own, and how prompts without a tag are told apart."""
+"""Which routes have a draft of their own, and how untagged prompts are assigned to routes."""

@@ -1,7 +1,8 @@
-"""When a route gets a draft of its own, and when it loses it again. Pure: state in, decision out.
+"""Decides when a route gets a draft of its own and when it loses it. Pure: state in, decision out.
 
 Knows no drafts, no store and no clock. Invariant: never more than `max_routes` are open; a route that was
-closed opens again only after twice as many new records as the time before, so that none flaps.
+closed opens again only after twice as many new records as the last time, so that routes do not open and close
+repeatedly.
 """
 
 from collections.abc import Mapping
@@ -10,14 +11,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Standing:
-    """What is known of a route beside `default`; plain data, so that it can be kept."""
+    """State of a route other than `default`; plain data, so that it can be stored."""
 
     is_open: bool = False
     num_records: int = 0
-    """Kept ones when it was first seen, and all that came since; counted anew after each closing."""
+    """Records kept when it was first seen, and all that came since; counted from 0 after each closing."""
     last_record_s: float = 0.0
     num_losses: int = 0
-    """Decisions in a row in which its own draft was not the best there is for it."""
+    """Decisions in a row in which its own draft was not the best one for it."""
     num_closings: int = 0
 
     def after_records(self, num_records: int, now_s: float) -> "Standing":
@@ -44,7 +45,7 @@ class RoutePolicy:
 
 
 def routes_to_open(standings: Mapping[str, Standing], policy: RoutePolicy) -> list[str]:
-    """Those with records enough, the richest first, as far as there is room."""
+    """Routes with enough records, those with most first, as far as there is room."""
     room = policy.max_routes - sum(standing.is_open for standing in standings.values())
     ready = [
         route
@@ -56,11 +57,12 @@ def routes_to_open(standings: Mapping[str, Standing], policy: RoutePolicy) -> li
 
 
 def reason_to_close(standing: Standing, now_s: float, policy: RoutePolicy) -> str:
-    """Empty: it stays open. Whether a route that keeps losing is closed depends on which draft beats it."""
+    """Reason to close the route; empty: it stays open. Whether a route that keeps losing is closed depends on
+    which draft beats it."""
     silent_s = now_s - standing.last_record_s
     return f"it starved: no record for {silent_s:.0f} s" if silent_s >= policy.idle_s else ""
 
 
 def has_lost(standing: Standing, policy: RoutePolicy) -> bool:
-    """Beaten for so long that its own draft is given up."""
+    """Whether its own draft has long not been the best and is given up."""
     return standing.num_losses >= policy.losses_before_close

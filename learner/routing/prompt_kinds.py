@@ -1,6 +1,6 @@
-"""Prompts that come without a tag, told apart by what the target's states say of them.
+"""Clusters untagged prompts into kinds by the target's hidden states.
 
-Knows no drafts and no store. Invariant: `default` is the kind of whatever is near no other.
+Knows no drafts and no store. Invariant: a prompt near no kind belongs to `default`.
 """
 
 from collections import Counter, deque
@@ -17,11 +17,12 @@ from learner.routing.route_clusters import fit_routes, restricted
 from learner.settings import LearnerSettings
 
 KINDS_PER_ROUTE = 2
-"""More kinds are told apart than may have a draft, so that those that do are of one kind."""
+"""More kinds are distinguished than may have a draft, so that each route with a draft has prompts of one
+kind."""
 
 
 class PromptKinds:
-    """The last prompts, and the table of where each kind lies; `table` None: none is known yet."""
+    """The last prompts, and the table with the centroid of each kind; `table` None: no kind is known yet."""
 
     def __init__(self, settings: LearnerSettings, target_revision: str, table: RouteTable | None) -> None:
         self.table = table
@@ -34,14 +35,14 @@ class PromptKinds:
         return self.table.routes if self.table else ()
 
     def remember(self, records: Sequence[GenerationRecord]) -> None:
-        """Sound records' prompts."""
+        """Keep the prompts of sound records."""
         for record in records:
             prompt_H = record.prompt_embedding_H
             if prompt_H is not None and (not self._prompts or self._prompts[-1][1].shape == prompt_H.shape):
                 self._prompts.append((record.route, prompt_H))
 
     def nearest(self, prompt_H: NDArray[Any] | None) -> str:
-        """The kind that a prompt lies nearest to."""
+        """The kind whose centroid is nearest to a prompt."""
         if self.table is None or prompt_H is None or prompt_H.shape != self.table.mean_H.shape:
             return DEFAULT_ROUTE
         return self.table.route_of(prompt_H)
@@ -57,8 +58,9 @@ class PromptKinds:
         return record.route == route or self.nearest(record.prompt_embedding_H) == route
 
     def look_again(self, open_routes: Collection[str], now_s: float) -> Counter[str] | None:
-        """New names for the kinds of prompts that `default` still gets, and where every route's prompts lie.
-        Returns how many of the last prompts are of each kind; None: there were none."""
+        """Cluster the last prompts again: names the kinds of prompts that `default` still gets, and updates
+        every route's centroid. Returns how many of the last prompts are of each kind; None: there were no
+        prompts."""
         names = {DEFAULT_ROUTE, *open_routes, *self.routes}
         prompts = [(route, prompt_H) for route, prompt_H in self._prompts if route in names]
         if not prompts:

@@ -1,7 +1,8 @@
-"""Which routes are open, how each stands, and the table by which prompts find them: in one small file.
+"""The route book: open routes, the standing of each, and the table of centroids, in one small file.
 
 Knows no drafts: each route has a checkpoint of its own, in the folder named here. Invariant: the file is
-replaced whole, so that it is either the old book or the new one; one that cannot be read is no book.
+replaced atomically, so that it is either the old book or the new one; a file that cannot be read counts as no
+book.
 """
 
 import base64
@@ -39,13 +40,13 @@ def checkpoint_folder(folder: Path, route: str) -> Path:
 
 
 def forget_checkpoints(folder: Path, route: str) -> None:
-    """A closed route starts anew when it is opened again."""
+    """Delete a closed route's checkpoints, so that it starts without them when it is opened again."""
     assert route != DEFAULT_ROUTE
     shutil.rmtree(checkpoint_folder(folder, route), ignore_errors=True)
 
 
 def write_book(folder: Path, book: RouteBook) -> None:
-    """After it returns the book survives loss of power."""
+    """Write the book; after the call it survives a loss of power."""
     plain = {
         "schema": _SCHEMA,
         "standings": {route: asdict(standing) for route, standing in book.standings.items()},
@@ -56,7 +57,7 @@ def write_book(folder: Path, book: RouteBook) -> None:
 
 
 def read_book(folder: Path) -> RouteBook:
-    """An empty one where there is none."""
+    """Read the book; an empty one if there is none."""
     path = folder / _FILE
     if not path.exists():
         return RouteBook()

@@ -1,9 +1,9 @@
-"""Kinds of prompts, found in their embeddings: where traffic falls apart, and the table that tells its parts.
+"""Finds kinds of prompts by clustering their embeddings, and makes the table that assigns prompts to them.
 
-Knows no drafts and no store. Prompts are split only where the split shows on prompts that did not make it:
-one half places the centroids (k-means), the other must leave a valley between each two of them. Prompts of
-one kind have one peak along a direction that does not come from them, so that midway at least as many lie as
-around the lower of two places beside it: a pair is told apart by mistake with a probability of at most
+Knows no drafts and no store. Prompts are split only if the split shows on prompts that did not make it: one
+half places the centroids (k-means), the other must have a valley between each two of them. Prompts of one
+kind have one peak along a direction that does not depend on them, so that midway between two places at least
+as many lie as around the lower of the two: two kinds are separated by mistake with a probability of at most
 `FALSE_ALARM`.
 
 Legend: N prompts, H hidden size, P principal directions, K clusters.
@@ -21,18 +21,19 @@ from buffer.names import DEFAULT_ROUTE
 from buffer.route_table import RouteTable
 
 AUTO_PREFIX = "auto-"
-"""Names of routes that no request asked for begin so."""
+"""Prefix of the names of routes that were found by clustering and not named by a request."""
 
 LEAST_PROMPTS = 40
-"""Fewer prompts cannot be shown to be a kind of their own."""
+"""A kind needs at least so many prompts to be shown to be separate."""
 FALSE_ALARM = 1e-3
 MAX_VALLEY = 0.5
-"""Prompts midway between two groups, over those around the middle of the lesser one, in equal widths."""
+"""Largest ratio of prompts midway between two groups to those around the middle of the smaller group, in
+equal widths."""
 STRAY_SHARE = 0.01
-"""Of known prompts, so many may be sent to `default` for being unlike their route."""
+"""Share of known prompts that may go to `default` because they are unlike their route."""
 NUM_DIRECTIONS, NUM_POWERS = 32, 4
 NUM_LOOKS = 3
-"""Ways to halve the prompts: what one misses another may see."""
+"""Number of random halvings of the prompts; one may show a split that another misses."""
 NUM_STARTS, MAX_ROUNDS = 4, 30
 
 Floats = NDArray[np.float64]
@@ -49,15 +50,15 @@ def fit_routes(
     now_s: float = 0.0,
     seed: int = 0,
 ) -> RouteTable:
-    """A centroid for each kind of prompts that is apart from all others; none where all are of one kind.
+    """A centroid for each kind of prompts that is separate from all others; none if all are of one kind.
 
-    `labels` are the routes that prompts are known to be of. Those of `default` (all, without labels) are
-    named as `previous` names them; what it does not name is clustered, and a cluster that is apart gets a
-    new name (`auto-1`, ...). Where all that bear no tag fall into more kinds than had a name, they are named
-    anew, a kind that most of an older one went into as that one: early kinds are coarse. What remains of
-    `default` has a centroid of its own. A label that cannot be told from another kind gets none: its requests
-    must bear their tag. What `previous` knew and too few prompts are of now, or what it found
-    itself and could not be told apart this time, keeps the centroid it had.
+    `labels` are the known routes of the prompts. Prompts of `default` (all, without labels) take the name
+    that `previous` gives them; those that it gives none are clustered, and a separate cluster gets a new name
+    (`auto-1`, ...). If all untagged prompts form more kinds than have a name, they are clustered anew,
+    because early kinds are coarse; a new kind with most prompts of an old one keeps its name. The rest of
+    `default` has a centroid of its own. A label that is not separate from another kind gets no centroid: its
+    requests must carry their tag. An old centroid is kept if there are now too few prompts of its kind, or if
+    its kind was found by clustering and is not separate this time.
     """
     points_NH, rng = np.asarray(embeddings_NH, np.float64), np.random.default_rng(seed)
     names = np.array(labels if labels is not None else [DEFAULT_ROUTE] * len(points_NH), dtype=object)
@@ -80,20 +81,20 @@ def fit_routes(
 
 
 def restricted(table: RouteTable, routes: Sequence[str]) -> RouteTable:
-    """The table without what is neither of these routes nor `default`'s."""
+    """The table with only these routes and `default`."""
     rows = [row for row, name in enumerate(table.routes) if name in routes or name == DEFAULT_ROUTE]
     names = tuple(table.routes[row] for row in rows)
     return replace(table, centroids_RH=table.centroids_RH[rows], routes=names)
 
 
 def told_of(table: RouteTable, routes: Sequence[str]) -> RouteTable:
-    """The table for one who knows these routes alone: every other kind is `default`'s."""
+    """The table for a reader that knows only these routes: every other centroid is labelled `default`."""
     names = tuple(name if name in routes else DEFAULT_ROUTE for name in table.routes)
     return replace(table, routes=names)
 
 
 def find_clusters(points_NH: Floats, max_clusters: int, rng: np.random.Generator) -> Members:
-    """Cluster of each point: as many clusters as can all be told from each other, else one."""
+    """Cluster of each point: as many clusters as are all separate from each other, else one."""
     order_N = rng.permutation(len(points_NH))
     half_N, other_N = order_N[::2], order_N[1::2]
     most = min(max_clusters, len(points_NH) // LEAST_PROMPTS)
@@ -121,7 +122,8 @@ def nearest(points_NP: Floats, centroids_KP: Floats) -> Members:
 
 
 def has_valley(a_NP: Floats, b_NP: Floats, direction_P: Floats) -> bool:
-    """Do the two leave a valley between their middles, along a direction that was not found on them?"""
+    """Whether there is a valley between the medians of the two groups, along a direction that was not
+    computed from them."""
     if not len(a_NP) or not len(b_NP):
         return False
     a_N, b_N = a_NP @ direction_P, b_NP @ direction_P
@@ -139,8 +141,8 @@ def _is_untagged(route: str) -> bool:
 def _finest(
     points_NH: Floats, untagged: Mapping[str, Members], max_clusters: int, rng: np.random.Generator
 ) -> tuple[list[Members], dict[int, str]]:
-    """Clusters of all that bear no tag, by the best of several looks, and which of them succeeds which named
-    kind: that with most of it."""
+    """Clusters of all untagged prompts, from the halving that shows most, and the named kind that each
+    cluster continues: the cluster with most of a kind's prompts continues it."""
     rows_N = np.concatenate([*untagged.values(), np.zeros(0, np.int64)])
     looks = [find_clusters(points_NH[rows_N], max_clusters, rng) for _ in range(NUM_LOOKS)]
     cluster_N = max(looks, key=lambda look_N: int(look_N.max(initial=0)))
@@ -162,8 +164,9 @@ def _told_apart(
     taken: set[str],
     rng: np.random.Generator,
 ) -> dict[str, Members]:
-    """Members of each kind that gets a centroid. A single cluster is what remains of `default`; of several,
-    one that is like a known kind joins it, and the others are named after whom they succeed, or anew."""
+    """Members of each kind that gets a centroid. A single cluster is the rest of `default`; of several, one
+    that is not separate from a known kind joins it, and the others take the name of the kind that they
+    continue, or a new one."""
     kinds = {DEFAULT_ROUTE: clusters[0]} if len(clusters) == 1 else {}
     for name in sorted(known, key=lambda name: -len(known[name])):
         if all(_are_apart(points_NH, known[name], other, rng) for other in kinds.values()):
@@ -180,7 +183,7 @@ def _told_apart(
 
 
 def _are_apart(points_NH: Floats, a_N: Members, b_N: Members, rng: np.random.Generator) -> bool:
-    """Half of each gives the direction, the other half is looked at."""
+    """Whether two groups are separate: one half of each gives the direction, the other half is tested."""
     a_N, b_N = rng.permutation(a_N), rng.permutation(b_N)
     if min(len(a_N), len(b_N)) < LEAST_PROMPTS:
         return False
@@ -195,8 +198,8 @@ def _table(
     target_revision: str,
     now_s: float,
 ) -> RouteTable:
-    """One kind alone is no table. The mean is that of the kinds, not of their traffic: a rare kind counts as
-    much as a frequent one."""
+    """The table of all centroids; empty for a single kind. `mean_H` averages kinds, not prompts: a rare kind
+    counts as much as a frequent one."""
     centroids = {**kept, **{name: points_NH[rows].mean(0) for name, rows in kinds.items()}}
     if len(centroids) < 2:
         nowhere_H = points_NH.mean(0)
@@ -226,7 +229,7 @@ def _principal(points_NH: Floats, half_N: Members, rng: np.random.Generator) -> 
 
 
 def _one_k_means(points_NP: Floats, num_clusters: int, rng: np.random.Generator) -> Floats:
-    """From points far from each other (k-means++) until nothing moves."""
+    """One run of k-means from points far from each other (k-means++) until nothing changes."""
     centroids_KP: Floats = points_NP[rng.integers(len(points_NP))][None]
     while len(centroids_KP) < num_clusters:
         far_N = _distances(points_NP, centroids_KP).min(1) + 1e-12
@@ -243,7 +246,7 @@ def _one_k_means(points_NP: Floats, num_clusters: int, rng: np.random.Generator)
 
 
 def _distances(points_NP: Floats, centroids_KP: Floats) -> Floats:
-    """Squared, [N, K]."""
+    """Squared distances, [N, K]."""
     norms_NK = (points_NP**2).sum(1)[:, None] + (centroids_KP**2).sum(1)
     return np.asarray(np.maximum(norms_NK - 2 * points_NP @ centroids_KP.T, 0.0))
 
@@ -254,5 +257,5 @@ def _cosines(points_NH: Floats, centroid_H: Floats) -> Floats:
 
 
 def _least_half(count: int, trials: int) -> float:
-    """Probability of so few among `trials` that fall on either side evenly."""
+    """Probability that at most `count` of `trials` fair coin tosses are heads."""
     return float(sum(comb(trials, k) for k in range(count + 1)) / 2**trials)

@@ -1,1 +1,1 @@
-"""What people and MLflow learn of the learner's work."""
+"""Reports the learner's work to people and MLflow."""

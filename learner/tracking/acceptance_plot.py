@@ -1,4 +1,4 @@
-"""One picture of a route: held-out acceptance of candidate, incumbent and floor over records, swaps marked.
+"""Plots a route's held-out acceptance of candidate, incumbent and floor over records, with swaps marked.
 
 Knows no MLflow. Invariant: draws on a canvas of its own, so that it may run in any thread.
 """
@@ -15,11 +15,11 @@ _LINES = {
 }
 PLOTTED = tuple(_LINES)
 Series = Mapping[str, Sequence[tuple[int, float]]]
-"""By metric: (records seen, value)."""
+"""Points (records seen, value) by metric."""
 
 
 def acceptance_png(route: str, series: Series, decisions: Iterable[Decision]) -> bytes:
-    """Of what is known so far. Raises ImportError without matplotlib."""
+    """A PNG of the values so far. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -46,7 +46,9 @@ def acceptance_png(route: str, series: Series, decisions: Iterable[Decision]) ->
                 color=color,
             )
     axes.set(xlabel="records seen", ylabel="held-out acceptance", ylim=(0, 1))
-    axes.set_title(f"Route {route}", parse_math=False)  # a route is a client's word and may hold dollars
+    axes.set_title(
+        f"Route {route}", parse_math=False
+    )  # a client chooses the route's name, which may hold dollar signs
     figure.legend(loc="outside lower center", ncols=len(_LINES), frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)

@@ -1,9 +1,9 @@
-"""What the learner tells the outside about itself: metrics, adapters, decisions. The only MLflow file.
+"""Sends the learner's metrics, adapters and decisions to MLflow. The only file that imports MLflow.
 
-`MlflowTracker` writes from a thread of its own through a bounded queue (outbox.py): a slow or dead MLflow
-costs the learner nothing. MLflow is imported in that thread, telemetry off. One run is one learner's life:
-its page says which draft serves each route and why, its artifacts hold the adapters, and by route a picture
-and every decision. Knows no training.
+`MlflowTracker` writes from a thread of its own through a bounded queue (outbox.py): a slow or unreachable
+MLflow does not delay the learner. MLflow is imported in that thread, telemetry off. One run covers a learner
+over all its restarts: its page says which draft serves each route and why, its artifacts hold the adapters,
+and for each route a plot and all decisions. Knows no training.
 """
 
 import json
@@ -46,14 +46,14 @@ _REFUSALS = {
     "BAD_REQUEST",
     "PERMISSION_DENIED",
 }
-"""Error codes that trying again cannot mend."""
+"""Error codes for which a retry is useless."""
 _UNWRITABLE = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 KEPT_DECISION_TAGS = 20
-"""Of a run, the latest; every decision is in its route's table."""
+"""Number of latest decisions kept as tags of the run; every decision is in its route's table."""
 CYCLES_PER_PLOT = 20
 _KEPT_LINES = 5000
-"""Of a route's curves and of its table."""
+"""Number of points and lines kept of a route's curves and table."""
 _NOTE = "mlflow.note.content"
 
 
@@ -120,13 +120,14 @@ class MlflowTracker:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """A store of artifacts that cannot be written from here is one too: it must not hold up the rest."""
+    """Whether a retry is useless. An artifact store that cannot be written from here counts too, because it
+    must not block the other jobs."""
     return isinstance(error, _UNWRITABLE) or getattr(error, "error_code", "") in _REFUSALS
 
 
 def _artifacts_beside(tracking_uri: str) -> str | None:
-    """A folder beside an SQLite file, whose artifacts would else go to the working directory; a server
-    has a place of its own. SQLite makes its file, not its folder: that is made here."""
+    """Artifact folder beside an SQLite file (MLflow's default would be the working directory); None for a
+    server, which has its own. SQLite creates its file but not the folder, so it is created here."""
     if not tracking_uri.startswith("sqlite:///"):
         return None
     folder = Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent
@@ -135,12 +136,12 @@ def _artifacts_beside(tracking_uri: str) -> str | None:
 
 
 def _metric_name(route: str, name: str) -> str:
-    """MLflow draws what stands before the slash as a group of its own."""
+    """The route is put before the slash, so that MLflow groups a route's charts."""
     return name if route == DEFAULT_ROUTE else f"{route}/{name}"
 
 
 class _Session:
-    """MLflow itself; used by the outbox's thread only."""
+    """The MLflow client and its state; used by the outbox's thread only."""
 
     def __init__(self, tracking_uri: str, experiment_name: str, model_name: str, run_id: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -163,21 +164,21 @@ class _Session:
         self._num_cycles: defaultdict[str, int] = defaultdict(int)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """A life has one set of them; what a restart changed is a tag."""
-        known = self._client.get_run(self.run_id).data.params
-        new = [self._param(key, value) for key, value in params.items() if key not in known]
+        """Log the parameters once a run; what a restart changed becomes a tag."""
+        logged = self._client.get_run(self.run_id).data.params
+        new = [self._param(key, value) for key, value in params.items() if key not in logged]
         self._client.log_batch(self.run_id, params=new)
         for key, value in params.items():
-            if known.get(key, value) != value:
-                self._set_tag(f"changed.{key}", f"{known[key]} -> {value}")
+            if logged.get(key, value) != value:
+                self._set_tag(f"changed.{key}", f"{logged[key]} -> {value}")
 
     def log_metrics(self, route: str, metrics: Mapping[str, float], step: int, at_s: float) -> None:
         series = self._series_of(route)  # before it grows
-        found = [
+        entries = [
             self._metric(_metric_name(route, key), float(value), int(at_s * 1000), step)
             for key, value in metrics.items()
         ]
-        self._client.log_batch(self.run_id, metrics=found)
+        self._client.log_batch(self.run_id, metrics=entries)
         for key in PLOTTED:
             if key in metrics:
                 series[key] = [*series[key], (step, float(metrics[key]))][-_KEPT_LINES:]
@@ -194,9 +195,11 @@ class _Session:
         else:
             self._registry.note(route, decision)
         self._if_possible(lambda: self._tell(route, decision))
-        if decision.kind == "closed":  # routes come and go in a long life; what MLflow has is read again
-            for known in (self._series, self._decisions, self._num_cycles):
-                known.pop(route, None)
+        if (
+            decision.kind == "closed"
+        ):  # routes come and go in a long run; if needed again, it is read from MLflow
+            for by_route in (self._series, self._decisions, self._num_cycles):
+                by_route.pop(route, None)
 
     def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
         if self._registry.has(manifest):
@@ -222,14 +225,15 @@ class _Session:
         self._client.set_terminated(self.run_id)
 
     def _if_possible(self, act: Callable[[], None]) -> None:
-        """Pictures and tables; a fault costs them and nothing else."""
+        """Run a job for plots and tables; its failure is only logged."""
         try:
             act()
-        except Exception as error:  # whatever a canvas or a store of artifacts may raise
+        except Exception as error:  # whatever matplotlib or an artifact store may raise
             logger.info("a picture or table was not kept: %s", redacted(str(error)))
 
     def _tell(self, route: str, decision: Decision) -> None:
-        """The route's table, and the run's own page: what the routes' pages say, and the latest decisions."""
+        """Write the route's table and the run's own page: the texts of all routes, and the latest
+        decisions."""
         lines = self._decisions_of(route)
         lines.append(decision)
         del lines[:-_KEPT_LINES]
@@ -245,15 +249,15 @@ class _Session:
         self._upload("routes", {f"acceptance-{route}.png": picture})
 
     def _decisions_of(self, route: str) -> list[Decision]:
-        """What was decided so far; an earlier life's is read once."""
+        """The route's decisions so far; those of an earlier process are read once."""
         if route not in self._decisions:
             path = f"routes/decisions-{route}.csv"
-            known = [file.path for file in self._client.list_artifacts(self.run_id, "routes")]
+            stored = [file.path for file in self._client.list_artifacts(self.run_id, "routes")]
             text = ""
-            if path in known:
+            if path in stored:
                 with tempfile.TemporaryDirectory() as folder:
-                    found = self._client.download_artifacts(self.run_id, path, folder)
-                    text = Path(found).read_text()
+                    local_path = self._client.download_artifacts(self.run_id, path, folder)
+                    text = Path(local_path).read_text()
             self._decisions[route] = decisions_from_csv(text)
         return self._decisions[route]
 
@@ -271,7 +275,7 @@ class _Session:
             self._client.log_artifacts(self.run_id, folder, folder_name)
 
     def _series_of(self, route: str) -> dict[str, list[tuple[int, float]]]:
-        """What was drawn so far; an earlier life's is read once."""
+        """The route's points so far; those of an earlier process are read once."""
         if route not in self._series:
             self._series[route] = {
                 key: [(point.step, point.value) for point in self._history(_metric_name(route, key))]
@@ -286,7 +290,7 @@ class _Session:
         self._client.set_tag(self.run_id, key, text)
 
     def _is_known(self, run_id: str) -> bool:
-        """Whether it can be continued: an MLflow that lost its memory gets a new run."""
+        """Whether the run can be continued: an MLflow that lost its data gets a new run."""
         from mlflow.exceptions import MlflowException
 
         try:

@@ -1,7 +1,7 @@
-"""Jobs for something that may be slow, wrong or away, done in order by a thread of their own.
+"""Runs jobs against a service that may be slow or unreachable, in order, in a thread of its own.
 
-Knows no MLflow. Invariants: `submit` neither raises nor waits; what no longer fits, or what is refused for
-good, is dropped and counted; a job that fails for another reason is tried until it succeeds.
+Knows no MLflow. Invariants: `submit` neither raises nor waits; a job that does not fit into the queue or is
+refused is dropped and counted; a job that fails for another reason is retried until it succeeds.
 """
 
 import logging
@@ -17,8 +17,8 @@ Session = TypeVar("Session")
 
 
 class Outbox(Generic[Session]):
-    """`connect` makes the session that every job is given; `is_refusal` tells errors that trying again
-    cannot mend. Both run in the outbox's thread."""
+    """`connect` makes the session that every job is given; `is_refusal` says for which errors a retry is
+    useless. Both run in the outbox's thread."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Outbox(Generic[Session]):
             self.num_dropped += 1
 
     def close(self, timeout_s: float) -> None:
-        """Do what is queued, for at most so long."""
+        """Run the queued jobs, for at most so long."""
         self._stop.set()
         self._thread.join(timeout_s)
 
@@ -62,7 +62,7 @@ class Outbox(Generic[Session]):
                     return
 
     def _connected(self) -> Session | None:
-        """Tries until it succeeds or the outbox is closed."""
+        """Retries until it succeeds or the outbox is closed."""
         while True:
             try:
                 return self._connect()
@@ -72,7 +72,7 @@ class Outbox(Generic[Session]):
                     return None
 
     def _done(self, job: Callable[[Session], None], session: Session) -> bool:
-        """False if it is worth trying again."""
+        """False if the job should be retried."""
         try:
             job(session)
         except Exception as error:  # as above

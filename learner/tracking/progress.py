@@ -1,4 +1,4 @@
-"""What the learner did for one route and decided, for people: counters, last figures, the tracker's lines.
+"""One route's counters, last figures and decisions, for display and for the tracker.
 
 Knows no draft and no store. Invariant: `facts` is plain data and never waits for the tracker.
 """
@@ -50,30 +50,30 @@ class Progress:
         self._figures: dict[str, float | None] = {}
 
     def arrived(self, rates: Sequence[float]) -> bool:
-        """Follows live acceptance, a rate a record. True: traffic shifted."""
+        """Update live acceptance, one rate for each record. True: traffic shifted."""
         before, self.schedule = self.schedule, self.schedule.after_records(rates, self.rule)
         return self.schedule.num_shifts > before.num_shifts
 
     def took(self, num_records: int) -> None:
-        """So many records are about to be trained on."""
+        """Count records that are about to be trained on."""
         self.num_records_seen += num_records
         self._num_learnt_records += num_records
 
     def rested(self, num_records: int) -> None:
-        """So many records were not trained on."""
+        """Count records that were not trained on."""
         self.schedule = self.schedule.after_rest(num_records)
         self.num_records_seen += num_records
         self._num_rested_records += num_records
 
     def saved_s(self, busy_s: float) -> float:
-        """Seconds that training on what rested would have taken, at the price of what was learnt."""
+        """Estimated seconds that training on the skipped records would have taken."""
         return busy_s * self._num_rested_records / max(1, self._num_learnt_records)
 
     def decided(self, kind: str, draft_version: int, reason: str) -> None:
-        """`kind` as in AdapterEvent."""
+        """Log a decision; `kind` as in AdapterEvent."""
         logger.info("route %s, draft version %d %s: %s", self.route, draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
-        if kind != "rejected_by_replica":  # which says nothing of the candidate
+        if kind != "rejected_by_replica":  # which is no decision on the candidate
             self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
         if kind == "rolled_back":
             self.schedule = self.schedule.resumed()
@@ -82,7 +82,7 @@ class Progress:
     def serving_changed(
         self, kind: str, manifest: AdapterManifest | None, weights: bytes, reason: str
     ) -> None:
-        """Another draft answers from now on; None is the floor."""
+        """Another draft serves from now on; `manifest` None is the floor."""
         version, parent = FLOOR_VERSION, FLOOR_VERSION
         if manifest is not None:
             version, parent = manifest.draft_version, manifest.parent_version
@@ -94,8 +94,8 @@ class Progress:
     def cycle_ended(
         self, report: TrainingReport, judgement: Judgement, num_steps: int, busy_s: float
     ) -> None:
-        """Figures of the cycle go to the tracker and set the schedule of the next; steps and `busy_s` are of
-        all cycles."""
+        """Update the schedule, and send the cycle's figures to the tracker; `num_steps` and `busy_s` are
+        totals."""
         acceptance = judgement.acceptance_candidate
         self.schedule = self.schedule.after_decision(
             judgement.held_out_gain, judgement.decision.promote, self.rule
@@ -114,16 +114,16 @@ class Progress:
             "learner_s": busy_s,
             "learner_saved_s": self.saved_s(busy_s),
         }
-        known = {name: value for name, value in figures.items() if value == value}
-        self._figures = {name: known.get(name) for name in figures}
+        finite = {name: value for name, value in figures.items() if value == value}
+        self._figures = {name: finite.get(name) for name in figures}
         more = {"acceptance_live": self.schedule.short_acceptance}
         if "gain_lower_bound" in judgement.decision.evidence:
             more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
-        known |= {name: value for name, value in more.items() if value is not None}
-        self.tracker.log_metrics(self.route, known, self.num_records_seen)
+        finite |= {name: value for name, value in more.items() if value is not None}
+        self.tracker.log_metrics(self.route, finite, self.num_records_seen)
 
     def facts(self) -> dict[str, Any]:
-        """None where a figure is not known yet."""
+        """Plain data for display; a figure that is not known yet is None."""
         return {
             "loss": None,
             "acceptance_candidate": None,

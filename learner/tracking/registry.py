@@ -1,7 +1,8 @@
-"""The drafts of each route in MLflow's registry: one registered model a route, one version a promoted draft.
+"""The drafts in MLflow's registry: one registered model a route, one model version a promoted draft.
 
 Imports no MLflow: it is given the client. Invariant: the alias `serving` points at the draft that serves,
-`previous` at where a rollback goes; the floor has neither, so the page's text says when it serves.
+`previous` at the one that a rollback goes to; the floor has no version there, so the model's description says
+when it serves.
 """
 
 from collections.abc import Mapping
@@ -12,23 +13,23 @@ from buffer.records import AdapterManifest
 from learner.tracking.report_text import Decision, named, serving_text, version_tags, version_text
 
 _FAREWELL = frozenset(("served_until", "replaced_because"))
-"""Tags of a draft that no longer serves; it loses them should it serve again."""
+"""Tags of a draft that no longer serves; they are removed if it serves again."""
 
 
 class RouteRegistry:
-    """`base_name` and the route make a model's name."""
+    """The name of a registered model is made of `base_name` and the route."""
 
     def __init__(self, client: Any, base_name: str) -> None:
         self._client, self._base_name = client, base_name
         self._known: set[str] = set()
 
     def has(self, manifest: AdapterManifest) -> bool:
-        """These very weights under this number."""
-        found = self._find(manifest.route, manifest.draft_version)
-        return found is not None and found.tags.get("sha256") == manifest.sha256
+        """Whether the registry has these weights under this version."""
+        registered = self._find(manifest.route, manifest.draft_version)
+        return registered is not None and registered.tags.get("sha256") == manifest.sha256
 
     def add(self, manifest: AdapterManifest, reason: str, source: str, run_id: str) -> None:
-        """`source` is where its files lie."""
+        """Add a promoted draft; `source` is the location of its files."""
         self._client.create_model_version(
             self._model(manifest.route),
             source,
@@ -38,35 +39,37 @@ class RouteRegistry:
         )
 
     def mark_serving(self, route: str, version: int, previous_version: int, since: str, reason: str) -> str:
-        """Returns the text that now stands on the route's page. The draft that served before learns until
-        when, and why no longer."""
-        model, found = self._model(route), self._find(route, version)
+        """Move the aliases, and tag the draft that served before with when and why it was replaced. Returns
+        the route's new description."""
+        model, registered = self._model(route), self._find(route, version)
         before = self._client.get_registered_model(model).aliases.get("serving")
-        if before and (found is None or str(before) != str(found.version)):
+        if before and (registered is None or str(before) != str(registered.version)):
             self._tag(route, str(before), {"served_until": since, "replaced_because": reason})
-        if found:
-            for key in _FAREWELL.intersection(found.tags):
-                self._client.delete_model_version_tag(model, str(found.version), key)
-            self._tag(route, str(found.version), {"serving_since": since, "serving_because": reason})
-        self._point(model, "serving", found)
+        if registered:
+            for key in _FAREWELL.intersection(registered.tags):
+                self._client.delete_model_version_tag(model, str(registered.version), key)
+            self._tag(route, str(registered.version), {"serving_since": since, "serving_because": reason})
+        self._point(model, "serving", registered)
         self._point(model, "previous", self._find(route, previous_version))
-        gain = found.tags.get("evidence", "") if found else ""
+        gain = registered.tags.get("evidence", "") if registered else ""
         text = serving_text(route, version, previous_version, since, reason, gain)
         self._client.update_registered_model(model, description=text)
         self._client.set_registered_model_tag(model, "serving", f"{named(version)} since {since}")
         return text
 
     def note(self, route: str, decision: Decision) -> None:
-        """A refusal beside the route, what replicas rejected beside the draft."""
+        """Tag the route's model with a refusal, and a draft's version with its rejection by replicas."""
         if decision.kind == "refused":
             text = f"{decision.decided_at} at {decision.num_records_seen} records: {decision.reason}"
             self._client.set_registered_model_tag(self._model(route), "last_refusal", text)
-        elif found := self._find(route, decision.draft_version):
-            self._tag(route, str(found.version), {decision.kind: f"{decision.decided_at} {decision.reason}"})
+        elif registered := self._find(route, decision.draft_version):
+            self._tag(
+                route, str(registered.version), {decision.kind: f"{decision.decided_at} {decision.reason}"}
+            )
 
-    def _point(self, model: str, alias: str, found: Any | None) -> None:
-        if found:
-            self._client.set_registered_model_alias(model, alias, str(found.version))
+    def _point(self, model: str, alias: str, registered: Any | None) -> None:
+        if registered:
+            self._client.set_registered_model_alias(model, alias, str(registered.version))
         else:
             self._client.delete_registered_model_alias(model, alias)
 
@@ -75,7 +78,7 @@ class RouteRegistry:
             self._client.set_model_version_tag(self._model(route), version, key, text)
 
     def _model(self, route: str) -> str:
-        """The registered model of a route, made where it is missing."""
+        """The registered model of a route, created if it is missing."""
         name = f"{self._base_name}-{route}"
         if name not in self._known:
             if not self._client.search_registered_models(f"name = '{name}'"):
@@ -84,10 +87,10 @@ class RouteRegistry:
         return name
 
     def _find(self, route: str, draft_version: int) -> Any | None:
-        """The registry's latest version of this draft; None for the floor, and where it is not there."""
-        found = [
+        """The registry's latest version of this draft; None for the floor, and if there is none."""
+        versions = [
             version
             for version in self._client.search_model_versions(f"name = '{self._model(route)}'")
             if draft_version != FLOOR_VERSION and version.tags.get("draft_version") == str(draft_version)
         ]
-        return max(found, key=lambda version: int(version.version), default=None)
+        return max(versions, key=lambda version: int(version.version), default=None)

@@ -1,6 +1,6 @@
-"""A learner's story in words: what a reader finds beside a draft, a route and a run. Pure.
+"""The texts that the tracker writes beside a draft, a route and a run. Pure.
 
-Knows no MLflow. Invariant: whatever says that a draft serves also says since when, why, and what it brought.
+Knows no MLflow. Invariant: a text that says which draft serves also says since when, why, and what it gained.
 """
 
 import csv
@@ -13,16 +13,17 @@ from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterManifest
 
 SERVING_CHANGES = ("promoted", "rolled_back", "pinned", "unpinned", "adopted")
-"""Kinds of decisions after which another draft may serve. `adopted`: the feed no longer knows why."""
+"""Kinds of decisions after which another draft may serve. `adopted`: the feed's history has no event for
+it."""
 
 _MAX_REASON = 1000
 _COLUMNS = ("decided_at", "kind", "reason", "draft_version", "num_records_seen")
-"""What a reader looks for first stands left. MLflow's own page shows nothing under a column called `at`."""
+"""The most important columns come first. MLflow's own page shows nothing under a column called `at`."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One line of a route's history, as AdapterEvent has it, at a number of records seen."""
+    """One event of a route's history (see AdapterEvent), with the number of records seen."""
 
     kind: str
     draft_version: int
@@ -31,13 +32,13 @@ class Decision:
     decided_at: str
 
     def tag(self, route: str) -> tuple[str, str]:
-        """(key, value); keys of one route sort as they happened."""
+        """(key, value); keys of one route sort by time."""
         key = f"decision.{route}.{self.num_records_seen:09d}.{self.kind}.v{self.draft_version}"
         return key, f"{self.decided_at} {self.reason}"
 
 
 def moment(at_s: float) -> str:
-    """UTC, to the second, without a space."""
+    """The time in UTC, to the second, without a space."""
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -50,7 +51,8 @@ def named(draft_version: int) -> str:
 
 
 def version_tags(manifest: AdapterManifest, reason: str) -> dict[str, str]:
-    """Of one draft: from what it came, why it was let in, what it brought. Few: a list shows them all."""
+    """Tags of one draft: its parent, why it was promoted, and its gain. They are few, because a list shows
+    all of them."""
     facts: dict[str, object] = {
         "route": manifest.route,
         "draft_version": manifest.draft_version,
@@ -65,7 +67,7 @@ def version_tags(manifest: AdapterManifest, reason: str) -> dict[str, str]:
 
 
 def version_text(manifest: AdapterManifest, reason: str) -> str:
-    """On top of a draft's page. Plain words, for lists show its beginning as it is."""
+    """Description of a draft. Starts with plain text, because lists show its beginning unformatted."""
     weights = f"LoRA of rank {manifest.rank}" if manifest.rank else "full weights"
     lines = [
         f"{named(manifest.draft_version).capitalize()} of route {manifest.route}, promoted "
@@ -83,7 +85,7 @@ def version_text(manifest: AdapterManifest, reason: str) -> str:
 
 
 def brought(evidence: Mapping[str, float]) -> str:
-    """What the gate's figures say that the draft gained on the one before it; empty without figures."""
+    """The draft's gain over the one before it, from the gate's figures; empty without figures."""
     parts = []
     if "acceptance_candidate" in evidence and "acceptance_incumbent" in evidence:
         before, after = evidence["acceptance_incumbent"], evidence["acceptance_candidate"]
@@ -102,7 +104,7 @@ def brought(evidence: Mapping[str, float]) -> str:
 def serving_text(
     route: str, draft_version: int, previous_version: int, since: str, reason: str, gain: str
 ) -> str:
-    """On top of a route's page: which draft serves, since when, why, what it brought."""
+    """Description of a route: which draft serves, since when, why, and its gain."""
     lines = [f"{named(draft_version).capitalize()} serves route {route} since {since}."]
     lines.append(f"Why: {shortened(reason)}.")
     if gain:
@@ -113,7 +115,7 @@ def serving_text(
 
 
 def decisions_csv(decisions: Iterable[Decision]) -> str:
-    """The latest first."""
+    """A CSV of the decisions, latest first."""
     text = io.StringIO()
     table = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     table.writeheader()
@@ -122,7 +124,7 @@ def decisions_csv(decisions: Iterable[Decision]) -> str:
 
 
 def decisions_from_csv(text: str) -> list[Decision]:
-    """In the order in which they were made."""
+    """The decisions of a CSV, oldest first."""
     lines = [
         Decision(
             kind=line["kind"],
@@ -137,7 +139,7 @@ def decisions_from_csv(text: str) -> list[Decision]:
 
 
 def decisions_text(decisions: Sequence[Decision], num_lines: int = 10) -> str:
-    """A Markdown table of the latest."""
+    """A Markdown table of the latest decisions."""
     head = "| at | records seen | decision | draft | reason |\n|---|---|---|---|---|\n"
     return head + "\n".join(
         f"| {line.decided_at} | {line.num_records_seen} | {line.kind.replace('_', ' ')} "

@@ -1,4 +1,4 @@
-"""Where the learner's story is kept: metrics, adapters, decisions, by route. Knows no MLflow.
+"""Protocol for storing the learner's metrics, adapters and decisions, by route. Knows no MLflow.
 
 Invariants: no call raises or waits, `close` excepted; steps are records seen.
 """
@@ -10,11 +10,11 @@ from buffer.records import AdapterManifest
 
 
 class Tracker(Protocol):
-    """Where the learner's story is kept."""
+    """Stores the learner's metrics, adapters and decisions."""
 
     @property
     def run_id(self) -> str:
-        """Of the run that a resumed learner continues; empty while there is none."""
+        """Id of the run that a resumed learner continues; empty while there is none."""
         ...
 
     @property
@@ -31,12 +31,13 @@ class Tracker(Protocol):
         ...
 
     def log_adapter(self, manifest: AdapterManifest, weights: bytes, reason: str) -> None:
-        """The durable copy: artifacts of the run and a version in its route's registered model. What is
-        there already is left as it is."""
+        """Store a durable copy: artifacts of the run and a version in its route's registered model. Does
+        nothing if it is stored already."""
         ...
 
     def mark_serving(self, route: str, draft_version: int, previous_version: int, reason: str) -> None:
-        """Point the aliases `serving` and `previous` (where a rollback goes); the floor (0) has none."""
+        """Point the aliases `serving` and `previous` (the rollback's target) at these versions; the floor (0)
+        has no alias."""
         ...
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -45,7 +46,7 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    """Keeps nothing."""
+    """A Tracker that stores nothing."""
 
     run_id = ""
     num_dropped = 0

@@ -1,9 +1,9 @@
-"""A small language model as drafter: catch up, then draw one token a pass.
+"""A small language model as drafter: it catches up with the context, then draws one token a pass.
 
-Its cache may lag behind the sequence: `cached[slot]` tokens are in it, at most n - 1. Whatever is missing
-is fed at the next proposal: one or two tokens in the common case, the whole prompt at first. A row too far
-behind catches up by one chunk, alone, and drafts nothing in that round. After a swap old columns stay
-legal (the distribution drawn from is the distribution verified) and are renewed one slot a round.
+Its cache may lag behind the sequence: `cached[slot]` tokens are in it, at most n - 1. Missing tokens are fed
+at the next proposal: usually one or two, at first the whole prompt. A row too far behind catches up by one
+chunk, alone, and drafts nothing in that round. After a swap the columns of the old weights remain valid (the
+distribution drawn from is the distribution verified) and are recomputed one slot a round.
 """
 
 from dataclasses import replace
@@ -20,10 +20,11 @@ from serving.engine.sampling import draw, draw_uniforms, processed_logprobs
 from serving.engine.sequence import Batch
 
 _MAX_SHARED_LAG = 8
-"""Rows missing no more tokens than this catch up together, in the pass that drafts: it is as wide for all."""
+"""Rows missing no more tokens than this catch up together, in the first drafting pass: it is equally wide for
+all rows."""
 _MAX_CHUNKS = 2
-"""Rows that may catch up by a chunk of their own in one round; the others sit it out, so that no round
-takes much longer than its neighbours."""
+"""Rows that may catch up by a chunk of their own in one round; others that lag wait, so that no round takes
+much longer than those around it."""
 
 
 class ModelDrafter:
@@ -39,7 +40,7 @@ class ModelDrafter:
         chunk_tokens: int = 256,
         stopping: StoppingRule | None = None,
     ) -> None:
-        """`stopping` None: as far as asked."""
+        """`stopping` None: always drafts the number of tokens asked for."""
         self.runner = runner
         self._stopping = stopping or LimitOnly()
         self.draft_version = draft_version
@@ -98,7 +99,7 @@ class ModelDrafter:
         )
 
     def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
-        """Of g drafts g - 1 were fed back; those that were accepted are cached for good."""
+        """Of g draft tokens g - 1 were fed back; the columns of accepted ones remain valid."""
         for slot, (drafted, accepted) in enumerate(zip(num_drafted_B, num_accepted_B, strict=True)):
             if drafted > 0:
                 self._cached[slot] = self._lengths[slot] + min(accepted, drafted - 1)
@@ -125,7 +126,7 @@ class ModelDrafter:
         self._stale = {slot for slot, cached in enumerate(self._cached) if cached}
 
     def _refresh_one(self, num_rows: int) -> None:
-        """Renew one slot that old weights filled, if a single chunk does it."""
+        """Recompute one slot that old weights filled, if a single chunk is enough."""
         self._stale = {slot for slot in self._stale if slot < num_rows}
         if self._stale:
             slot = self._stale.pop()
@@ -134,7 +135,7 @@ class ModelDrafter:
                 self.runner.cache.clear(slot)
 
     def _catch_up(self, batch: Batch, row: int) -> bool:
-        """Feed a row that lags far behind by at most one chunk. Whether it can draft in this round."""
+        """Feed a row that lags far behind at most one chunk. Returns whether it can draft in this round."""
         target_len = self._lengths[row] - 1
         if target_len - self._cached[row] < _MAX_SHARED_LAG:
             return True
@@ -148,9 +149,9 @@ class ModelDrafter:
         return end == target_len
 
     def _first_pass(self, batch: Batch, wanted: list[int]) -> tuple[Tensor, Tensor]:
-        """Feed every drafting row what it still lacks; logits [B, V] after its last token, the last column in
-        every row: the vocabulary is most of a small draft's work. And where the draft tokens go that will be
-        fed back, [B, D], sent along."""
+        """Feed every drafting row its missing tokens. Returns logits [B, V] after its last token, which is
+        the last column in every row (the vocabulary is most of a small draft's work), and the columns [B, D]
+        to which the draft tokens will be fed back, sent to the device in the same copy."""
         trash = self.runner.cache.trash_column
         starts = [self._cached[row] if count else self._lengths[row] for row, count in enumerate(wanted)]
         lags = [length - start for length, start in zip(self._lengths, starts, strict=True)]
@@ -200,8 +201,9 @@ def _draw_one(
     noise_BEV: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Tokens [B], their distribution's log-probabilities [B, V] (None: greedy), and those of the tokens [B]:
-    NaN where the draft is broken, -inf where it gives no token that the request allows.
+    """Tokens [B], the log-probabilities [B, V] they were drawn from (None: greedy), and the log-probabilities
+    of the drawn tokens [B]: NaN where the draft is broken, -inf where it has no token that the request
+    allows.
 
     `drafted`: the tokens [B] drawn before, in this round."""
     position = len(drafted)
@@ -211,7 +213,7 @@ def _draw_one(
         logits_BV = batch.processing.apply(logits_BV[:, None], drafted_BD, position)[:, 0]
     if batch.sampling.all_greedy:
         best = logits_BV.max(dim=-1)
-        logprob_B = best.values - best.values  # 0, or NaN of what is not finite
+        logprob_B = best.values - best.values  # 0, or NaN where the logit is not finite
         return best.indices, None, _none_allowed(batch, raw_logits_BV, best.values, logprob_B)
 
     best_B = logits_BV.amax(-1)
@@ -229,7 +231,7 @@ def _draw_one(
 
 
 def _none_allowed(batch: Batch, raw_logits_BV: Tensor, best_B: Tensor, logprob_B: Tensor) -> Tensor:
-    """-inf for rows whose draft is sound, but cannot say any token that the request allows."""
+    """Sets -inf in rows whose draft is finite but has no token that the request allows."""
     if batch.processing is None:
         return logprob_B
     sound_B = torch.isfinite(raw_logits_BV.amax(dim=-1))

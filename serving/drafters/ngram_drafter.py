@@ -1,9 +1,9 @@
-"""Drafts by copying: the longest suffix of the text that occurred before, and what followed it then.
+"""Drafts by copying: finds the longest suffix of the text that occurred before, and copies what followed it.
 
-Needs no model and no pass. The most recent occurrence wins. What was copied is estimated with certainty (a
-one-hot distribution), which verification makes exact whatever it says. Invariant: a slot's index holds the
-n-grams of its first `num_indexed` tokens, each with the place of what followed its latest occurrence; a new
-token costs one entry a size.
+Needs no model and no pass. The most recent occurrence wins. Copied tokens are proposed with probability 1 (a
+one-hot distribution), for which verification is exact whatever they are. Invariant: a slot's index holds the
+n-grams of its first `num_indexed` tokens, each with the position after its latest occurrence; a new token
+adds one entry for each n-gram size.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from serving.engine.proposal import Proposal
 from serving.engine.sequence import Batch
 
 _SIZES = (4, 3, 2)
-"""Tokens of an n-gram, the longest looked up first."""
+"""Sizes of n-grams, in the order of lookup."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class _SlotIndex:
     num_indexed: int = 0
 
     def extend(self, token_ids: list[int]) -> None:
-        """Take in n-grams that have a follower by now; the suffix itself has none."""
+        """Index the n-grams that are followed by a token; the suffix itself is not."""
         for follower in range(self.num_indexed, len(token_ids)):
             for size in _SIZES:
                 if size <= follower:
@@ -35,7 +35,8 @@ class _SlotIndex:
         self.num_indexed = len(token_ids)
 
     def match(self, token_ids: list[int]) -> tuple[int, int]:
-        """(size of the longest suffix that occurred before, place of its follower); (0, 0) without one."""
+        """(size of the longest suffix that occurred before, position of the token after it); (0, 0) without
+        one."""
         for size in _SIZES:
             follower = self.follower_of.get(tuple(token_ids[-size:])) if size <= len(token_ids) else None
             if follower is not None:
@@ -103,7 +104,7 @@ class NgramDrafter:
 
 
 def _copy(token_ids: list[int], follower: int, count: int) -> list[int]:
-    """`count` tokens from `follower` on; past the end of the text the copy goes on with itself."""
+    """`count` tokens from `follower` on; past the end of the text the copied tokens themselves are copied."""
     copied = token_ids[follower : follower + count]
     while len(copied) < count:
         copied += copied[: count - len(copied)]

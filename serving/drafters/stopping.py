@@ -1,9 +1,9 @@
-"""When to stop drafting before the limit: rules behind one Protocol, each exact.
+"""Rules for when to stop drafting before the limit, behind one Protocol; all of them lossless.
 
-A rule speaks at two points: before a draw, when it may look at the draft's logits there, and after it, when
-the drawn token is already part of the proposal. No rule can take a token back: dropping what was drawn
-because of what was drawn biases the output. The limit itself is the draft length that the drafter was asked
-for, fixed or chosen by the controller. Knows no target.
+A rule is asked at two points: before a draw, when it may look at the draft's logits there, and after it, when
+the drawn token is already part of the proposal. No rule can remove a token: dropping a token because of what
+was drawn would bias the output. The limit itself is the draft length that the drafter was asked for, fixed or
+chosen by the controller. Knows no target.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DEFAULT_ENTROPY = 2.0
 
 
 class StoppingRule(Protocol):
-    """By row: stop here? None: nobody stops, and no tensor was touched."""
+    """Returns for each row whether it stops here. None: no row stops, and no tensor was touched."""
 
     def before_draw(self, logits_BV: Tensor) -> list[bool] | None:
         """A row that stops draws nothing at this position."""

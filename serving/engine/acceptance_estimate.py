@@ -1,10 +1,10 @@
-"""What is estimated of the next drafts of a sequence: how likely each is to be accepted.
+"""Estimates how likely the next draft tokens of a sequence are to be accepted.
 
-By who drafts (`num_matched`: 0 the model, else the context tokens that a copy continues), by position (the
-first, and those after it), by sequence over its route. All evidence fades. A sequence starts from what its
-route showed lately; on a route never seen, from one half, worth three attempts. Text of one route is not all
-alike: a new sequence may be a trial, which starts afresh; the more trials fail, the rarer they are. Knows no
-costs.
+Estimates are kept by drafter (`num_matched`: 0 for the model, else the number of context tokens that a copy
+continues) and by position (the first, and those after it), for each sequence and each route. Old observations
+fade. A sequence starts from its route's estimate; a route without observations starts from 0.5, which counts
+as three attempts. Text of one route varies, so a new sequence may be a trial, which starts afresh; the more
+trials fail, the rarer they are. Knows no costs.
 """
 
 import random
@@ -23,15 +23,15 @@ _MAX_ROUTES = 256
 _LEAST_ODDS = 1 / 32
 _TRIAL_ATTEMPTS = 3.0
 _SURPRISE_KEEP = 0.5
-"""What older evidence is worth after a probe that succeeded against it: something has changed."""
+"""Factor on older observations after a probe succeeded although they spoke against it."""
 
 Rates = tuple[float, float]
-"""Acceptance of the first draft token, and of each after it given those before."""
+"""Acceptance of the first draft token, and of each later one if those before it were accepted."""
 
 
 @dataclass
 class Attempts:
-    """Accepted of attempted, old ones fading."""
+    """Sums of attempted and accepted draft tokens, in which old ones fade."""
 
     attempted: float = 0.0
     accepted: float = 0.0
@@ -50,7 +50,7 @@ class Attempts:
 
 @dataclass
 class PositionEstimate:
-    """Of one sequence or one route, about one way to draft."""
+    """Acceptance by position, of one sequence or one route and one way to draft."""
 
     first: Attempts = field(default_factory=Attempts)
     later: Attempts = field(default_factory=Attempts)
@@ -70,17 +70,17 @@ class PositionEstimate:
 
 @dataclass
 class SequenceEstimate:
-    """What one sequence's own rounds showed."""
+    """The estimates from one sequence's own rounds."""
 
     by_matched: dict[int, PositionEstimate] = field(default_factory=dict)
     is_trial: bool | None = None
-    """Starts afresh, whatever its route showed; None until it is first asked about."""
+    """True if the sequence starts afresh instead of from its route's estimate; None until that is decided."""
 
     def of(self, num_matched: int) -> PositionEstimate:
         return self.by_matched.setdefault(num_matched, PositionEstimate())
 
     def forget_model(self) -> None:
-        """Another draft serves."""
+        """Drop what the previous draft showed: another one serves."""
         self.by_matched.pop(MODEL, None)
         self.is_trial = None
 
@@ -89,27 +89,28 @@ class SequenceEstimate:
 class _Route:
     by_matched: dict[int, PositionEstimate] = field(default_factory=dict)
     trial_odds: float = 1.0
-    """Of a new sequence; chance, since a fixed rhythm could fall in with that of the traffic."""
+    """Probability that a new sequence is a trial. Random, because a fixed period could coincide with one of
+    the traffic."""
 
 
 class RouteEstimates:
-    """What every route showed lately; the least recently seen route is forgotten first."""
+    """The estimates of all routes; the least recently used route is dropped first."""
 
     def __init__(self) -> None:
         self._routes: OrderedDict[str, _Route] = OrderedDict()
         self._random = random.Random(0)
 
     def rates(self, route: str, estimate: SequenceEstimate, num_matched: int) -> Rates:
-        """Of the next drafts of a sequence on this route."""
-        known = self._route(route)
-        seen = known.by_matched.get(num_matched)
+        """Estimated acceptance of the next draft tokens of a sequence on this route."""
+        route_estimate = self._route(route)
+        pooled = route_estimate.by_matched.get(num_matched)
         prior: Rates = (_FALLBACK, _FALLBACK)
-        if seen is not None:
-            first = seen.first.mean(_FALLBACK)
-            prior = first, seen.later.mean(first)
+        if pooled is not None:
+            first = pooled.first.mean(_FALLBACK)
+            prior = first, pooled.later.mean(first)
         if num_matched == MODEL:
             if estimate.is_trial is None:
-                estimate.is_trial = self._random.random() < known.trial_odds
+                estimate.is_trial = self._random.random() < route_estimate.trial_odds
             if estimate.is_trial:
                 prior = max(prior[0], _FALLBACK), max(prior[1], _FALLBACK)
         own = estimate.by_matched.get(num_matched)
@@ -125,35 +126,35 @@ class RouteEstimates:
         *,
         is_probe: bool = False,
     ) -> None:
-        """How a proposal fared. `is_probe`: it was made against what is estimated."""
-        known = self._route(route)
-        pooled = known.by_matched.setdefault(num_matched, PositionEstimate())
+        """Add the outcome of a proposal. `is_probe`: it was made although the estimates spoke against it."""
+        route_estimate = self._route(route)
+        pooled = route_estimate.by_matched.setdefault(num_matched, PositionEstimate())
         own = estimate.of(num_matched)
-        for one, memory in ((own, _SEQUENCE_MEMORY), (pooled, _ROUTE_MEMORY)):
-            if is_probe and num_accepted and one.first.mean(_FALLBACK) < _FALLBACK:
-                one.fade(_SURPRISE_KEEP)
-            one.observe(num_attempted, num_accepted, memory)
+        for position_estimate, memory in ((own, _SEQUENCE_MEMORY), (pooled, _ROUTE_MEMORY)):
+            if is_probe and num_accepted and position_estimate.first.mean(_FALLBACK) < _FALLBACK:
+                position_estimate.fade(_SURPRISE_KEEP)
+            position_estimate.observe(num_attempted, num_accepted, memory)
         if num_matched == MODEL and estimate.is_trial:
             if num_accepted:
-                known.trial_odds = 1.0
+                route_estimate.trial_odds = 1.0
                 estimate.is_trial = False
             elif own.first.attempted + own.later.attempted >= _TRIAL_ATTEMPTS - 0.5:
-                known.trial_odds = max(_LEAST_ODDS, known.trial_odds / 2)
+                route_estimate.trial_odds = max(_LEAST_ODDS, route_estimate.trial_odds / 2)
                 estimate.is_trial = False
 
     def forget_model(self, is_served: Callable[[str], bool]) -> None:
-        """Another draft serves these routes: what the last one showed says little."""
-        for route, known in self._routes.items():
+        """Drop what the previous draft showed on these routes: another one serves them."""
+        for route, route_estimate in self._routes.items():
             if is_served(route):
-                known.by_matched.pop(MODEL, None)
-                known.trial_odds = 1.0
+                route_estimate.by_matched.pop(MODEL, None)
+                route_estimate.trial_odds = 1.0
 
     def _route(self, name: str) -> _Route:
-        known = self._routes.get(name)
-        if known is None:
-            known = self._routes[name] = _Route()
+        route_estimate = self._routes.get(name)
+        if route_estimate is None:
+            route_estimate = self._routes[name] = _Route()
             if len(self._routes) > _MAX_ROUTES:
                 self._routes.popitem(last=False)
         else:
             self._routes.move_to_end(name)
-        return known
+        return route_estimate

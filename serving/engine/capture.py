@@ -1,8 +1,7 @@
-"""What the target said at every verified position of a round, taken for the recorder.
+"""The target's log-probabilities at every verified position of a round, captured for the recorder.
 
 Raw top-K at temperature 1, one scalar that re-tempers it exactly, and the final distribution at drafted and
-emitted tokens. Positions after a first rejection are kept too: they are conditioned on the draft's own
-mistakes.
+emitted tokens. Positions after a first rejection are kept too; they are conditioned on rejected draft tokens.
 """
 
 from dataclasses import dataclass, fields
@@ -24,7 +23,7 @@ TOP_K = 32
 
 @dataclass(frozen=True)
 class RoundCapture:
-    """One round of a whole batch, on the CPU; `of` cuts out a row."""
+    """One round of a whole batch, on the CPU; `of` gives one row of it."""
 
     drafts_B: tuple[ServingDraft, ...]
     topk_token_ids_BEK: NDArray[np.int32]
@@ -37,13 +36,13 @@ class RoundCapture:
 
     @classmethod
     def read(cls, drafts_B: tuple[ServingDraft, ...], arrays: HostArrays) -> "RoundCapture":
-        """From what `capture_tensors` named, on the host, perhaps among other arrays."""
+        """From the host copies of `capture_tensors`; `arrays` may hold others too."""
         names = [each.name for each in fields(cls) if each.name != "drafts_B"]
         return cls(drafts_B, **{name: arrays[name] for name in names})
 
     def of(self, row: int, start: int, advance: Advance) -> CapturedRound:
-        """Row `row`, cut to its own draft length and the tokens it emitted. Copies: views
-        would keep the rows of its batch mates for as long as it runs, beyond what memory was planned for."""
+        """Row `row`, cut to its own draft length and the tokens it emitted. Copies, because views would keep
+        the whole batch in memory as long as this sequence runs, which the memory plan does not count."""
         num_drafted, verified = advance.num_drafted, advance.num_drafted + 1
         drafter_id, draft_version = self.drafts_B[row].drafted(advance.num_matched)
         return CapturedRound(
@@ -73,8 +72,8 @@ def capture_tensors(
     num_accepted_B: Tensor,
     next_token_B: Tensor,
 ) -> dict[str, Tensor]:
-    """What a RoundCapture is made of, still on the device, by its names. `logprobs_BEV` is the final
-    distribution's log-probabilities; None when every row is greedy (`choice_BE` is it)."""
+    """The tensors of a RoundCapture by name, still on the device. `logprobs_BEV` are log-probabilities of the
+    final distribution; None when every row is greedy (then it is one-hot at `choice_BE`)."""
     num_kept = min(TOP_K, raw_logits_BEV.shape[-1])
     topk_BEK = raw_logits_BEV.topk(num_kept, dim=-1)
     drafted_BG = proposal.token_ids_BG

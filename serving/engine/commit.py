@@ -1,7 +1,7 @@
-"""A round's last step: append what stood to every sequence, cut, count, and say what was added.
+"""A round's last step: append accepted and next tokens, cut at the end, count, and report what was added.
 
-Tokens are cut at the first that ends the sequence (stop token, token limit) before any counter moves: a draft
-position behind the cut was not attempted. Legend as in `round`.
+Tokens are cut after the first that ends the sequence (stop token, token limit) before any counter changes: a
+draft position behind the cut was not attempted. Legend as in `round`.
 """
 
 from serving.engine.capture import RoundCapture
@@ -17,8 +17,8 @@ def commit(
     drafts_B: tuple[ServingDraft, ...],
     outcome: HostArrays,
 ) -> list[Advance]:
-    """Advance every sequence by what `outcome_tensors` said. A row whose target logits are not finite commits
-    nothing: after drafts, which may have caused it, the next round goes without; without drafts the
+    """Advance every sequence by what `outcome_tensors` holds. A row whose target logits are not finite
+    commits nothing: if it had drafts, which may be the cause, its next round has none; without drafts the
     generation ends with an error."""
     accepted_B: list[int] = outcome["num_accepted_B"].tolist()
     drafted_B: list[int] = outcome["num_drafted_B"].tolist()

@@ -1,8 +1,8 @@
-"""The engine's core: all that runs on its thread. Knows no other thread, no HTTP, Ray or Redis.
+"""The engine's core: everything that runs on its thread. Knows no other thread, no HTTP, Ray or Redis.
 
-Between any two rounds sequences join, leave and are cancelled, and a staged swap is applied; inside a round
-nothing changes. Whatever goes wrong with a draft costs speed only; whatever goes wrong with one sequence ends
-that one. `Engine` is the thread-safe front that feeds it.
+Between two rounds sequences join, leave and are cancelled, and a staged swap is applied; during a round none
+of this happens. A failing draft costs only speed; a failing sequence ends only itself. `Engine` is the
+thread-safe front that calls it.
 """
 
 import logging
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Speculative decoding over a fixed number of slots; one `step` after another. See `Engine` for the
+    """Speculative decoding over a fixed number of slots, one `step` after another. See `Engine` for the
     arguments."""
 
     def __init__(
@@ -73,7 +73,8 @@ class EngineCore:
         return self.scheduler.has_work
 
     def step(self) -> None:
-        """A chunk of prefill and a round. What fails ends the sequences in it; the engine goes on."""
+        """Run a chunk of prefill and a round. A failure ends the sequences that took part; the engine goes
+        on."""
         self._retire()
         try:
             if self._prefill.advance():
@@ -86,7 +87,7 @@ class EngineCore:
         self._retire()
 
     def cancel_all(self) -> None:
-        """What runs and what waits; their last events are delivered."""
+        """Cancel running and waiting sequences; their last events are delivered."""
         self._end([*self._started(), *self.scheduler.waiting], "cancelled")
         self._retire()
 
@@ -147,7 +148,7 @@ class EngineCore:
                 prefix_cache=self.prefix_cache.stats() if self.prefix_cache else PrefixCacheStats(),
             )
 
-    # -- what a step is made of -----------------------------------------------------------------
+    # -- the parts of a step ---------------------------------------------------------------------
 
     def _round(self) -> None:
         if self._batch is None:
@@ -178,7 +179,7 @@ class EngineCore:
             self.costs.observe_draft(batch_size, report.draft_passes, report.propose_s)
 
     def _retire(self) -> None:
-        """Free the slots of finished sequences, close the gaps, deliver their last events."""
+        """Free the slots of finished sequences, move others into the gaps, deliver the last events."""
         self._prefill.keep_finished()
         left, moves = self.scheduler.retire()
         if left:
@@ -199,14 +200,15 @@ class EngineCore:
                 sequence.finish_reason, sequence.error = reason, error
 
     def _forget_acceptance(self, route: str) -> None:
-        """Another draft serves the sequences that this route's draft serves."""
+        """Drop the estimates of sequences that this route's draft serves, because another draft replaces
+        it."""
         for sequence in self.scheduler.running:
             if self.drafts.serves(route, sequence.route):
                 sequence.estimate.forget_model()
 
 
 def _deliver(sequence: Sequence) -> None:
-    """Hand over what the last round added, and the generation if it is finished."""
+    """Call back with what the last round added, and with the generation if it is finished."""
     advance, sequence.last_advance = sequence.last_advance, NO_ADVANCE
     event = TokenEvent(
         request_id=sequence.request.request_id,

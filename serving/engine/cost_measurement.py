@@ -1,7 +1,7 @@
-"""What a pass costs, measured at start: the fastest of a few passes, by shape.
+"""Measures at start what a pass costs: the fastest of a few passes, by shape.
 
 The target's weights push the draft's out of the processor's cache, so the draft's first pass after one of the
-target's costs more than its next: both are measured in turn, as in a round.
+target's costs more than its next one: passes of both are measured alternately, as in a round.
 """
 
 import time
@@ -20,8 +20,8 @@ def measure_costs(
     context_tokens: int = 128,
     repeats: int = 5,
 ) -> CostTable:
-    """Time passes on the caches in place (they must be idle); the fastest of `repeats`, which other work on
-    the machine disturbs least."""
+    """Time passes on the engine's own caches, which must be idle. Takes the fastest of `repeats`, the one
+    that other work on the machine disturbed least."""
     batch_sizes = tuple(sorted({1, (target.num_slots + 1) // 2, target.num_slots}))
     token_counts = tuple(sorted({1, 2, 4, max_draft_tokens + 1}))
     token_counts = tuple(count for count in token_counts if count < target.max_seq_len)
@@ -61,7 +61,8 @@ def _time_drafting(
 
 
 def pass_s(runner: Runner, batch_size: int, num_tokens: int, start: int) -> float:
-    """Seconds of one pass over the first slots, at columns start, start + 1, …; what they held is lost."""
+    """Seconds of one pass over the first slots, at columns start, start + 1, …; their content is
+    overwritten."""
     tokens_BT = torch.zeros((batch_size, num_tokens), dtype=torch.int64, device=runner.device)
     positions_BT = torch.arange(start, start + num_tokens, device=runner.device).expand(batch_size, -1)
     began_s = time.perf_counter()

@@ -1,23 +1,24 @@
-"""The one cost model: seconds of a round, for the engine's choice of draft lengths and the learner's gate.
+"""The cost model: seconds of a round, used by the engine's choice of draft lengths and the learner's gate.
 
-Seconds of a target pass by (batch, tokens a sequence), and by batch of a one-token draft pass and of what the
-first one costs on top (see cost_measurement). Between measured points the table interpolates; live rounds
-pull the whole of it (a start on an idle machine flatters). Pure: knows no pass and no tensor.
+Holds seconds of a target pass by (batch, tokens a sequence), and by batch the seconds of a one-token draft
+pass and the extra seconds of the first one (see cost_measurement). Between measured points the table
+interpolates; live rounds scale it as a whole, because a measurement on an idle machine is too low. Pure:
+knows no pass and no tensor.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 _LIVE_WEIGHT = 0.02
-"""Of one live round in the running correction."""
+"""Weight of one live round in the running correction."""
 
 
 @dataclass
 class CostTable:
     """Rows by batch size, columns by tokens a sequence; the two scales follow live rounds.
 
-    The draft's is on top of the target's: what else runs on the machine slows both alike, and rounds without
-    drafts, which tell nothing of the draft, must not leave its price where a busy hour put it.
+    `draft_scale` multiplies `target_scale`: other work on the machine slows both models alike, and rounds
+    without drafts, which show nothing of the draft, must not leave its cost at the level of a busy hour.
     """
 
     batch_sizes: tuple[int, ...]
@@ -29,7 +30,7 @@ class CostTable:
     draft_scale: float = field(default=1.0)
 
     def adopt(self, other: "CostTable") -> None:
-        """Become a newer measurement, in place: everyone who prices rounds by this table sees it."""
+        """Take over a newer measurement in place, so that all who hold this table use it."""
         for each in fields(self):
             setattr(self, each.name, getattr(other, each.name))
 
@@ -38,7 +39,7 @@ class CostTable:
         return self.target_scale * interpolate(self.batch_sizes, by_tokens, batch_size)
 
     def propose_s(self, batch_size: float, num_draft_tokens: int) -> float:
-        """Of drafting so many tokens; 0 of none."""
+        """Seconds of drafting so many tokens; 0 for none."""
         if num_draft_tokens == 0:
             return 0.0
         start_s = interpolate(self.batch_sizes, self.draft_start_s, batch_size)
@@ -50,8 +51,8 @@ class CostTable:
         return self.target_s(batch_size, num_draft_tokens + 1) + self.propose_s(batch_size, num_draft_tokens)
 
     def seconds_by_length(self, batch_size: float, longest: int) -> tuple[list[float], list[float]]:
-        """Of the target's pass and of the proposal, by draft length, 0 to `longest`. A longer pass never
-        costs less: what else ran at start can only have slowed a measurement."""
+        """Seconds of the target's pass and of the proposal, by draft length, 0 to `longest`. A longer pass
+        never costs less: where the measurement says so, other work slowed the shorter pass."""
         lengths = range(longest + 1)
         target_s = [self.target_s(batch_size, length + 1) for length in lengths]
         for length in reversed(lengths[:-1]):
@@ -59,12 +60,13 @@ class CostTable:
         return target_s, [self.propose_s(batch_size, length) for length in lengths]
 
     def observe_target(self, batch_size: float, num_drafted: int, target_pass_s: float) -> None:
-        """Pull the table toward a live round; one slow round (an outlier) moves it little."""
+        """Move `target_scale` toward a live round; a single slow round moves it little."""
         ratio = target_pass_s / self.target_s(batch_size, num_drafted + 1)
         self.target_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 
     def observe_draft(self, batch_size: float, draft_passes: Sequence[int], propose_s: float) -> None:
-        """The same for proposals (the passes of each) that had nothing but a token or two to catch up."""
+        """Move `draft_scale` toward a live round's proposals (`draft_passes` of each model) that had at most
+        two tokens to catch up with."""
         ratio = propose_s / sum(self.propose_s(batch_size, num_passes) for num_passes in draft_passes)
         self.draft_scale *= 1.0 + _LIVE_WEIGHT * (_clip(ratio) - 1.0)
 

@@ -1,12 +1,13 @@
-"""Who drafts how many tokens in a round, nobody included: the plan with the most expected tokens a second.
+"""Chooses who drafts how many tokens in a round: the plan with the most expected tokens a second.
 
-Expected tokens, from what is estimated of each row (see acceptance_belief), are summed over the batch and
-divided by the cost table's seconds at its size (arXiv 2310.18813), so that load shortens drafts by itself.
-Three kinds of plan compete: the model drafts for all rows; rows copy where that promises more, the model
-drafts for the rest; rows copy, and no model runs. Where the rows have several models (drafts of several
-routes), each makes passes of its own, and those whose rows promise too little sit the round out. A new length
-must win by a margin. A way to draft that does not pay is probed now and then in one row, the one with the
-least text to catch up with; the more probes fail, the rarer they are.
+Expected tokens come from the acceptance estimate of each row (see acceptance_estimate), are summed over the
+batch and divided by the cost table's seconds at its size (arXiv 2310.18813), so that drafts get shorter under
+load. Three kinds of plan compete: the model drafts for all rows; the model drafts, except for rows where a
+copy has more expected tokens; rows copy, and no model runs. Rows may have different models (drafts of several
+routes); each model makes its own passes, and models whose rows gain too little do not draft in this round. A
+new length must win by a margin. A way to draft that does not pay is probed now and then in one row: for a
+model the row with the fewest tokens to catch up with, for a copy the one with the longest match. The more
+probes fail, the rarer they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +20,9 @@ from serving.engine.cost_table import CostTable
 MAX_DRAFT_TOKENS = 8
 _MARGIN = 1.03
 _UNPRICED = 1.05
-"""What drafting must gain over none: the draft's prompts and the engine's own work on drafts are in no table.
-Together with the margin it is what they cost at eight sequences on one core (3 % and 5 %)."""
+"""Factor by which drafting must beat plain decoding: the cost table has neither the draft's prompts nor the
+engine's own work on drafts. With the margin it covers their cost at eight sequences on one core (3 % and 5
+%)."""
 _LEAST_INTERVAL = 16
 _MOST_INTERVAL = 512
 _SECONDS_KEPT_ROUNDS = 32
@@ -28,22 +30,22 @@ _SECONDS_KEPT_ROUNDS = 32
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence, as far as drafting goes."""
+    """What the choice of draft lengths needs to know of one sequence."""
 
     route: str
     estimate: SequenceEstimate
     num_tokens: int
     max_draft_tokens: int
-    """By what it may still emit and what its request allows."""
+    """Limit from the tokens it may still emit and from its request."""
     num_matched: int = 0
-    """Of what it could copy; 0: nothing."""
+    """Context tokens that a copy would continue; 0: it cannot copy."""
     draft: str | None = DEFAULT_ROUTE
-    """The route of the model that would draft for it; None: it broke, or there is none."""
+    """Route of the model that would draft for it; None: that model broke, or there is none."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Draft tokens of a round, by row; no row has both."""
+    """Draft tokens of a round, by row; no row has both kinds."""
 
     by_model_B: list[int]
     copied_B: list[int]
@@ -51,7 +53,7 @@ class Lengths:
 
 @dataclass
 class _Probe:
-    """When to try again what does not pay: rounds between two tries double while they fail."""
+    """When to retry a way to draft that does not pay: the rounds between two tries double while they fail."""
 
     interval: int = _LEAST_INTERVAL
     num_waited: int = 0
@@ -64,13 +66,14 @@ class _Probe:
         return self.pending
 
     def judge(self, num_accepted: int) -> None:
-        """Called for what was drafted in a probe; one that drafted nothing stays due."""
+        """Called with the outcome of a probe; a probe that drafted nothing stays due."""
         self.pending, self.num_waited = False, 0
         self.interval = _LEAST_INTERVAL if num_accepted else min(_MOST_INTERVAL, 2 * self.interval)
 
 
 class DraftLengthController:
-    """Chooses the draft lengths of a round. A `fixed` length goes to the model, where there is one."""
+    """Chooses the draft lengths of a round. A `fixed` length applies to the model, or to copies if there is
+    none."""
 
     def __init__(
         self, costs: CostTable | None, *, fixed: int | None = None, max_draft_tokens: int = MAX_DRAFT_TOKENS
@@ -84,13 +87,13 @@ class DraftLengthController:
         self._routes = RouteEstimates()
         self._copy_probe = _Probe()
         self._model_probes: dict[str, _Probe] = {}
-        """By the route of the draft."""
+        """Keys are routes of drafts."""
         self._seconds: dict[int, tuple[list[float], list[float]]] = {}
         self._num_rounds = 0
 
     @property
     def current(self) -> int:
-        """The model's length in use, probes aside."""
+        """The model's draft length in use, without probes."""
         return self._current
 
     @property
@@ -99,11 +102,11 @@ class DraftLengthController:
 
     @property
     def longest(self) -> int:
-        """No row is ever asked for more."""
+        """Upper bound on the draft length of any row."""
         return self._longest if self._fixed is None else self._fixed
 
     def choose(self, rows: Sequence[Row], *, can_draft: bool = True) -> Lengths:
-        """The lengths for the next round of these rows; `can_draft`: a model is there to draft."""
+        """The lengths for the next round of these rows; `can_draft`: a model can draft."""
         can_draft = can_draft and any(row.draft is not None for row in rows)
         if self._fixed is not None or self._costs is None:
             return self._fixed_lengths(rows, can_draft)
@@ -136,7 +139,7 @@ class DraftLengthController:
         num_accepted: int,
         draft: str = DEFAULT_ROUTE,
     ) -> None:
-        """How one sequence's drafts fared in a round; `draft`: as in its row."""
+        """Add the outcome of one sequence's draft tokens in a round; `draft` is `Row.draft`."""
         if not num_attempted:
             return
         probe = self._model_probe(draft) if num_matched == MODEL else self._copy_probe
@@ -147,7 +150,7 @@ class DraftLengthController:
             probe.judge(num_accepted)
 
     def forget_model(self, is_served: Callable[[str], bool] = lambda route: True) -> None:
-        """Another draft serves these routes; its acceptance is unknown, and worth finding out."""
+        """Another draft serves these routes: drop the estimates, and probe it soon."""
         self._routes.forget_model(is_served)
         self._model_probes = {
             draft: probe for draft, probe in self._model_probes.items() if not is_served(draft)
@@ -162,11 +165,11 @@ class DraftLengthController:
     def _expected(
         self, rows: Sequence[Row], can_draft: bool
     ) -> tuple[list[list[float]], list[list[float] | None]]:
-        """[row][length]: expected tokens if the model drafts (nothing without one), and if the row copies."""
+        """[row][length]: expected tokens if the model drafts (1 each without one), and if the row copies."""
         by_model, by_copy = [], []
         for row in rows:
-            drawn = can_draft and row.draft is not None
-            rates = self._routes.rates(row.route, row.estimate, MODEL) if drawn else (0.0, 0.0)
+            has_model = can_draft and row.draft is not None
+            rates = self._routes.rates(row.route, row.estimate, MODEL) if has_model else (0.0, 0.0)
             by_model.append(_expected_tokens(rates, row.max_draft_tokens, self._longest))
             copied = None
             if row.num_matched:
@@ -185,7 +188,8 @@ class DraftLengthController:
         target_s: list[float],
         propose_s: list[float],
     ) -> Lengths:
-        """The model's plan of length `current` and speed `base`, or a better one that copies."""
+        """The plan in which the model drafts `current` tokens at speed `base`, or a faster one that
+        copies."""
         best_speed, best_length, alone = _MARGIN * base, 0, False
         if not any(copied is not None for copied in by_copy):
             return _split(rows, current, [False] * len(rows), current)
@@ -202,8 +206,8 @@ class DraftLengthController:
                 max(model[current], 0.0 if copied is None else copied[current])
                 for model, copied in zip(by_model, by_copy, strict=True)
             )
-            drawing = {row.draft for row, copies in zip(rows, wins, strict=True) if row.draft and not copies}
-            speed = tokens / (target_s[current] + len(drawing) * propose_s[current])
+            drafting = {row.draft for row, copies in zip(rows, wins, strict=True) if row.draft and not copies}
+            speed = tokens / (target_s[current] + len(drafting) * propose_s[current])
             if speed > best_speed:
                 return _split(rows, current, wins, current)
         if alone:
@@ -211,7 +215,7 @@ class DraftLengthController:
         return _split(rows, current, [False] * len(rows), current)
 
     def _with_probes(self, rows: Sequence[Row], lengths: Lengths, can_draft: bool) -> Lengths:
-        """One row may be asked to try what does not seem to pay."""
+        """Let one row probe a way to draft that is due for a retry."""
         able = [index for index, row in enumerate(rows) if row.max_draft_tokens]
         if not able:
             return lengths
@@ -228,7 +232,7 @@ class DraftLengthController:
         return lengths
 
     def _rows_of_due_models(self, rows: Sequence[Row], lengths: Lengths) -> list[int]:
-        """Rows whose model has not drafted for as long as its probe waits."""
+        """Rows whose model has not drafted for as long as the interval of its probe."""
         by_draft: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
             if row.draft is not None:
@@ -244,15 +248,16 @@ class DraftLengthController:
         return self._model_probes.setdefault(draft, _Probe())
 
     def _round_seconds(self, batch_size: int) -> tuple[list[float], list[float]]:
-        """By draft length: the target's pass, and the model's proposal. Looked up anew now and then."""
+        """Seconds by draft length of the target's pass and of a model's proposal, refreshed every few
+        rounds."""
         assert self._costs is not None
         self._num_rounds += 1
         if self._num_rounds % _SECONDS_KEPT_ROUNDS == 0:
             self._seconds.clear()
-        known = self._seconds.get(batch_size)
-        if known is None:
-            known = self._seconds[batch_size] = self._costs.seconds_by_length(batch_size, self._longest)
-        return known
+        seconds = self._seconds.get(batch_size)
+        if seconds is None:
+            seconds = self._seconds[batch_size] = self._costs.seconds_by_length(batch_size, self._longest)
+        return seconds
 
 
 def _expected_tokens(rates: Rates, max_draft_tokens: int, longest: int) -> list[float]:
@@ -267,8 +272,8 @@ def _expected_tokens(rates: Rates, max_draft_tokens: int, longest: int) -> list[
 def _fastest_drafts(
     rows: Sequence[Row], tokens_B: Sequence[float], target_s: float, propose_s: float
 ) -> tuple[float, frozenset[str]]:
-    """Tokens a second of a round, and whose drafts it takes: as many of those that bring most as pay their
-    own passes, one at least."""
+    """Tokens a second of a round and the drafts that take part: by descending gain as many as raise the
+    speed, at least one."""
     gains: dict[str, float] = {}
     for row, tokens in zip(rows, tokens_B, strict=True):
         if row.draft is not None:
@@ -285,13 +290,19 @@ def _fastest_drafts(
 def _sit_out(
     rows: Sequence[Row], by_model: list[list[float]], drafts: frozenset[str]
 ) -> tuple[Sequence[Row], list[list[float]]]:
-    """Rows whose model is not among those that draft are as without one."""
+    """Treat rows whose model is not in `drafts` as rows without a model."""
     if all(row.draft in drafts for row in rows):
         return rows, by_model
-    taken = [row.draft in drafts for row in rows]
+    drafting = [row.draft in drafts for row in rows]
     return (
-        [row if takes else replace(row, draft=None) for row, takes in zip(rows, taken, strict=True)],
-        [each if takes else [1.0] * len(each) for each, takes in zip(by_model, taken, strict=True)],
+        [
+            row if drafts_now else replace(row, draft=None)
+            for row, drafts_now in zip(rows, drafting, strict=True)
+        ],
+        [
+            each if drafts_now else [1.0] * len(each)
+            for each, drafts_now in zip(by_model, drafting, strict=True)
+        ],
     )
 
 

@@ -1,9 +1,8 @@
-"""The drafts that serve, one a route: whether and how far each drafts, swaps between rounds, and what to do
-when one breaks.
+"""The draft models of all routes: how many tokens each drafts, swaps between rounds, and broken drafts.
 
-Runs on the engine's thread only. A row whose route has no draft of its own has the default route's. A draft
-that gives logits that are not finite costs nothing but speed: it is switched off and its floor takes its
-place; if the floor itself is broken that route does not draft until a swap. The others go on.
+Runs on the engine's thread only. Rows of a route without a draft of its own use the default route's. A draft
+whose logits are not finite costs only speed: it is switched off and its floor takes its place; if the floor
+is broken too, that route does not draft until a swap. Other routes are not affected.
 """
 
 import logging
@@ -21,7 +20,8 @@ _log = logging.getLogger(__name__)
 
 
 class BrokenDraftError(RuntimeError):
-    """This draft version cannot be swapped in: it broke here before, or there is no draft at all."""
+    """This draft version cannot be swapped in: it broke in this engine before, or there is no draft at
+    all."""
 
 
 class Staged(Protocol):
@@ -34,7 +34,7 @@ class Staged(Protocol):
 
 
 class DraftSlot:
-    """One route's drafter, its floor, and which of its versions broke here."""
+    """One route's drafter, its floor, and the versions that broke in this engine."""
 
     def __init__(self, route: str, drafter: Drafter, floor: Callable[[], Staged] | None) -> None:
         self.route = route
@@ -78,7 +78,7 @@ class DraftSlot:
 
 
 class DraftPool:
-    """The drafters, how far they draft, and the versions that are loaded."""
+    """The drafters of all routes, their draft lengths, and the versions that are loaded."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class DraftPool:
         floor: Callable[[], Staged] | None,
         ngram: LookupDrafter | None = None,
     ) -> None:
-        """`drafter` and `floor`: of the default route; None: no route can have a draft."""
+        """`drafter` and `floor` are the default route's; None: no route can have a draft."""
         self.ngram = ngram
         self.controller = controller
         self._drafts: dict[str, DraftSlot] = {}
@@ -96,7 +96,7 @@ class DraftPool:
 
     @property
     def drafter(self) -> Drafter | None:
-        """Of the default route."""
+        """The default route's drafter."""
         default = self._drafts.get(DEFAULT_ROUTE)
         return default.drafter if default is not None else None
 
@@ -149,7 +149,7 @@ class DraftPool:
         )
 
     def observe(self, sequence: Sequence, advance: Advance) -> None:
-        """How a sequence's drafts fared in the last round."""
+        """Tell the controller how a sequence's draft tokens fared in the last round."""
         draft = self._draft_of(sequence.route)
         self.controller.observe(
             sequence.route,
@@ -171,19 +171,19 @@ class DraftPool:
             drafter.move(source, destination)
 
     def open(self, route: str, drafter: Drafter, floor: Callable[[], Staged] | None) -> None:
-        """Give a route a draft of its own, which has seen no sequence yet."""
+        """Give a route a draft of its own; its drafter starts with no state of any sequence."""
         assert route not in self._drafts, f"route {route} has a draft"
         self._drafts[route] = DraftSlot(route, drafter, floor)
         self.controller.forget_model(lambda seen: seen == route)
 
     def close(self, route: str) -> None:
-        """Back to the default route's draft; nothing where the route has none of its own."""
+        """Let the default route's draft serve the route again; does nothing if the route has no draft."""
         if route != DEFAULT_ROUTE and self._drafts.pop(route, None) is not None:
             self.controller.forget_model(lambda seen: seen == route)
 
     def swap(self, staged: Staged, route: str = DEFAULT_ROUTE, *, under_load: bool) -> SwapReport:
-        """Make staged weights live. Raises BrokenDraftError, and then nothing changed; whatever else
-        `apply` raises, and then the route's floor serves."""
+        """Make staged weights live. Raises BrokenDraftError, after which nothing changed, or whatever `apply`
+        raises, after which the route's floor serves."""
         draft = self._drafts.get(route)
         if draft is None:
             raise _not_swapped(staged, "no draft is loaded")
@@ -200,7 +200,7 @@ class DraftPool:
         return report
 
     def serves(self, draft_route: str, route: str) -> bool:
-        """Whether the draft of `draft_route` is the one of that route's rows."""
+        """Whether rows of `route` use the draft of `draft_route`."""
         draft = self._draft_of(route)
         return draft is not None and draft.route == draft_route
 
@@ -209,7 +209,7 @@ class DraftPool:
 
     @property
     def drafters(self) -> list[Drafter]:
-        """All of them, whatever copies included."""
+        """All drafters, n-gram lookup included."""
         drafters = [draft.drafter for draft in self._drafts.values()]
         return drafters if self.ngram is None else [*drafters, self.ngram]
 

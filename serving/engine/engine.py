@@ -1,7 +1,7 @@
 """The engine's thread-safe front: submit, cancel, swap. Knows no HTTP, Ray or Redis.
 
-A thread of its own runs the `EngineCore`; whatever callers want of it becomes a command that is taken between
-two rounds.
+A thread of its own runs the `EngineCore`; calls from other threads become commands that it runs between two
+rounds.
 """
 
 import itertools
@@ -56,10 +56,10 @@ class Engine:
         router: Router | None = None,
         embedder: Runner | None = None,
     ) -> None:
-        """`floor` stages the untrained draft: where the engine goes when an adapted one breaks. `ngram`
-        copies where the model drafter is absent, broken or worth less. `prefix_cache` stands beside the
-        target's slots; None computes every prompt. `router` names the route of prompts that bring none, by
-        what `embedder` says of them (see `hidden_states`); embeddings of what is captured are kept too."""
+        """`floor` stages the untrained draft, which the engine falls back to when an adapted one breaks.
+        `ngram` copies where the model drafter is absent, broken or slower. `prefix_cache` None: every prompt
+        is computed. `router` chooses the route of prompts that have none, from what `embedder` computes (see
+        `hidden_states`); embeddings of captured requests are kept too."""
         self.core = EngineCore(
             target,
             drafter,
@@ -72,7 +72,7 @@ class Engine:
             router=router,
             embedder=embedder,
         )
-        """Belongs to the engine's thread."""
+        """Used by the engine's thread."""
         self._max_seq_len, self._vocab_size = target.max_seq_len, target.vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -92,7 +92,7 @@ class Engine:
             request.request_id, lambda: self._commands.put(lambda: core.cancel(sequence)), on_event
         )
         self._commands.put(lambda: core.add(sequence))
-        if self._closed.is_set():  # closed in between: nobody may be left to take the command
+        if self._closed.is_set():  # closed in between: the thread may have ended without running the command
             raise EngineClosedError(f"the engine was closed; request {request.request_id!r} was not run")
         return handle
 
@@ -142,22 +142,22 @@ class Engine:
         return self._ask(lambda: self.core.open_draft(route, drafter, floor), consequence)
 
     def close_draft(self, route: str) -> "Future[None]":
-        """The default route's draft serves this route again; when it is done, nothing of the route's own is
-        held here. Raises EngineClosedError."""
+        """Let the default route's draft serve this route again; once done, the engine holds nothing of the
+        route's own draft. Raises EngineClosedError."""
         return self._ask(lambda: self.core.close_draft(route), f"the draft of route {route} was not closed")
 
     def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> "Future[None]":
-        """Run these runners' passes by other code from the next round on, at newly measured costs. Raises
-        EngineClosedError."""
+        """From the next round on, run these runners' passes with these compiled ones, at newly measured
+        costs. Raises EngineClosedError."""
         return self._ask(lambda: self.core.use_passes(passes, costs), "passes stay as they are")
 
     def seed(self, seed: int) -> None:
-        """Make unseeded sampling repeatable from here on; only for a lone caller."""
+        """Make unseeded sampling repeatable from here on; only if there is a single caller."""
         self._ask(lambda: self.core.generator.manual_seed(seed), "the seed was not set")
 
     @property
     def draft_version(self) -> int:
-        """Of the default route."""
+        """The default route's version."""
         return self.draft_versions[DEFAULT_ROUTE]
 
     @property
@@ -167,7 +167,7 @@ class Engine:
 
     @property
     def costs(self) -> CostTable | None:
-        """Of passes, as live rounds have corrected them."""
+        """Costs of passes, as corrected by live rounds."""
         return self.core.costs
 
     @property
@@ -195,7 +195,7 @@ class Engine:
         self.close()
 
     def _ask(self, act: Callable[[], T], consequence: str) -> "Future[T]":
-        """Have it done on the engine's thread, between two rounds. Raises EngineClosedError."""
+        """Run `act` on the engine's thread, between two rounds. Raises EngineClosedError."""
         done: Future[T] = Future()
 
         def command() -> None:
@@ -224,7 +224,7 @@ class Engine:
             core.cancel_all()
 
     def _take_commands(self, *, wait: bool) -> None:
-        """Joins, cancellations and swaps that arrived since the last round."""
+        """Run the commands (joins, cancellations, swaps) that arrived since the last round."""
         while True:
             try:
                 command = self._commands.get(block=wait)
@@ -237,7 +237,7 @@ class Engine:
                 _log.exception("a command failed; the engine goes on")
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        """What ends the text; ids that the target cannot emit are left out."""
+        """Token ids that end the text; ids that the target cannot emit are left out."""
         eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
         stops = eos.union(sampling.stop_token_ids)
         return frozenset(token for token in stops if 0 <= token < self._vocab_size)

@@ -1,7 +1,7 @@
 """What `Engine.submit` returns: follow a generation, wait for it, or cancel it.
 
-Waking a waiting thread costs the engine's thread more than a round's bookkeeping, so whoever waits for the
-result is resumed once, at the end; only who iterates is resumed for each event.
+Waking a thread costs the engine's thread more than a round's bookkeeping. A caller that waits for the result
+is therefore woken once, at the end; only one that iterates is woken for each event.
 """
 
 import threading

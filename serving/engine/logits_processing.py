@@ -1,5 +1,4 @@
-"""From raw logits to those the final distribution is made of: bias, penalties, held-back stops. All in one
-place.
+"""From raw logits to those of the final distribution: bias, penalties and held-back stop tokens.
 
 What happens at output position i, in this order; each means what it means to OpenAI and vLLM:
 1. `logit_bias` is added, -inf bans an id; with `allowed_token_ids` every other id is banned.
@@ -10,9 +9,9 @@ What happens at output position i, in this order; each means what it means to Op
 
 Target and draft pass through the same `apply`. Invariant: what it does at a position depends on the tokens
 before that position alone, committed or drafted in this round, so the distribution of a position is the same
-however many tokens were drafted. Knows neither models nor rounds; log-probabilities that are reported stay
-raw. Legend: B rows of a batch, R those that ask for something, X positions, D drafted tokens before the last
-of them, V vocabulary.
+however many tokens were drafted. Knows neither models nor rounds; reported log-probabilities are those of raw
+logits. Legend: B rows of a batch, R those that ask for something, X positions, D drafted tokens before the
+last of them, V vocabulary.
 """
 
 import math
@@ -27,7 +26,7 @@ from serving.engine.request import SamplingParams
 
 @dataclass(frozen=True)
 class RowContext:
-    """What a row of the batch asks for, and the tokens it has so far (prompt and output)."""
+    """The sampling parameters of a row of the batch, and its tokens so far (prompt and output)."""
 
     sampling: SamplingParams
     token_ids: Sequence[int]
@@ -36,7 +35,7 @@ class RowContext:
 
     @property
     def num_held_back(self) -> int:
-        """Coming output positions at which no stop may be drawn."""
+        """Number of coming output positions at which no stop token may be drawn."""
         return max(0, self.sampling.min_tokens - (len(self.token_ids) - self.prompt_len))
 
 
@@ -52,7 +51,7 @@ class LogitsProcessing:
     def stack(
         cls, rows: Sequence[RowContext], vocab_size: int, device: torch.device | str = "cpu"
     ) -> "LogitsProcessing | None":
-        """One row a sequence, in order. None where no row asks for anything, so that it costs nothing."""
+        """One row a sequence, in order. None if no row needs processing, so that it costs nothing."""
         bias = _Bias.stack(rows, vocab_size, device)
         penalties = _Penalties.stack(rows, vocab_size, device)
         stops = _HeldBackStops.stack(rows, vocab_size, device)
@@ -61,12 +60,12 @@ class LogitsProcessing:
         return cls(bias, penalties, stops)
 
     def apply(self, logits_BXV: Tensor, drafted_BD: Tensor, first_position: int = 0) -> Tensor:
-        """Processed logits of the output positions `first_position`, + 1, … of this round, in a
-        copy (the logits themselves where no row asks for anything from here on).
+        """Processed logits of the output positions `first_position`, + 1, … of this round, in a copy (the
+        logits themselves if no row needs processing from here on).
 
         `drafted_BD` holds the tokens drafted in this round from its position 0 on, at least all before the
-        last of X. Position x sees the columns before it; a row's columns past its drafts reach only
-        positions that nobody uses, but must be token ids.
+        last of X. Position x sees the columns before it; columns past a row's drafts affect only positions
+        that are not used, but must be token ids.
         """
         num_positions = logits_BXV.shape[1]
         assert drafted_BD.shape[1] >= first_position + num_positions - 1
@@ -190,7 +189,7 @@ class _Penalties:
 
 
 def _earlier_counts(drafted_RD: Tensor, first_position: int, num_positions: int) -> Tensor:
-    """[R, X, D]: how often the id of draft d stands among the drafts before position x."""
+    """[R, X, D]: how often the id of draft d occurs among the drafts before position x."""
     same_RDD = (drafted_RD[:, :, None] == drafted_RD[:, None, :]).to(torch.float32)
     drafts_D = torch.arange(drafted_RD.shape[1], device=drafted_RD.device)
     ends_X = first_position + torch.arange(num_positions, device=drafted_RD.device)
@@ -199,7 +198,7 @@ def _earlier_counts(drafted_RD: Tensor, first_position: int, num_positions: int)
 
 
 def _counts(token_ids: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> Tensor:
-    """[R, V]: how often each id stands in each row; whole numbers in float32."""
+    """[R, V]: how often each id occurs in each row; whole numbers in float32."""
     flat = [row * vocab_size + token for row, tokens in enumerate(token_ids) for token in tokens]
     counts_N = torch.zeros(len(token_ids) * vocab_size, device=device)
     index_N = torch.tensor(flat, dtype=torch.int64, device=device)
@@ -212,7 +211,7 @@ def _column(values: list[float], device: torch.device | str) -> Tensor:
 
 
 class _HeldBackStops:
-    """Step 4, for the rows that have not reached min_tokens."""
+    """Step 4, for the rows that have fewer than min_tokens output tokens."""
 
     def __init__(self, asking: list[int], left: list[int], stops_RV: Tensor) -> None:
         self._asking, self._left = asking, left

@@ -1,4 +1,4 @@
-"""What a round came to, still on the device: everything that the host wants to know, fetched in one wait.
+"""The outcome of a round, still on the device: everything that the host reads, fetched in one copy.
 
 A row whose target logits are not finite accepts nothing. Legend as in `round`.
 """
@@ -16,7 +16,7 @@ from serving.engine.verification import Verification
 
 @dataclass(frozen=True, eq=False)
 class VerifiedRound:
-    """A proposal, what the target says of it, and what stands."""
+    """A proposal, the target's logits at its positions, and which draft tokens were accepted."""
 
     proposal: Proposal
     num_usable_B: Tensor
@@ -24,15 +24,15 @@ class VerifiedRound:
     verification: Verification
     raw_logits_BEV: Tensor
     logits_BEV: Tensor
-    """After bias, penalties and held-back stops; else the raw ones."""
+    """Logits after bias, penalties and held-back stops; the raw ones if no row has any."""
     logprobs_BEV: Tensor | None
-    """The final distribution's; None when every row is greedy."""
+    """Log-probabilities of the final distribution; None when every row is greedy."""
     choice_BE: Tensor | None
-    """The target's own choice on greedy and coupled rows; None where there is none."""
+    """The target's own choice on greedy and coupled rows; None if there are no such rows."""
 
 
 def outcome_tensors(batch: Batch, verified: VerifiedRound) -> dict[str, Tensor]:
-    """All that `commit` and the recorder want to know, by name."""
+    """All that `commit` and the recorder need, by name."""
     proposal, raw_logits_BEV = verified.proposal, verified.raw_logits_BEV
     logsumexp_BE = raw_logits_BEV.logsumexp(dim=-1)
     finite_B = _finite_rows(batch, verified, logsumexp_BE)
@@ -66,7 +66,7 @@ def outcome_tensors(batch: Batch, verified: VerifiedRound) -> dict[str, Tensor]:
 
 
 def _finite_rows(batch: Batch, verified: VerifiedRound, logsumexp_BE: Tensor) -> Tensor:
-    """Rows [B] with something to say at every position."""
+    """Rows [B] with finite logits at every position and at least one token that may be drawn."""
     finite_B = torch.isfinite(logsumexp_BE).all(dim=-1)
     if batch.processing is not None:  # what is allowed may be what the target's own padding excludes
         finite_B &= torch.isfinite(verified.logits_BEV.amax(dim=-1)).all(dim=-1)

@@ -1,8 +1,8 @@
-"""Prompts into the cache, one sequence at a time, in chunks between rounds; and their routes.
+"""Prefill: prompts enter the cache one sequence at a time, in chunks between rounds; also routes them.
 
-What the prefix cache knows is copied, the rest runs through the target; the draft catches up by itself later.
-Runs on the engine's thread only. Invariant: whatever fails here ends the one sequence in prefill, what fails
-in the prefix cache costs speed only, and what fails in the router leaves the default route.
+Prefixes in the prefix cache are copied, the rest runs through the target; the draft catches up by itself
+later. Runs on the engine's thread only. Invariant: a failure here ends only the sequence in prefill, one in
+the prefix cache costs only speed, and one in the router leaves the default route.
 """
 
 import logging
@@ -24,16 +24,17 @@ from serving.engine.stats import Meter
 _log = logging.getLogger(__name__)
 
 Router = Callable[[NDArray[np.float16]], str]
-"""The route of a prompt that came without one, by its embedding [H]; called between rounds, so at once."""
+"""Gives the route of a prompt that has none, from its embedding [H]; called between rounds, so it must be
+fast."""
 
 
 class Prefill:
-    """All of a prompt but its last token, which the first round feeds."""
+    """Prefills all of a prompt but its last token, which the first round feeds."""
 
     def __init__(
         self,
         target: Runner,
-        draft: DraftPool,
+        drafts: DraftPool,
         scheduler: Scheduler,
         meter: Meter,
         *,
@@ -42,16 +43,17 @@ class Prefill:
         router: Router | None,
         embedder: Runner | None,
     ) -> None:
-        """`prefix_cache` None: every prompt is computed; `router` or `embedder` None: none is embedded."""
-        self._target, self._draft, self._scheduler, self._meter = target, draft, scheduler, meter
+        """`prefix_cache` None: every prompt is computed; `router` or `embedder` None: no prompt is
+        embedded."""
+        self._target, self._drafts, self._scheduler, self._meter = target, drafts, scheduler, meter
         self._chunk_tokens = chunk_tokens
         self._prefix_cache = prefix_cache
         self._router, self._embedder = router, embedder
         self._states: PromptStates | None = None
-        """Of the sequence in prefill, where anyone wants them."""
+        """Hidden states of the sequence in prefill; None if its embedding is not needed."""
 
     def advance(self) -> bool:
-        """At most one chunk's worth of tokens. Returns whether a sequence joined the running ones."""
+        """Prefill at most one chunk's worth of tokens. Returns whether a sequence joined the running ones."""
         budget, joined = self._chunk_tokens, False
         while budget > 0:
             slot = self._scheduler.admit()
@@ -75,16 +77,17 @@ class Prefill:
         return joined
 
     def keep_finished(self) -> None:
-        """Before they leave their slots: what finished sequences have cached, their outputs included."""
+        """Called before finished sequences leave their slots: keep their prompts and outputs in the prefix
+        cache."""
         for slot, sequence in enumerate(self._scheduler.running):
             if sequence.finish_reason not in (None, "error"):
                 self._keep(slot, sequence)
 
     def _begin(self, sequence: Sequence, slot: int) -> None:
-        """A clean slot, and in it what is known of the prompt."""
+        """Clear the slot, and copy what the prefix cache has of the prompt."""
         sequence.queued_s = time.perf_counter() - sequence.submitted_at_s
         self._target.cache.clear(slot)
-        self._draft.clear(slot)
+        self._drafts.clear(slot)
         sequence.num_cached = sequence.num_reused = self._reuse(slot, sequence)
         self._states = self._new_states(sequence)
 
@@ -111,7 +114,7 @@ class Prefill:
         return len(chunk)
 
     def _new_states(self, sequence: Sequence) -> PromptStates | None:
-        """Where the prompt is to be routed or recorded, and the target can say."""
+        """Collects hidden states if the prompt is to be routed or recorded and the target has an embedder."""
         request = sequence.request
         if self._router is None or self._embedder is None:
             return None
@@ -123,7 +126,7 @@ class Prefill:
         return PromptStates(sequence.prompt_len - 1, self._prefix_cache.block_tokens, reused)
 
     def _embed(self, sequence: Sequence) -> list[BlockMean]:
-        """The prompt's embedding, and its route where it brought none; its blocks' means for the prefix
+        """Set the prompt's embedding, and its route if it has none. Returns its blocks' means for the prefix
         cache."""
         states, self._states = self._states, None
         if states is None or self._router is None:

@@ -1,7 +1,7 @@
-"""What a drafter offers, the Protocol behind which every drafter stands, and who drafts for whom in a round.
+"""What a drafter proposes, the Protocol of all drafters, and which drafter drafts for which rows in a round.
 
-A distribution of None is one-hot: the proposal is certain of its tokens, and is judged so. That is exact for
-any tokens whatever, copied, stale or random. Legend: B rows (row = slot), G drafted, V vocabulary.
+A distribution of None is one-hot: the proposal gives its tokens probability 1, and is verified so. That is
+exact for any tokens, whether copied, stale or random. Legend: B rows (row = slot), G drafted, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from serving.engine.sequence import Batch
 
 
 class DrafterVersion(NamedTuple):
-    """What a round of a sequence counts for."""
+    """The drafter, and the version of its weights, under which a sequence's round is counted."""
 
     drafter_id: str
     draft_version: int | None
@@ -45,9 +45,9 @@ class Proposal:
     num_matched_B: tuple[int, ...] = ()
     """Context tokens that a row's copied drafts continue; 0 where a model drafted. Empty: 0 in all rows."""
     num_chunks: int = 0
-    """Passes that only caught up: real time, but not what drafting costs."""
+    """Passes that only caught up with the context: they take time, but are no cost of drafting."""
     num_broken_rows: int = 0
-    """All rows if the drafter raised; broken ones are told by their `token_logprobs_BG`."""
+    """All rows if the drafter raised; single broken rows are marked in `token_logprobs_BG`."""
 
     @classmethod
     def empty(cls, num_rows: int, draft_version: int, device: torch.device | str) -> "Proposal":
@@ -73,12 +73,12 @@ class Drafter(Protocol):
 
     @property
     def drafter_id(self) -> str:
-        """What it is, by name; leaves the process in records and counters."""
+        """Its name, which records and counters carry out of the process."""
         ...
 
     @property
     def draft_version(self) -> int:
-        """Of its weights; FLOOR_VERSION where they have no versions."""
+        """Version of its weights; FLOOR_VERSION if they have no versions."""
         ...
 
     def propose(
@@ -95,7 +95,8 @@ class Drafter(Protocol):
         ...
 
     def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
-        """How the last proposal fared, by row; called before tokens are appended."""
+        """Told after verification, before tokens are appended: usable and accepted draft tokens of the last
+        proposal, by row."""
         ...
 
     def clear(self, slot: int) -> None:
@@ -111,21 +112,22 @@ class Drafter(Protocol):
         ...
 
     def refresh(self, draft_version: int) -> None:
-        """The live weights are now this version: renew state made by the old when it costs no stall."""
+        """The live weights are now this version: recompute state of the old ones when that delays no
+        round."""
         ...
 
 
 class LookupDrafter(Drafter, Protocol):
-    """A drafter that copies, and so can say beforehand what it would."""
+    """A drafter that copies, and can say beforehand how many context tokens match."""
 
     def matches(self, batch: Batch) -> list[int]:
-        """Context tokens that would be continued, by row; 0 where it has nothing to propose."""
+        """Length of the match that a copy would continue, by row; 0 if it has nothing to propose."""
         ...
 
 
 @dataclass(frozen=True)
 class DraftAssignment:
-    """What one drafter is asked for in a round; no row is in two assignments."""
+    """Draft tokens requested of one drafter in a round, by row; no row is in two assignments."""
 
     drafter: Drafter
     num_draft_tokens_B: list[int]
@@ -135,20 +137,20 @@ class ServingDraft(NamedTuple):
     """The draft that is loaded for a row: versions are counted by route."""
 
     route: str
-    """The one it was trained for; not the row's own where that has no draft."""
+    """The route that it was trained for; not the row's own if that has no draft."""
     draft_version: int
 
     def drafted(self, num_matched: int) -> DrafterVersion:
-        """Who drafted for such a row, given how many context tokens its drafts continue."""
+        """The drafter of such a row, given how many context tokens its draft continues (0: the model)."""
         return COPIED if num_matched else DrafterVersion(MODEL_DRAFTER, self.draft_version)
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """Who drafts for which rows in a round. No assignments: plain decoding."""
+    """The assignments of all drafters in a round. No assignments: plain decoding."""
 
     drafts_B: tuple[ServingDraft, ...]
-    """Whether or not they draft."""
+    """The draft that is loaded for each row, whether or not it drafts."""
     assignments: tuple[DraftAssignment, ...] = ()
 
     @property
@@ -157,8 +159,8 @@ class DraftPlan:
 
 
 def combine(parts: Sequence[Proposal]) -> Proposal:
-    """The proposals of all assignments of a round as one; each row from whoever drafted for it, its
-    distributions too. The version is the first's: whose drafts a row has is for the plan to say."""
+    """The proposals of all assignments of a round as one: each row, with its distributions, comes from the
+    drafter that drafted for it. The version is that of the first; the plan has the version of each row."""
     whole = parts[0]
     for part in parts[1:]:
         whole = _lay_over(whole, part)
@@ -184,19 +186,20 @@ def _lay_over(below: Proposal, above: Proposal) -> Proposal:
         logprobs_BGV = _logprobs(below, width, vocab_size).index_copy(
             0, rows_N, _logprobs(above, width, vocab_size, rows_N)
         )
-    taken = set(rows)
+    from_above = set(rows)
     return Proposal(
         draft_version=below.draft_version,
         token_ids_BG=token_ids_BG,
         num_drafted_B=tuple(
-            (above if row in taken else below).num_drafted_B[row] for row in range(len(below.num_drafted_B))
+            (above if row in from_above else below).num_drafted_B[row]
+            for row in range(len(below.num_drafted_B))
         ),
         logprobs_BGV=logprobs_BGV,
         token_logprobs_BG=_widen(below.token_logprobs_BG, width).index_copy(
             0, rows_N, _widen(above.token_logprobs_BG, width)[rows_N]
         ),
         num_matched_B=tuple(
-            above.num_matched(row) if row in taken else below.num_matched(row)
+            above.num_matched(row) if row in from_above else below.num_matched(row)
             for row in range(len(below.num_drafted_B))
         ),
         num_chunks=num_chunks,

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out. Plain data, validated at the door; no tensors.
+"""What goes into the engine and what comes out. Plain data, validated on construction; no tensors.
 
 The engine never sees text: prompts and outputs are token ids. Errors are ValueErrors that name the
 field, its value and the consequence.
@@ -25,11 +25,10 @@ MIN_TEMPERATURE = 1e-5
 class SamplingParams:
     """How to draw tokens; applies to target and draft alike.
 
-    temperature 0 is greedy, and so is one under MIN_TEMPERATURE; top_k 0, top_p 1 and min_p 0 are off. With
-    a `seed` the text depends on the seed, the prompt and the target alone (coupled sampling).
-    `num_draft_tokens` caps the draft length (0: no speculation; None: no cap of the request's own).
-    `logprobs` asks for that many of the target's most likely tokens beside each output token (raw,
-    temperature 1).
+    temperature 0 is greedy, and so is one under MIN_TEMPERATURE; top_k 0, top_p 1 and min_p 0 are off. With a
+    `seed` the text depends on the seed, the prompt and the target alone (coupled sampling).
+    `num_draft_tokens` caps the draft length (0: no speculation; None: the request sets no cap). `logprobs`
+    asks for that many of the target's most likely tokens beside each output token (raw, temperature 1).
 
     The penalties, `logit_bias` (-inf bans an id) and `allowed_token_ids` change logits as
     `logits_processing` says, draft and target alike; a mapping given as `logit_bias` is kept as pairs.
@@ -138,9 +137,9 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choice_index: int = 0
     route: str | None = None
-    """None: set when prefill ends, by the engine's router; `default` without one."""
+    """None: the engine's router sets it when prefill ends; `default` without a router."""
     capture: bool = False
-    """Keep what the target says at every verified position, for the recorder."""
+    """Keep the target's log-probabilities at every verified position, for the recorder."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,15 @@ class TokenEvent:
 
 
 def captured_round_bytes(num_positions: int, num_kept: int) -> int:
-    """At most, of a captured round of so many verified positions and kept entries at each."""
-    objects = 1_400  # seven arrays and what holds them
+    """Upper bound on the bytes of a captured round with so many verified positions and kept entries at
+    each."""
+    objects = 1_400  # seven array objects and the dataclass
     return objects + num_positions * (num_kept * (4 + 2) + 5 * 4)
 
 
 @dataclass(eq=False)
 class CapturedRound:
-    """Raw material of a buffer RoundTrace; same fields, same legend, see there."""
+    """The contents of a buffer RoundTrace; same fields and legend, see there."""
 
     start: int
     drafter_id: str
@@ -196,7 +196,7 @@ class CapturedRound:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds at most, its Python objects included."""
+        """Upper bound on its bytes, including its Python objects."""
         return captured_round_bytes(*self.topk_token_ids_EK.shape)
 
 
@@ -222,16 +222,16 @@ class Generation:
     accepted_histogram: list[int]
     """[i]: rounds that accepted exactly i draft tokens."""
     queued_s: float = 0.0
-    """From submission to a slot."""
+    """Seconds from submission to a slot."""
     num_prompt_tokens_reused: int = 0
     """Prompt tokens whose keys and values were copied from the prefix cache."""
     stop_token_id: int | None = None
-    """The end-of-text or stop id that ended it, if one did."""
+    """The end-of-text or stop id that ended it, if any."""
     error: str = ""
     captured_rounds: list[CapturedRound] = field(default_factory=list)
     """Empty unless the request asked for capture."""
     prompt_embedding_H: NDArray[np.float16] | None = None
-    """Mean hidden state of the prompt; None where nobody asked for it, or it could not be had."""
+    """Mean hidden state of the prompt; None if it was not needed or could not be computed."""
 
 
 EventCallback = Callable[[TokenEvent], Any]

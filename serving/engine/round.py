@@ -1,9 +1,9 @@
 """One round of draft and verify, in reading order. Read this first.
 
-A round proposes up to G tokens for every sequence of the batch, runs the target once over the last
-committed token and the proposal, keeps what the acceptance rule allows, and commits one more token: the
-recovered or the bonus one. Draft length 0 is a legal round: plain decoding. What a round returns is
-by row; the engine turns it into events. Legend: B rows (row = slot), G drafted, E = G + 1, V vocabulary.
+A round proposes up to G tokens for every sequence of the batch, runs the target once over the last committed
+token and the proposal, accepts draft tokens by the acceptance rule, and commits one more token: the recovered
+or the bonus one. A draft length of 0 is allowed and means plain decoding. Results are by row; the engine
+turns them into events. Legend: B rows (row = slot), G drafted, E = G + 1, V vocabulary.
 """
 
 import logging
@@ -30,21 +30,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What the round did, and what it cost."""
+    """What the round did, and the seconds that it took."""
 
     drafts_B: tuple[ServingDraft, ...]
-    """Whose versions the rows' drafts count under."""
+    """The draft that is loaded for each row; its drafts are counted under that version."""
     num_draft_tokens: int
     draft_passes: tuple[int, ...]
-    """Of each model that drafted, one a token; copying makes none."""
+    """Forward passes of each model that drafted, one for each draft token; copying makes none."""
     advances: list[Advance]
     propose_s: float
-    """Catch-up included."""
+    """Seconds of drafting, including catching up with the context."""
     num_chunks: int
-    """Passes of the drafter that only caught up."""
+    """Draft passes that only caught up with the context."""
     target_pass_s: float
     broken_drafts: frozenset[ServingDraft]
-    """Those that raised, or drew from a distribution that is NaN."""
+    """Drafts that raised, or drew from a distribution that is NaN."""
 
 
 @torch.inference_mode()
@@ -59,8 +59,8 @@ def run_round(
     clock.mark()
     noise_BEV = _coupled_noise(batch, plan.max_draft_tokens + 1, target)
     proposals = [_propose(batch, assignment, noise_BEV, generator) for assignment in plan.assignments]
-    nothing = Proposal.empty(len(batch), plan.drafts_B[0].draft_version, batch.device)
-    proposal = combine(proposals) if proposals else nothing
+    no_drafts = Proposal.empty(len(batch), plan.drafts_B[0].draft_version, batch.device)
+    proposal = combine(proposals) if proposals else no_drafts
     clock.mark()
     raw_logits_BEV, num_drafted_B = _target_pass(batch, proposal, target)
     clock.mark()
@@ -110,7 +110,7 @@ def _propose(
         return Proposal.empty(len(batch), drafter.draft_version, batch.device)
     try:
         return drafter.propose(batch, assignment.num_draft_tokens_B, noise_BEV, generator)
-    except Exception:  # a draft may cost speed, never an answer
+    except Exception:  # a failing draft must not fail the answer
         _log.exception("drafting failed; this round goes without")
         proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
         num_broken = 0 if drafter.drafter_id == NGRAM_DRAFTER else len(batch)
@@ -118,7 +118,7 @@ def _propose(
 
 
 def _observe(assignments: Sequence[DraftAssignment], parts: Sequence[Proposal], host: HostArrays) -> None:
-    """Tell each drafter how its own rows fared."""
+    """Tell each drafter how many of its own draft tokens were usable and accepted."""
     usable_B, accepted_B = host["num_drafted_B"].tolist(), host["num_accepted_B"].tolist()
     for assignment, part in zip(assignments, parts, strict=True):
         drafted_B = [min(own, usable) for own, usable in zip(part.num_drafted_B, usable_B, strict=True)]
@@ -126,8 +126,8 @@ def _observe(assignments: Sequence[DraftAssignment], parts: Sequence[Proposal], 
 
 
 def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> tuple[Tensor, Tensor]:
-    """Raw logits [B, E, V]: position e decides the token after the last committed one and e drafts. And how
-    many draft tokens each row was given, [B]."""
+    """Raw logits [B, E, V], whose position e decides the token that follows the last committed one and e
+    drafts; and the number of draft tokens of each row, [B]."""
     lengths = batch.lengths()
     num_verified = proposal.max_drafted + 1
     trash = target.cache.trash_column
@@ -153,7 +153,7 @@ def _target_pass(batch: Batch, proposal: Proposal, target: Runner) -> tuple[Tens
 def _target_choice(
     batch: Batch, logits_BEV: Tensor, noise_BEV: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The target's final distribution, and its own choice where one exists (greedy and coupled rows)."""
+    """Log-probabilities of the target's final distribution, and its own choice on greedy and coupled rows."""
     if batch.sampling.all_greedy:
         return None, logits_BEV.argmax(dim=-1)
     logprobs_BEV = processed_logprobs(logits_BEV, batch.sampling)
@@ -172,7 +172,7 @@ def _verify(
     choice_BE: Tensor | None,
     generator: torch.Generator | None,
 ) -> Verification:
-    """Each row by its own rule: match the target's choice, or the ratio test."""
+    """Verify each row by its rule: match the target's choice (greedy, coupled), or the ratio test."""
     choice = ratio = None
     if choice_BE is not None:
         choice = match_choice(choice_BE, proposal.token_ids_BG, num_drafted_B)
@@ -193,12 +193,12 @@ def _verify(
 def _broken_drafts(
     plan: DraftPlan, parts: Sequence[Proposal], proposal: Proposal, host: HostArrays
 ) -> frozenset[ServingDraft]:
-    """One broken row is enough; the drafts of the other rows go on."""
+    """The drafts that broke in this round, in at least one row."""
     broken = set[ServingDraft]()
     for assignment, part in zip(plan.assignments, parts, strict=True):
         if part.num_broken_rows:
-            asked = zip(plan.drafts_B, assignment.num_draft_tokens_B, strict=True)
-            broken.update(draft for draft, count in asked if count)
+            requested = zip(plan.drafts_B, assignment.num_draft_tokens_B, strict=True)
+            broken.update(draft for draft, count in requested if count)
     counts = zip(host["num_drafted_B"].tolist(), proposal.num_drafted_B, strict=True)
     for row, (usable, num_drafted) in enumerate(counts):
         if usable < num_drafted and np.isnan(host["token_logprobs_BG"][row, usable]):

@@ -1,8 +1,8 @@
 """From logits to the distribution that tokens are drawn from; the same code for draft, target and learner.
 
-The final distribution of a row: logits / temperature, then top-k, then top-p, then min-p, each on what the
-one before left; greedy rows put all mass on the argmax. Pure functions; randomness is an argument. Legend: N
-rows (one a sequence), X positions of a row, V vocabulary.
+The final distribution of a row: logits / temperature, then top-k, then top-p, then min-p, each applied to
+what the one before kept; greedy rows put all mass on the argmax. Pure functions; randomness is an argument.
+Legend: N rows (one a sequence), X positions of a row, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ SamplingRow = tuple[float, int, float, float]
 
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """The sampling parameters of N sequences as tensors, and what they need at most."""
+    """The sampling parameters of N sequences as tensors, and which filters any of them uses."""
 
     temperature_N: Tensor
     """Greedy rows hold 1."""
@@ -110,15 +110,15 @@ def _keep_min_p(warm_NXV: Tensor, min_p_N: Tensor) -> Tensor:
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row, [B], by the distribution `probs / sum(probs)`: where the running sum, in float64,
-    first exceeds `uniform` of the whole. A token of probability 0 is never drawn."""
+    """One token a row, [B], by the distribution `probs / sum(probs)`: the first whose running sum, in
+    float64, exceeds `uniform` times the whole sum. A token of probability 0 is never drawn."""
     mass_BV = probs_BV.double().cumsum(dim=-1)
     whole_B1 = mass_BV[:, -1:].contiguous()
     token_B1 = torch.searchsorted(mass_BV, uniform_B[:, None] * whole_B1, right=True)
-    last_B1 = torch.searchsorted(mass_BV, whole_B1)  # where rounding reached the whole
+    last_B1 = torch.searchsorted(mass_BV, whole_B1)  # if rounding reached the whole sum
     return torch.minimum(token_B1, last_B1)[:, 0].clamp_(max=probs_BV.shape[-1] - 1)
 
 
 def draw_uniforms(like_BV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """What `draw` needs for so many rows: [B] on [0, 1), float64."""
+    """Uniform numbers for `draw`, one for each row of `like_BV`: [B] on [0, 1), float64."""
     return torch.rand(like_BV.shape[0], dtype=torch.float64, generator=generator, device=like_BV.device)

@@ -1,4 +1,4 @@
-"""Who takes part in the next round. Touches no tensor.
+"""Decides which sequences take part in the next round. Touches no tensor.
 
 Running sequences hold the slots 0 .. len(running) - 1, in order; one more may be in prefill, in the slot
 right behind them. When a sequence leaves, the last one moves into its slot, so that a pass always runs
@@ -18,7 +18,7 @@ class Move:
     source: int
     destination: int
     length: int
-    """Columns of the target's slot that count."""
+    """Columns of the target's slot that are in use."""
 
 
 class Scheduler:

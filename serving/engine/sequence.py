@@ -55,19 +55,19 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     """Prompt and output."""
     route: str = field(init=False)
-    """The request's own, or what its prompt's embedding says once prefill has ended."""
+    """The request's own route, or the one that the router chose once prefill has ended."""
     prompt_embedding_H: NDArray[np.float16] | None = None
     submitted_at_s: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     num_cached: int = 0
     """Columns of the target's slot that hold this sequence's tokens."""
     num_reused: int = 0
-    """Of them, prompt columns that were copied instead of computed."""
+    """Prompt columns among them that were copied instead of computed."""
     estimate: SequenceEstimate = field(default_factory=SequenceEstimate)
     drafts_next: bool = True
-    """False for the round after one whose drafts may have made the target overflow."""
+    """False in the round after one whose drafts may have made the target's logits not finite."""
     last_advance: Advance = NO_ADVANCE
-    """Not yet delivered."""
+    """What the last round added, until it is delivered."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str = ""
@@ -100,7 +100,7 @@ class Sequence:
         return self.request.sampling.max_tokens - self.num_output
 
     def max_draft_tokens(self, limit: int) -> int:
-        """Draft length of the next round: never past what a round could still emit."""
+        """Largest draft length of the next round: never past what a round could still emit."""
         cap = self.request.sampling.num_draft_tokens if self.drafts_next else 0
         return max(0, min(limit, self.num_remaining - 1, limit if cap is None else cap))
 

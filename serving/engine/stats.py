@@ -1,6 +1,6 @@
-"""What the engine counts: rounds by draft (its route and version), round times, swaps and their pauses.
+"""What the engine counts: rounds by draft, round times, swaps and their pauses.
 
-A sequence's round that copied its drafts counts as COPIED, so that no draft is credited with it.
+A sequence's round that copied its draft tokens counts as COPIED and not for any draft.
 """
 
 import statistics
@@ -25,7 +25,7 @@ class SwapReport:
     draft_version: int
     swap_s: float
     under_load: bool
-    """Sequences were running."""
+    """Whether sequences were running."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,32 @@ class EngineStats:
     """Draft length in use."""
     is_draft_length_fixed: bool
     route_counts: dict[str, dict[DrafterVersion, RoundCounters]]
-    """By the route of the draft that was loaded, and by who drafted; rounds of draft length 0 count for the
-    draft that was loaded."""
+    """By the route of the draft that was loaded, and by drafter; rounds of draft length 0 count for the draft
+    that was loaded."""
     round_s_median: float
     mean_batch_size: float
     num_swaps: int
     num_swaps_under_load: int
     swap_pause_s_max: float
     """The most that a swap under load and the round after it took beyond a median round of that batch size
-    and draft length (a longer draft is work, not a pause)."""
+    and draft length (so that a longer draft does not count as a pause)."""
     draft_disabled_reason: str
     prefix_cache: PrefixCacheStats
 
     @property
     def draft_version(self) -> int:
-        """Of the default route."""
+        """The default route's version."""
         return self.draft_versions[DEFAULT_ROUTE]
 
     @property
     def counts(self) -> dict[DrafterVersion, RoundCounters]:
-        """Of the default route's draft, and of what drafted in its place."""
+        """Counters of the default route's draft, and of drafters that drafted in its place."""
         return self.route_counts.get(DEFAULT_ROUTE, {})
 
 
 @dataclass
 class Meter:
-    """Gathers what rounds and swaps report; the engine thread writes, anyone reads through `lock`."""
+    """Sums what rounds and swaps report; the engine thread writes, any thread reads under `lock`."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     counts: dict[str, dict[DrafterVersion, RoundCounters]] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Meter:
     _swap_s_before_round: float | None = None
 
     def count_round(self, report: RoundReport, round_s: float) -> None:
-        """One round of `round_s` seconds; closes the pause of a swap right before it."""
+        """Count a round of `round_s` seconds; it completes the pause of a swap right before it."""
         with self.lock:
             kind = len(report.advances), report.num_draft_tokens
             if self._swap_s_before_round is not None and self._rounds:
@@ -110,7 +110,7 @@ class Meter:
                 self._swap_s_before_round = (self._swap_s_before_round or 0.0) + report.swap_s
 
     def forget(self, route: str) -> None:
-        """The route's draft is gone, and with it what it counted: there may be many routes in a long life."""
+        """Drop the counters of a route whose draft was closed: over time there may be many routes."""
         with self.lock:
             self.counts.pop(route, None)
 
@@ -127,6 +127,6 @@ class Meter:
         return statistics.fmean(size for size, *_ in self._rounds) if self._rounds else 0.0
 
     def _median_s(self, kind: tuple[int, int]) -> float:
-        """Of rounds of this batch size and draft length; of all where too few were like it."""
+        """Median of rounds of this batch size and draft length; of all rounds if too few are like it."""
         alike = [seconds for *of_round, seconds in self._rounds if tuple(of_round) == kind]
         return statistics.median(alike) if len(alike) >= _ENOUGH_ALIKE else self.round_s_median

@@ -1,12 +1,12 @@
-"""Which draft tokens stand, and what follows them. Pure functions; randomness is an argument.
+"""Which draft tokens are accepted, and which token follows. Pure functions; randomness is an argument.
 
 Two lossless acceptance rules. `match_choice`: the target's own choice at every position is known (its argmax,
-with shared Gumbel noise in coupled mode); a draft token stands iff it is that choice. `ratio_test`:
-speculative sampling (arXiv 2211.17192); keep with probability min(1, target / draft), after a rejection draw
-from the normalised positive part of target - draft. A one-hot draft distribution makes it: keep with
-probability target, else draw from the target without that token; exact for any proposal, even a random one.
-Shared noise never meets the ratio test. Legend: B rows, G drafted, E = G + 1 verified positions, V
-vocabulary.
+with shared Gumbel noise in coupled mode); a draft token is accepted iff it is that choice. `ratio_test`:
+speculative sampling (arXiv 2211.17192); accept with probability min(1, target / draft), after a rejection
+draw from the normalised positive part of target - draft. With a one-hot draft distribution this becomes:
+accept with the target's probability, else draw from the target without that token; exact for any proposal,
+even a random one. Coupled rows never use the ratio test. Legend: B rows, G drafted, E = G + 1 verified
+positions, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from serving.engine.sampling import draw
 
 @dataclass(frozen=True)
 class Verification:
-    """How a proposal fared."""
+    """Which draft tokens of a proposal were accepted, and the token after them."""
 
     num_accepted_B: Tensor
     next_token_B: Tensor
@@ -27,7 +27,7 @@ class Verification:
 
 
 def match_choice(choice_BE: Tensor, drafted_BG: Tensor, num_drafted_B: Tensor) -> Verification:
-    """Keep draft tokens up to the first that differs from the target's choice; then that choice."""
+    """Accept draft tokens before the first that differs from the target's choice; then comes that choice."""
     num_accepted_B = leading(choice_BE[:, :-1] == drafted_BG, num_drafted_B)
     return Verification(num_accepted_B, choice_BE.gather(1, num_accepted_B[:, None])[:, 0])
 
@@ -68,7 +68,7 @@ def ratio_test(
 
 
 def merge(ratio_rows_B: Tensor, ratio: Verification, choice: Verification) -> Verification:
-    """Rows of a mixed batch, each by its own rule."""
+    """Combine both results of a mixed batch: `ratio` in the rows of `ratio_rows_B`, else `choice`."""
     return Verification(
         torch.where(ratio_rows_B, ratio.num_accepted_B, choice.num_accepted_B),
         torch.where(ratio_rows_B, ratio.next_token_B, choice.next_token_B),
