@@ -305,6 +305,20 @@ def test_a_stale_slot_stays_so_where_it_moves_and_not_where_it_is_cleared(
     assert (starts(model) == [0]) == moves
 
 
+def test_the_new_owner_of_a_stale_slot_is_fed_once(model: WatchedTable) -> None:
+    drafter = drafter_of(model)
+    rows = warm(drafter, model, SHORT, OTHER, [9, 9])
+    drafter.refresh(7)
+    for slot in (1, 2):
+        drafter.clear(slot)
+        rows[slot] = sequence([slot, slot])
+    fed_whole = 0
+    for _ in range(4):
+        play_round(drafter, rows, [1] * 3, [0] * 3)
+        fed_whole += sum(start == 0 for start in starts(model)[1:])
+    assert fed_whole == 2
+
+
 # -- stopping and breaking --------------------------------------------------------------------------
 
 
