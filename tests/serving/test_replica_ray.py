@@ -4,6 +4,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 import ray
 from ray import serve
 
+from buffer.records import GenerationRecord
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
@@ -166,19 +168,43 @@ def test_a_body_too_large_is_refused_through_the_proxy_too(endpoint: str) -> Non
         assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
 
 
-def test_requests_of_both_replicas_are_recorded(client: openai.OpenAI, redis_url: str) -> None:
+def test_requests_of_both_replicas_are_recorded(
+    client: openai.OpenAI, tiny_pair: tuple[str, str], redis_url: str
+) -> None:
+    """Each under its own replica's name, and no more tokens than that replica has counted."""
     store = RedisRecordStore(redis_url)
+    feed = RedisAdapterFeed(redis_url, load_pair(tiny_pair[0]).target_revision)
 
-    def num_records() -> int:
-        return sum(store.size(key).num_records for key in store.keys())  # noqa: SIM118
+    def records() -> dict[str, GenerationRecord]:
+        keys = store.keys()
+        kept = [record for key in keys for record in store.draw_replay(key, 10_000, seed=0)]
+        return {record.record_id: record for record in kept}
 
-    before = num_records()
-    for _ in range(4):
-        client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=4
-        )
-    wait_for(lambda: num_records() >= before + 4)
+    def new_records() -> list[GenerationRecord]:
+        return [record for name, record in records().items() if name not in before]
+
+    def ask_until_both_have_recorded() -> bool:
+        message = {"role": "user", "content": "hi"}
+        asked.append(client.chat.completions.create(model="tiny", messages=[message], max_tokens=4))
+        return len({record.replica_id for record in new_records()}) == 2
+
+    def all_is_counted() -> bool:
+        recorded = Counter[str]()
+        for record in new_records():
+            recorded[record.replica_id] += len(record.output_token_ids)
+        counted = {
+            status.replica_id: sum(count.num_output_tokens for count in status.counts)
+            for status in feed.statuses()
+        }
+        return recorded.keys() == counted.keys() and all(recorded[name] <= counted[name] for name in counted)
+
+    before = records()
+    asked: list[object] = []
+    wait_for(ask_until_both_have_recorded)
+    wait_for(lambda: len(new_records()) == len(asked))
+    wait_for(all_is_counted)
     store.close()
+    feed.close()
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -25,8 +25,6 @@ from learner.tracking.report_text import (
 from tests.learner.test_checkpoint import MANIFEST
 from tests.support.tiny_learner import tiny_draft
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and its libraries' own
-
 EVIDENCE = {
     "acceptance_candidate": 0.6,
     "acceptance_incumbent": 0.4,

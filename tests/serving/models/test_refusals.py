@@ -253,7 +253,8 @@ def test_weights_that_are_not_finite_are_refused_in_target_and_draft(
 def test_a_dtype_too_narrow_for_the_weights_is_refused_by_name(folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors[UP].view(-1)[0].fill_(1e5))
     refused(folder, lambda name: load_model(name, dtype="float16"), ["dtype='float16'", UP, "65504"])
-    load_model(str(folder), dtype="bfloat16")
+    wide = dict(load_model(str(folder), dtype="bfloat16").named_parameters())[UP]
+    assert wide.dtype == torch.bfloat16 and float(wide.view(-1)[0]) == pytest.approx(1e5, rel=0.01)
 
 
 def test_finite_weights_that_answer_nan_are_refused(folder: Path) -> None:
@@ -311,8 +312,16 @@ def test_a_device_that_is_none_is_refused_before_models_are_read(device: str, tm
 
 
 def test_a_device_of_another_machine_is_left_to_that_machine() -> None:
-    check_device("cuda:99", is_here=False)
-    refused("gpu", lambda name: check_device(name, is_here=False), [])
+    def refusal(device: str, *, is_here: bool) -> str:
+        try:
+            check_device(device, is_here=is_here)
+        except UnsupportedModelError as error:
+            return str(error)
+        return ""
+
+    assert "is not on this machine" in refusal("cuda:99", is_here=True)
+    assert refusal("cuda:99", is_here=False) == ""
+    assert "is none of cpu, cuda and cuda:N" in refusal("gpu", is_here=False), "its name is judged anyway"
 
 
 @pytest.mark.parametrize("name", ["none", "tiny.gguf", "a/b/c", "./none", "a b", "a--b"])

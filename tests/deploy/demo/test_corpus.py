@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from deploy.demo.corpus import DOMAINS, SPLIT_PERCENTS, prompts, split_of
 from deploy.demo.train_pair.tokens import answer_ids, prompt_ids
 
-TARGET = Path(__file__).parents[2] / "deploy" / "demo" / "pair" / "target"
+TARGET = Path(__file__).parents[3] / "deploy" / "demo" / "pair" / "target"
 
 
 @pytest.fixture(scope="module")
