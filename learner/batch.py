@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.rows import Positions, Row
+from learner.rows import Positions, TrainingRow
 from serving.engine.sampling import SamplingRow
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TrainingBatch:
     """Rows as tensors; see rows.py for what the fields of a position mean."""
 
     token_ids_RT: Tensor
@@ -41,10 +41,10 @@ class Batch:
         return len(self.samplings)
 
 
-def pack(rows: Iterable[Row], max_tokens: int, max_positions: int) -> list[list[Row]]:
+def pack(rows: Iterable[TrainingRow], max_tokens: int, max_positions: int) -> list[list[TrainingRow]]:
     """Groups of rows of like length; padded tokens and positions of a group stay within the bounds
     unless a single row exceeds them."""
-    groups: list[list[Row]] = []
+    groups: list[list[TrainingRow]] = []
     num_positions = 0
     for row in sorted(rows, key=lambda row: row.num_tokens):
         num_tokens = (len(groups[-1]) + 1) * row.num_tokens if groups else 0
@@ -57,7 +57,7 @@ def pack(rows: Iterable[Row], max_tokens: int, max_positions: int) -> list[list[
     return groups
 
 
-def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
+def collate(rows: Sequence[TrainingRow], device: torch.device | str = "cpu") -> TrainingBatch:
     """Pad on the right; rows may hold different K."""
     assert rows, "a batch has at least one row"
     length_R = torch.tensor([row.num_tokens for row in rows])
@@ -86,9 +86,9 @@ def collate(rows: Sequence[Row], device: torch.device | str = "cpu") -> Batch:
         ),
     }
     samplings = tuple(sampling for row in rows for sampling in [_sampling_row(row)] * len(row.positions))
-    return Batch(samplings=samplings, **{name: tensor.to(device) for name, tensor in tensors.items()})
+    return TrainingBatch(samplings=samplings, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def _sampling_row(row: Row) -> SamplingRow:
+def _sampling_row(row: TrainingRow) -> SamplingRow:
     sampling = row.sampling
     return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from learner.batch import Batch
+from learner.batch import TrainingBatch
 from learner.distributions import training_logprobs
 from learner.divergences import named_divergence
 from learner.draft import TrainableDraft
@@ -48,7 +48,7 @@ def build_optimizer(draft: TrainableDraft) -> torch.optim.AdamW:
 def distill_step(
     draft: TrainableDraft,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
+    batches: Sequence[TrainingBatch],
     objective: Objective,
 ) -> StepMetrics:
     """One step over the batches together, their gradients accumulated."""
@@ -71,7 +71,7 @@ def distill_step(
     return StepMetrics(loss, grad_norm, num_positions, skipped=not finite)
 
 
-def weighted_loss(batch: Batch, logits_NV: Tensor, objective: Objective) -> Tensor:
+def weighted_loss(batch: TrainingBatch, logits_NV: Tensor, objective: Objective) -> Tensor:
     """Sum over positions of weight times divergence, a scalar."""
     target_NP, draft_NP = training_logprobs(batch, logits_NV, objective.greedy_temperature)
     divergence = named_divergence(objective.divergence, objective.jensen_shannon_beta)
@@ -87,6 +87,6 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, objective: Objective) -
         group["lr"] = objective.learning_rate * min(1.0, share)
 
 
-def _weights(batch: Batch, objective: Objective) -> Tensor:
+def _weights(batch: TrainingBatch, objective: Objective) -> Tensor:
     """[N]; `osd` looks at first rejections only."""
     return batch.weight_N * batch.first_rejected_N if objective.divergence == "osd" else batch.weight_N

@@ -13,7 +13,7 @@ Legend: N positions, K kept entries, P = K + 1 cells, V vocabulary.
 import torch
 from torch import Tensor
 
-from learner.batch import Batch
+from learner.batch import TrainingBatch
 from learner.divergences import partition
 from serving.engine.sampling import SamplingMetadata
 
@@ -22,7 +22,7 @@ NEAR_GREEDY_TEMPERATURE = 0.3
 like greedy ones."""
 
 
-def final_target_logprobs(batch: Batch) -> Tensor:
+def final_target_logprobs(batch: TrainingBatch) -> Tensor:
     """[N, K]: the target's final distribution at its kept entries, -inf where filtered or padded.
 
     Exact where the filters end within the kept entries or the emitted token is kept (its stored final
@@ -54,7 +54,7 @@ def _filtered(tempered_NK: Tensor, sampling: SamplingMetadata) -> Tensor:
     return in_top_k_NK & in_top_p_NK & in_min_p_NK & (tempered_NK > -torch.inf)
 
 
-def _open_log_mass(batch: Batch, tempered_NK: Tensor, sampling: SamplingMetadata) -> Tensor:
+def _open_log_mass(batch: TrainingBatch, tempered_NK: Tensor, sampling: SamplingMetadata) -> Tensor:
     """[N]: log mass of a filtered distribution that reaches past the kept entries."""
     is_emitted_NK = batch.topk_token_ids_NK == batch.emitted_token_id_N[:, None]
     at_emitted_N = torch.where(is_emitted_NK, tempered_NK, 0.0).sum(-1) - batch.emitted_logprob_N
@@ -64,7 +64,9 @@ def _open_log_mass(batch: Batch, tempered_NK: Tensor, sampling: SamplingMetadata
     return torch.where(known_N, at_emitted_N, bound_N)
 
 
-def training_logprobs(batch: Batch, logits_NV: Tensor, greedy_temperature: float) -> tuple[Tensor, Tensor]:
+def training_logprobs(
+    batch: TrainingBatch, logits_NV: Tensor, greedy_temperature: float
+) -> tuple[Tensor, Tensor]:
     """(target_NP, draft_NP): log-partitions at each position's training temperature.
 
     Differentiable in `logits_NV` [N, V], the draft's.
@@ -83,7 +85,7 @@ def training_logprobs(batch: Batch, logits_NV: Tensor, greedy_temperature: float
     return target_NP, partition(kept_entries(draft_NV, batch))
 
 
-def kept_entries(logprobs_NV: Tensor, batch: Batch) -> Tensor:
+def kept_entries(logprobs_NV: Tensor, batch: TrainingBatch) -> Tensor:
     """[N, K]: log-probabilities at the target's kept tokens; -inf at padded entries."""
     padded_NK = batch.topk_token_ids_NK < 0
     at_kept_NK = logprobs_NV.gather(-1, batch.topk_token_ids_NK.clamp(min=0))

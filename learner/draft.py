@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from buffer.records import AdapterManifest
-from learner.batch import Batch
+from learner.batch import TrainingBatch
 from learner.settings import LearnerSettings, TrainableName
 from learner.trainable import full_trainable, lora_trainable, output_head
 from serving.models.adapter import merge_adapter
@@ -84,7 +84,7 @@ class TrainableDraft:
             "num_parameters": self.num_parameters,
         }
 
-    def logits(self, batch: Batch) -> Tensor:
+    def logits(self, batch: TrainingBatch) -> Tensor:
         """[N, V] float32 at the batch's positions; no other position's logits are ever computed."""
         self._gather = (batch.row_N, batch.column_N)
         try:

@@ -72,7 +72,7 @@ class Positions:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TrainingRow:
     """One sequence for the draft to read. `first_position`: index in the context of its first column."""
 
     token_ids_T: NDArray[np.int64]
@@ -129,7 +129,7 @@ def _trace_fault(trace: RoundTrace, num_prompt: int, num_tokens: int) -> str:
     return "kept probabilities exceed 1" if (mass_E > _MOST_KEPT_MASS).any() else ""
 
 
-def trajectory_row(record: GenerationRecord, max_tokens: int) -> Row | None:
+def trajectory_row(record: GenerationRecord, max_tokens: int) -> TrainingRow | None:
     """The positions whose token was emitted, on the record's own context; None if none is usable."""
     sequence_T = _sequence(record)
     parts = [_emitted_positions(trace, sequence_T) for trace in record.rounds]
@@ -138,7 +138,7 @@ def trajectory_row(record: GenerationRecord, max_tokens: int) -> Row | None:
 
 def rejected_suffix_rows(
     record: GenerationRecord, context_tokens: int, max_rounds: int, weight: float, rng: np.random.Generator
-) -> Iterator[Row]:
+) -> Iterator[TrainingRow]:
     """Rows over the draft's own tokens after a rejection, of at most `max_rounds` rounds drawn by `rng`."""
     if weight == 0.0 or max_rounds == 0:
         return
@@ -219,9 +219,9 @@ def _row(
     max_tokens: int,
     weight: float,
     sampling: RecordSampling,
-) -> Row | None:
+) -> TrainingRow | None:
     """Build a row: cut the context from the left, drop positions that lost most of it or are not usable."""
     cut = max(0, len(context_T) - max_tokens)
     least_context = 0 if cut == 0 else max_tokens // 4
     kept = positions.keep(positions.usable() & (positions.position_N - 1 - cut >= least_context))
-    return Row(context_T[cut:], cut, kept, weight, sampling) if len(kept) else None
+    return TrainingRow(context_T[cut:], cut, kept, weight, sampling) if len(kept) else None

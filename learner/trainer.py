@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from buffer.records import GenerationRecord
-from learner.batch import Batch, collate, pack
+from learner.batch import TrainingBatch, collate, pack
 from learner.checkpoint import load_optimizer_state, optimizer_state
 from learner.distill import Objective, StepMetrics, build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft
 from learner.draw import fresh_draws, num_steps
 from learner.judging.evaluation import RecordScore, score_records
-from learner.rows import Row, rejected_suffix_rows, trajectory_row
+from learner.rows import TrainingRow, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
 
 MEAN = "mean"
@@ -104,9 +104,9 @@ class Trainer:
         self.busy_s += time.perf_counter() - began_s
         return metrics
 
-    def batches(self, records: Sequence[GenerationRecord]) -> list[Batch]:
+    def batches(self, records: Sequence[GenerationRecord]) -> list[TrainingBatch]:
         settings = self._settings
-        rows: list[Row] = []
+        rows: list[TrainingRow] = []
         for record in records:
             row = trajectory_row(record, settings.max_row_tokens)
             rows += [row] if row is not None else []

@@ -204,3 +204,12 @@ def test_files_and_functions_stay_small() -> None:
                 functions[f"{name}:{node.name}"] = node.end_lineno - node.lineno + 1
     assert {name: lines for name, lines in files.items() if lines > MAX_FILE_LINES} == {}
     assert {name: lines for name, lines in functions.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    where: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: files for name, files in where.items() if len(files) > 1} == {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.batch import Batch
+from learner.batch import TrainingBatch
 from learner.distributions import final_target_logprobs, kept_entries
 from serving.engine.sampling import SamplingMetadata, processed_logprobs
 
@@ -34,7 +34,7 @@ class PositionAcceptance:
     probability of it: products of it along a trajectory are unbiased for whole runs."""
 
 
-def position_acceptance(batch: Batch, logits_NV: Tensor) -> PositionAcceptance:
+def position_acceptance(batch: TrainingBatch, logits_NV: Tensor) -> PositionAcceptance:
     """Of a draft with these logits [N, V], at emitted positions (every `emitted_token_id_N` is set)."""
     assert bool((batch.emitted_token_id_N >= 0).all()), "acceptance is defined at emitted positions"
     sampling = SamplingMetadata.stack(batch.samplings, logits_NV.device)

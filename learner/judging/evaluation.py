@@ -15,7 +15,7 @@ from learner.batch import collate, pack
 from learner.draft import AdapterState, TrainableDraft
 from learner.judging.acceptance import position_acceptance
 from learner.judging.speed import output_tokens_by_length
-from learner.rows import Row, trajectory_row
+from learner.rows import TrainingRow, trajectory_row
 
 LEAST_ATTEMPTED = 4
 """Attempted draft tokens that a record needs for its rate to be used."""
@@ -64,7 +64,7 @@ def score_records(
     return [None if row is None else scores[id(row)] for row in rows]
 
 
-def _score_group(draft: TrainableDraft, rows: Sequence[Row]) -> dict[int, RecordScore]:
+def _score_group(draft: TrainableDraft, rows: Sequence[TrainingRow]) -> dict[int, RecordScore]:
     batch = collate(rows, draft.device)
     acceptance = position_acceptance(batch, draft.logits(batch))
     ends = np.cumsum([len(row.positions) for row in rows])[:-1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buffer.records import GenerationRecord, RecordSampling
-from learner.batch import Batch
+from learner.batch import TrainingBatch
 from learner.distill import Objective, build_optimizer, distill_step, weighted_loss
 from learner.draft import TrainableDraft
 from learner.judging.gate import acceptance
@@ -23,7 +23,7 @@ def held_acceptance(trainer: Trainer, records: list[GenerationRecord]) -> float:
     return acceptance([score for score in scores if score is not None])
 
 
-def read_one_too_late(batch: Batch) -> Batch:
+def read_one_too_late(batch: TrainingBatch) -> TrainingBatch:
     """OSD's bug: the logits after the decided token instead of before it."""
     last_column = batch.token_ids_RT.shape[1] - 1
     return replace(batch, column_N=(batch.column_N + 1).clamp(max=last_column))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from buffer.records import RecordSampling
-from learner.batch import Batch, collate
+from learner.batch import TrainingBatch, collate
 from learner.judging.acceptance import PositionAcceptance, position_acceptance
-from learner.rows import Positions, Row
+from learner.rows import Positions, TrainingRow
 from serving.engine.sampling import SamplingMetadata, processed_logprobs
 
 V, K = 24, 6
@@ -19,7 +19,7 @@ def final_probs(logits_V: Tensor, sampling: RecordSampling) -> Tensor:
     return processed_logprobs(logits_V[None, None], SamplingMetadata.stack([row]))[0, 0]
 
 
-def one_position_a_token(logits_V: Tensor, sampling: RecordSampling) -> Batch:
+def one_position_a_token(logits_V: Tensor, sampling: RecordSampling) -> TrainingBatch:
     """The same target position as often as there are tokens, each time another one emitted."""
     top = torch.log_softmax(logits_V, -1).topk(K)
     temperature = sampling.temperature or 1.0
@@ -36,7 +36,7 @@ def one_position_a_token(logits_V: Tensor, sampling: RecordSampling) -> Batch:
         accepted_N=nothing,
         first_rejected_N=nothing,
     )
-    return collate([Row(np.zeros(1, np.int64), 0, positions, 1.0, sampling)])
+    return collate([TrainingRow(np.zeros(1, np.int64), 0, positions, 1.0, sampling)])
 
 
 def pair(seed: int) -> tuple[Tensor, Tensor]:
