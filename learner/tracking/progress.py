@@ -114,13 +114,13 @@ class Progress:
             "learner_s": busy_s,
             "learner_saved_s": self.saved_s(busy_s),
         }
-        finite = {name: value for name, value in figures.items() if value == value}
-        self._figures = {name: finite.get(name) for name in figures}
+        measured = {name: value for name, value in figures.items() if value == value}
+        self._figures = {name: measured.get(name) for name in figures}
         more = {"acceptance_live": self.schedule.short_acceptance}
         if "gain_lower_bound" in judgement.decision.evidence:
             more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
-        finite |= {name: value for name, value in more.items() if value is not None}
-        self.tracker.log_metrics(self.route, finite, self.num_records_seen)
+        measured |= {name: value for name, value in more.items() if value is not None}
+        self.tracker.log_metrics(self.route, measured, self.num_records_seen)
 
     def facts(self) -> dict[str, Any]:
         """Plain data for display; a figure that is not known yet is None."""

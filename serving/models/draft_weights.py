@@ -18,12 +18,12 @@ from serving.models.adapter import AdapterRejectedError, merge_adapter
 
 @dataclass(frozen=True, eq=False)
 class StagedWeights:
-    """One version, ready to be copied in."""
+    """One version, ready to be copied into place."""
 
     draft_version: int
     owner: "DraftWeights"
     merged: Mapping[str, Tensor]
-    """By parameter name; every other parameter is the floor's."""
+    """Changed weights by parameter name; every other parameter is the floor's."""
 
     def apply(self) -> None:
         """Make this version live. Call only between two rounds, on the thread that runs them."""
@@ -81,7 +81,9 @@ class DraftWeights:
     def copy_in(self, merged: Mapping[str, Tensor]) -> None:
         """Write `merged`, and the floor wherever only the last version differed from it."""
         names = sorted(self._adapted.union(merged))
-        self._adapted = frozenset(names)  # until the copy is whole, so that a failed one can be undone
+        self._adapted = frozenset(
+            names
+        )  # both versions' until the copy is complete, so that a failed one can be undone
         if names:
             live: list[Tensor] = [self._live[name] for name in names]
             torch._foreach_copy_(live, [merged.get(name, self._floor[name]) for name in names])

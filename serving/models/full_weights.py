@@ -19,7 +19,7 @@ _MARK, _FULL = "everdraft", "full"
 
 
 def full_config(target_modules: Sequence[str] | None) -> str:
-    """What such weights carry instead of PEFT's adapter_config.json."""
+    """Configuration that stands in for PEFT's adapter_config.json."""
     return json.dumps({_MARK: _FULL, "target_modules": list(target_modules) if target_modules else None})
 
 
