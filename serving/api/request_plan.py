@@ -1,4 +1,4 @@
-"""An API request ready for the engine: what to generate, how to cut it, what to say about it. Plain data.
+"""An API request ready for the engine: what to generate, where to cut it, what to report. Plain data.
 
 Invariant: choice `prompt * n + c` of the answer is choice_index `c` of that prompt, so that a prompt's seeded
 choices do not depend on the prompts beside it.
@@ -13,7 +13,8 @@ from serving.engine.request import GenerationRequest, SamplingParams
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """One API request. `api_id` begins every engine request's id; the choices of a prompt share theirs."""
+    """One API request. `api_id` is the prefix of every engine request's id; the choices of a prompt share
+    theirs."""
 
     api_id: str
     created: int

@@ -81,9 +81,7 @@ class DraftWeights:
     def copy_in(self, merged: Mapping[str, Tensor]) -> None:
         """Write `merged`, and the floor wherever only the last version differed from it."""
         names = sorted(self._adapted.union(merged))
-        self._adapted = frozenset(
-            names
-        )  # both versions' until the copy is complete, so that a failed one can be undone
+        self._adapted = frozenset(names)  # of both versions, so that a failed copy can be undone
         if names:
             live: list[Tensor] = [self._live[name] for name in names]
             torch._foreach_copy_(live, [merged.get(name, self._floor[name]) for name in names])
