@@ -166,7 +166,7 @@ class AdapterWatcher:
         followed.complaint = f"draft_version={wanted[0]} rejected: {reason}"
         if route != DEFAULT_ROUTE:
             followed.complaint = f"route {route}: {followed.complaint}"
-        _log.warning("%s; draft_version=%d serves on", followed.complaint, followed.served[0])
+        _log.warning("%s; draft_version=%d continues to serve", followed.complaint, followed.served[0])
         event = AdapterEvent(
             kind="rejected_by_replica",
             route=route,
@@ -195,10 +195,12 @@ class AdapterWatcher:
             self._feed_error = str(error)
         except SeamError as error:
             self._feed_error = str(error)
-            _log.warning("adapter feed: %s; draft_version=%d serves on", error, self.served_version)
+            _log.warning("adapter feed: %s; draft_version=%d continues to serve", error, self.served_version)
         except Exception as error:
             self._feed_error = f"{type(error).__name__}: {error}"
-            _log.exception("watching adapters failed; draft_version=%d serves on", self.served_version)
+            _log.exception(
+                "watching adapters failed; draft_version=%d continues to serve", self.served_version
+            )
         else:
             self._feed_error = ""
             return True

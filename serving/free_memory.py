@@ -42,7 +42,7 @@ def free_memory(device: torch.device) -> FreeMemory:
 
 
 def host_free_bytes(cgroup: Path = CGROUP) -> int:
-    """What the machine has available, or what the container may still take if that is less."""
+    """Bytes that the machine has available, or that the container may still take if that is less."""
     return min([psutil.virtual_memory().available, *_container_free_bytes(cgroup)])
 
 

@@ -86,8 +86,8 @@ class Progress:
         version, parent = FLOOR_VERSION, FLOOR_VERSION
         if manifest is not None:
             version, parent = manifest.draft_version, manifest.parent_version
-            let_in = reason if kind == "promoted" else "let in before this learner looked"
-            self.tracker.log_adapter(manifest, weights, let_in)
+            promotion = reason if kind == "promoted" else "promoted before this learner followed the feed"
+            self.tracker.log_adapter(manifest, weights, promotion)
         self.tracker.mark_serving(self.route, version, parent, f"{kind.replace('_', ' ')}: {reason}")
         self.decided(kind, version, reason)
 

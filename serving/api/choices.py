@@ -105,7 +105,7 @@ class ChoiceState:
         return generation.finish_reason
 
     def _stop_reason(self, generation: Generation) -> str | int | None:
-        """As vLLM: the stop string, or a stop id of the request's own; null for end of text."""
+        """As in vLLM: the stop string, or a stop id of the request's own; null for end of text."""
         if self._stream.stop_string is not None:
             return self._stream.stop_string
         own = generation.stop_token_id in generation.sampling.stop_token_ids

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def check_model(context: AppContext, name: str | None) -> None:
-    """Without a name it is the served model. Raises ApiError for any other name."""
+    """A request without a name means the served model. Raises ApiError for any other name."""
     if name is not None and name != context.model_name:
         message = f"The model {name!r} does not exist; this server has {context.model_name!r}."
         raise ApiError(404, message, param="model", code="model_not_found")

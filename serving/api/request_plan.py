@@ -38,7 +38,7 @@ class RequestPlan:
         return self.prompts[index // self.body.n]
 
     def requests(self) -> list[GenerationRequest]:
-        """In the order of the answer's choices."""
+        """The engine's requests, in the order of the answer's choices."""
         return [
             GenerationRequest(
                 request_id=f"{self.api_id}-{number}",
@@ -82,7 +82,7 @@ def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> 
 def fit_max_tokens(
     asked: int | None, default: int | None, longest_prompt: int, max_seq_len: int, *, prompt_field: str
 ) -> int:
-    """Output tokens allowed: as asked, or the default (None: all there is room for) cut to the context.
+    """Output tokens allowed: as asked, or the default (None: all that fit) cut to the context.
 
     Raises ApiError when prompt and output together do not fit."""
     room = max_seq_len - longest_prompt

@@ -1,6 +1,6 @@
 """Fields of OpenAI's and vLLM's requests that have no effect here: refused, or harmless.
 
-Invariant: a field stands in HARMLESS only if no value of it could change the tokens of an answer.
+Invariant: a field is in HARMLESS only if no value of it could change the tokens of an answer.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Adapters as bytes: validate everything, then merge aside. Changes no live weight.
+"""Reads adapters from bytes: validates everything, then merges into new tensors. Changes no live weight.
 
 The bytes are PEFT's `adapter_model.safetensors` and `adapter_config.json`, as any PEFT tool writes them;
 linear and embedding modules are supported. A config that says `{"everdraft": "full"}` stands for the

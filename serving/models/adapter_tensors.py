@@ -16,7 +16,7 @@ class AdapterRejectedError(ValueError):
 
 
 def read_tensors(weights: bytes) -> dict[str, Tensor]:
-    """By key. Raises AdapterRejectedError."""
+    """Tensors by key. Raises AdapterRejectedError."""
     try:
         tensors = load(weights)
     except (SafetensorError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The live weights of a draft: stage aside, swap in place, roll back, floor.
+"""The live weights of a draft: stage in separate tensors, swap in place, roll back, floor.
 
 Staging validates and merges into fresh tensors, on the caller's thread. Applying copies every weight that
 differs between two versions into place: addresses stay (captured graphs stay valid) and no round ever sees
@@ -54,7 +54,8 @@ class DraftWeights:
         draft_revision: str,
         target_revision: str,
     ) -> StagedWeights:
-        """Validate and merge aside. Raises AdapterRejectedError; the live weights are untouched."""
+        """Validate and merge into new tensors. Raises AdapterRejectedError; the live weights are
+        untouched."""
         for name, theirs, ours in (
             ("draft_revision", draft_revision, self.draft_revision),
             ("target_revision", target_revision, self.target_revision),
@@ -74,7 +75,7 @@ class DraftWeights:
         return StagedWeights(FLOOR_VERSION, self, {})
 
     def floor_parameters(self) -> Mapping[str, Tensor]:
-        """By name, of the draft as loaded."""
+        """Parameters of the draft as loaded, by name."""
         return self._floor
 
     @torch.inference_mode()
