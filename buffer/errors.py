@@ -1,4 +1,4 @@
-"""What can go wrong at the seam. Every error is picklable and says name, value, consequence.
+"""The exceptions of the buffer. Every error is picklable and gives name, value and consequence.
 
 SeamError
 ├── SchemaVersionError     bytes written by another schema; nothing was decoded

@@ -63,7 +63,7 @@ def take_lock(file: Path, about: str = "", *, leftovers_s: float = LEFTOVERS_S) 
 
 
 def _lock(descriptor: int, deadline_s: float) -> Holder | None:
-    """None once the lock is ours."""
+    """Returns None once this process holds the lock, else the holder."""
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -96,7 +96,7 @@ class GenerationRecord:
     created_at_s: float
     """Unix time."""
     expires_at_s: float
-    """Unix time after which nobody may read the record."""
+    """Unix time after which the record may not be read."""
     replica_id: str = ""
     segment: int = 0
     prompt_embedding_H: NDArray[np.float16] | None = None

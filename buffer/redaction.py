@@ -1,8 +1,8 @@
 """Removes credentials from text that people read: URLs, and texts that may contain them. Pure functions.
 
 All errors, notes, logs and screens use these functions. They hide too much rather than too little: of a URL
-only scheme, hosts, ports and path are shown, and only the scheme if the rest cannot be told from a password
-with certainty. Invariant: what is shown of a URL is the same whatever its password.
+only scheme, hosts, ports and path are shown, and only the scheme if the rest cannot be distinguished from a
+password with certainty. Invariant: what is shown of a URL is the same whatever its password.
 """
 
 import re
@@ -15,7 +15,8 @@ SECRET_NAME = re.compile(r"key|secret|pass(wd|word|phrase)|pwd|credential|auth|b
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.\-]*://")
 _URL = re.compile(r"(?<![\w+.\-])[A-Za-z][\w+.\-]*://(?:.*@)?\S*")
-"""In a text: to the last @ of its line, since a password may hold anything, blanks and quotes included."""
+"""A URL in a text: up to the last @ of its line, because a password may contain anything, including spaces
+and quotes."""
 _HOST = r"(?:\[[\da-fA-F:.%]+\]|[\w.\-]*)(?::\d*)?"
 _PLACE = re.compile(rf"{_HOST}(?:,{_HOST})*(?:/[^:]*)?")
 _TRAILING = ".,:;)]}>'\""
@@ -60,7 +61,7 @@ def _split_scheme(url: str) -> tuple[str, str]:
 
 
 def _split_query(text: str) -> tuple[str, str, str]:
-    """What stands before the first ? or #, that character, and the rest."""
+    """The text before the first ? or #, that character, and the rest."""
     found = re.search(r"[?#]", text)
     return (text[: found.start()], found[0], text[found.end() :]) if found else (text, "", "")
 
@@ -86,7 +87,7 @@ def _raw_secrets(url: str) -> Iterator[str]:
     _, rest = _split_scheme(url)
     if "@" in rest:
         for user in (rest.rpartition("@")[0], rest.partition("@")[0]):
-            yield user.partition(":")[2] if ":" in user else user  # a token may stand there alone
+            yield user.partition(":")[2] if ":" in user else user  # there may be only a token, without a user
     query = _split_query(rest)[2]
     for name, value in parse_qsl(query, keep_blank_values=True):
         if SECRET_NAME.search(name):

@@ -45,7 +45,7 @@ def _tag(*names: str) -> str:
 class RedisAdapterFeed:
     """An AdapterFeed of one target, shared by the learner, any number of replicas and operators.
 
-    Keeps `max_versions` adapters and `max_events` lines of history a route; a status lives
+    Keeps `max_versions` adapters and `max_events` lines of history a route; a status expires after
     `status_ttl_s` by the server's clock."""
 
     def __init__(

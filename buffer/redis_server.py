@@ -71,7 +71,8 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        """With the password in it: do not print. Raises RuntimeError before the first start."""
+        """The URL, which contains the password: do not print it. Raises RuntimeError before the first
+        start."""
         if self._given_url is not None:
             return self._given_url
         if self._port is None:

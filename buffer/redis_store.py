@@ -270,7 +270,7 @@ class RedisRecordStore:
         return True
 
     def _fetch(self, key: StreamKey, entry_ids: Sequence[bytes]) -> list[Entry]:
-        """The entries that still exist, in the order asked for."""
+        """The entries that still exist, in the given order."""
         stream, entries = self._keys(key)[0], []
         for begin in range(0, len(entry_ids), _FETCH_AT_ONCE):
             pipe = self._link.client.pipeline(transaction=False)

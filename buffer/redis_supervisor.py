@@ -1,9 +1,9 @@
 """Runs a Redis server for one parent process and ends it with that parent, however the parent dies.
 
-A script of the standard library alone, started by `redis_server` as a process of its own. It has one
-thread, so the kernel can be told to kill the server with it (Linux ties that signal to the *thread*
-that forked, which in the parent may be a short-lived one); and it sees by its own parent's id that the
-parent is gone. It knows nothing of what the server holds. Invariant: the server never outlives it.
+A script of the standard library alone, started by `redis_server` as a process of its own. It has one thread,
+so the kernel can kill the server with it (Linux ties that signal to the *thread* that forked, which in the
+parent may be a short-lived one); and it sees by its own parent's id that the parent is gone. It knows nothing
+of what the server holds. Invariant: the server never outlives it.
 
 Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the folder, at
 the end), and descriptors of locks that the server keeps open as long as it runs, even if this process is

@@ -71,7 +71,7 @@ class LearnerActor:
             self._learner = learner
             learner.run(self._stop)
         except BaseException:
-            logger.exception("the learner's loop died; its process follows and is restarted")
+            logger.exception("the learner's loop failed; its process exits and is restarted")
             time.sleep(RESTART_PAUSE_S)
             os._exit(1)
 

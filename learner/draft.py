@@ -77,7 +77,7 @@ class TrainableDraft:
 
     @property
     def identity(self) -> dict[str, object]:
-        """The draft's id, revision and kind of training, for display."""
+        """The draft's id, revision and number of parameters, for display."""
         return {
             "draft_id": self.draft_id,
             "draft_revision": self.draft_revision,

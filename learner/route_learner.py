@@ -266,7 +266,8 @@ class RouteLearner:
         return {name: value for name, value in acceptances.items() if value == value}
 
     def _watch_what_serves(self) -> None:
-        """Watch the serving draft if nobody does yet: after a restart, or if another process published it."""
+        """Watch the serving draft if it is not watched yet: after a restart, or if another process published
+        it."""
         manifest, state = self.incumbent.manifest, self.incumbent.state
         if manifest is not None and state is not None and manifest.draft_version > self.watch.last_version:
             self.watch.begin(manifest, state, self._parent())

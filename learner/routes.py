@@ -111,7 +111,7 @@ class Routes:
                 self.drafts[route] = self._build(route, found, self._default_draft)
                 self._standings[route] = self._standings.get(route, Standing()).opened(self._now_s())
         for route in list(self.drafts)[1 + self._policy.max_routes :]:
-            self._close(route, f"nobody learns for it: max_routes is {self._policy.max_routes}")
+            self._close(route, f"max_routes is {self._policy.max_routes}, so no draft is trained for it")
         table = self._feed.route_table()
         if table is None:
             self._put_table()

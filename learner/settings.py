@@ -64,7 +64,7 @@ class LearnerSettings(BaseModel):
     replay_share: float = Field(0.5, ge=0, lt=1)
     """Share of a step's records that are drawn from all kept records, against forgetting."""
     rejected_suffix_weight: float = Field(0.0, ge=0)
-    """Weight of positions after a first rejection (the draft's own mistakes). 0 leaves them out: on the
+    """Weight of positions after a first rejection (after a rejected draft token). 0 leaves them out: on the
     early demo pair they cost 60 % more time a step and gained nothing."""
     rejected_suffix_rounds_per_record: int = Field(2, ge=0)
     """At most so many rounds of a record give such positions."""
@@ -77,7 +77,7 @@ class LearnerSettings(BaseModel):
     max_positions_per_pass: int = Field(1024, ge=1)
     """Bounds the logits held at once: positions times vocabulary times 4 bytes."""
 
-    # when to learn
+    # when to train
     min_records_per_cycle: int = Field(24, ge=1)
     """So many waiting records start a cycle."""
     max_record_age_s: float = Field(10.0, gt=0)
@@ -183,7 +183,7 @@ class LearnerSettings(BaseModel):
 
 def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:
     """Online Speculative Decoding as its authors ran it: one AdamW step on the whole draft every 8 requests,
-    forward KL at temperature 1 where the draft was first rejected, each request seen once, a constant rate,
+    forward KL at temperature 1 where the draft was first rejected, each request used once, a constant rate,
     no clipping, no replay. The index is the right one, which their code misses by one token.
 
     Differences that remain: a held-out share that is not trained on, the gate, and a top-K target.

@@ -29,7 +29,7 @@ MEAN = "mean"
 
 @dataclass
 class TrainingReport:
-    """What one cycle's steps did."""
+    """Metrics of one cycle's steps."""
 
     steps: list[StepMetrics] = field(default_factory=list)
     compute_s: float = 0.0

@@ -75,7 +75,8 @@ class TrainingSchedule:
 
     @staticmethod
     def restored(fields: Mapping[str, Any]) -> "TrainingSchedule":
-        """From a checkpoint, perhaps of an older version; a restart begins with a new reference."""
+        """The schedule of a checkpoint, perhaps of an older version; a restart begins with a new
+        reference."""
         current_fields = {
             name: value for name, value in fields.items() if name in TrainingSchedule.__dataclass_fields__
         }

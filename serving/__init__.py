@@ -1,1 +1,1 @@
-"""Serving: answers requests with speculative decoding; knows nothing of how drafts are learned."""
+"""Serving: answers requests with speculative decoding; knows nothing of how drafts are trained."""

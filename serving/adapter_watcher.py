@@ -1,8 +1,9 @@
-"""Follows the adapter feed, route by route: fetch, validate, stage aside, swap between two rounds; opens and
-closes the drafts of routes; and reports the replica.
+"""Follows the adapter feed, route by route, and swaps drafts.
 
-One thread that never touches a request. Invariant: what serves a route changes only to an adapter that was
-validated whole, or to the floor; a feed that is away, or has forgotten what it published, changes nothing.
+For each route: fetch, validate, stage aside, swap between two rounds; opens and closes the drafts of routes;
+reports the replica. One thread that never touches a request. Invariant: the draft that serves a route changes
+only to an adapter that was validated whole, or to the floor; a feed that cannot be reached, or has lost its
+data, changes nothing.
 """
 
 import logging
@@ -25,14 +26,15 @@ _log = logging.getLogger(__name__)
 _MAX_BACKOFF_S = 5.0
 
 Served = tuple[int, str]
-"""(draft_version, sha256 of the adapter): a number alone could be reused by a feed that lost its memory."""
+"""(draft_version, sha256 of the adapter): a feed that lost its data could use a number again."""
 
 FLOOR: Served = (FLOOR_VERSION, "")
 
 
 @dataclass
 class _Followed:
-    """One route: what it serves here, what was refused, and why it does not serve what the feed points to."""
+    """One route: the version that serves here, rejected versions, and why it does not serve what the feed
+    points to."""
 
     served: Served = FLOOR
     rejected: set[Served] = field(default_factory=set)
@@ -40,8 +42,7 @@ class _Followed:
 
 
 class AdapterWatcher:
-    """`drafts` None: nothing to swap, only reports. `router` None: nobody routes prompts. `status` makes the
-    report."""
+    """`drafts` None: it only reports. `router` None: prompts are not routed. `status` makes the report."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class AdapterWatcher:
 
     @property
     def served_version(self) -> int:
-        """Of the default route."""
+        """The default route's version."""
         default = self._followed.get(DEFAULT_ROUTE)
         return FLOOR_VERSION if default is None else default.served[0]
 
@@ -87,30 +88,31 @@ class AdapterWatcher:
         self._thread.start()
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the thread; what serves stays."""
+        """End the thread; the drafts that serve stay."""
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def follow_all(self) -> None:
-        """A look at the routes, and at what the feed points them to. Raises SeamError."""
+        """Follow the routes, and the version that the feed points each to. Raises SeamError."""
         self.follow_routes()
         self.follow()
 
     def follow_routes(self) -> None:
-        """A draft for each route that an adapter serves, and for no other. Raises SeamError."""
+        """Open a draft for each route that the feed serves by an adapter, and close all others. Raises
+        SeamError."""
         if self._router is not None:
             self._router.use(self._feed.route_table())
         if self._drafts is None or not self._drafts.max_route_drafts:
             return
-        known = {*self._feed.routes(), *self._followed} - {DEFAULT_ROUTE}
-        by_age = sorted(known, key=lambda route: (route not in self._followed, route))  # the open keep theirs
+        routes = {*self._feed.routes(), *self._followed} - {DEFAULT_ROUTE}
+        by_age = sorted(routes, key=lambda route: (route not in self._followed, route))  # open routes first
         self._drafts.follow([route for route in by_age if self._has_draft(route)])
         opened = self._drafts.routes
         self._followed = {route: self._followed.get(route, _Followed()) for route in opened}
 
     def follow(self) -> None:
-        """A look at the feed for each open route, and a swap where it points elsewhere. Raises SeamError."""
+        """Read the feed for each open route, and swap if it points to another version. Raises SeamError."""
         for route, followed in self._followed.items():
             self._follow(route, followed)
 
@@ -119,8 +121,9 @@ class AdapterWatcher:
         self._feed.report(self._status())
 
     def _has_draft(self, route: str) -> bool:
-        """Whether the feed serves a route by an adapter: rolled back to the floor it is closed, and the
-        default route's draft serves it. A feed that lost its memory closes nothing."""
+        """Whether the route should have a draft: the feed serves it by an adapter. A route that was rolled
+        back to the floor is closed, and the default route's draft serves it; a feed that lost its data closes
+        nothing."""
         manifest = self._feed.latest(route)
         return manifest is not None or (route in self._followed and self._is_forgotten(route, manifest))
 
@@ -140,11 +143,12 @@ class AdapterWatcher:
         followed.complaint = ""
 
     def _is_forgotten(self, route: str, manifest: AdapterManifest | None) -> bool:
-        """Nothing was ever published there: the feed is new, or it lost its memory and means no floor."""
+        """Whether nothing was ever published on the route: the feed is new or lost its data, and does not
+        mean the floor."""
         return manifest is None and self._feed.last_version(route) == FLOOR_VERSION
 
     def _notice_broken_draft(self, route: str, followed: _Followed) -> None:
-        """The engine leaves a draft whose logits are not finite by itself; that draft is rejected."""
+        """Reject a version that the engine gave up by itself because its logits were not finite."""
         assert self._drafts is not None
         if self._drafts.versions.get(route, FLOOR_VERSION) != followed.served[0]:
             broken, followed.served = followed.served, FLOOR
@@ -156,12 +160,13 @@ class AdapterWatcher:
         self._drafts.swap(route, self._drafts.stage(route, manifest, weights))
 
     def _reject(self, route: str, wanted: Served, reason: str) -> None:
-        """Tell the history, and remember, so that it is not fetched again; the incumbent stays."""
+        """Add a rejection to the history, and remember it, so that the version is not fetched again; the
+        incumbent stays."""
         followed = self._followed[route]
         followed.complaint = f"draft_version={wanted[0]} rejected: {reason}"
         if route != DEFAULT_ROUTE:
             followed.complaint = f"route {route}: {followed.complaint}"
-        _log.warning("%s; draft_version=%d serves on", followed.complaint, followed.served[0])
+        _log.warning("%s; draft_version=%d continues to serve", followed.complaint, followed.served[0])
         event = AdapterEvent(
             kind="rejected_by_replica",
             route=route,
@@ -183,17 +188,19 @@ class AdapterWatcher:
             wait_s = self._watch_interval_s if reached else min(2 * wait_s, _MAX_BACKOFF_S)
 
     def _try(self, act: Callable[[], None]) -> bool:
-        """Whether it was done; whatever the feed or a swap raises is kept for `last_error`."""
+        """Returns whether `act` succeeded; an exception of the feed or a swap is kept for `last_error`."""
         try:
             act()
         except (StoreUnavailableError, UnknownVersionError) as error:
             self._feed_error = str(error)
         except SeamError as error:
             self._feed_error = str(error)
-            _log.warning("adapter feed: %s; draft_version=%d serves on", error, self.served_version)
+            _log.warning("adapter feed: %s; draft_version=%d continues to serve", error, self.served_version)
         except Exception as error:
             self._feed_error = f"{type(error).__name__}: {error}"
-            _log.exception("watching adapters failed; draft_version=%d serves on", self.served_version)
+            _log.exception(
+                "watching adapters failed; draft_version=%d continues to serve", self.served_version
+            )
         else:
             self._feed_error = ""
             return True

@@ -1,9 +1,9 @@
-"""Which code runs an engine's passes: the models' own, compiled, captured. Decided at start, changed once.
+"""Chooses the code of an engine's passes: the models' own, compiled, or captured; at start, changed once.
 
-On a processor "on" waits for the compiler, "auto" takes what an earlier start compiled and otherwise serves
-eagerly until it is ready, "off" never compiles. Compiled passes are used only where they were measured to be
-faster. On a GPU "on" and "auto" are static passes, captured as CUDA graphs at start and at first use; where
-they disagree with the model's own code "on" fails and "auto" serves eagerly.
+On a CPU "on" waits for the compiler, "auto" takes what an earlier start compiled and otherwise serves eagerly
+until it is ready, "off" never compiles. Compiled passes are used only where they were measured to be faster.
+On a GPU "on" and "auto" are static passes, captured as CUDA graphs at start and at first use; where they
+disagree with the model's own code "on" fails and "auto" serves eagerly.
 """
 
 import logging
@@ -36,26 +36,26 @@ _log = logging.getLogger(__name__)
 CompileChoice = Literal["auto", "on", "off"]
 
 COMPILING = "eager (compiling)"
-"""The one state that something else will follow."""
+"""The only state that changes later."""
 
 
 class Compiling:
-    """The passes of a target, perhaps a draft, and perhaps what embeds prompts with the target."""
+    """The passes of a target, of a draft and of a prompt embedder if there are any."""
 
     def __init__(
         self, target: Runner, draft: Runner | None, choice: CompileChoice, embedder: Runner | None = None
     ) -> None:
         """Raises CompileError if "on" is impossible. Uses what is compiled already, before any round."""
         self.state = "eager"
-        """For people: what runs the passes, and why."""
+        """How the passes run, and why, for display."""
         self._target = target
         self._runners = [target] if draft is None else [target, draft]
         self._compiled = self._runners if embedder is None else [*self._runners, embedder]
         self._compiler: PassCompiler | None = None
         self._joined: weakref.WeakSet[Runner] = weakref.WeakSet()
-        """Further drafts that take the first one's package with it."""
+        """Further drafts, which get the compiled package when the first draft does."""
         self._has_package = False
-        """Whoever joins from now on takes the package at once."""
+        """Whether drafts that join from now on get the package at once."""
         self._lock = threading.Lock()
         if target.device.type == "cuda" and choice != "off":
             self._capture(choice)
@@ -75,7 +75,7 @@ class Compiling:
             self.state, self._compiler = COMPILING, compiler
 
     def start(self, engine: "Engine") -> None:
-        """Begin what the constructor left to do, beside the running engine."""
+        """Start the compilation that is left to do, while the engine runs."""
         if self._compiler is None:
             return
 
@@ -92,8 +92,8 @@ class Compiling:
         self._compiler.start(on_ready, on_failure)
 
     def join(self, runner: Runner) -> None:
-        """One more draft runs its passes as the first does, at once or when that one can; its cache must be
-        idle. Where it cannot, it stays eager."""
+        """Make a further draft run its passes like the first, at once or when the package is ready; its cache
+        must be idle. If that is impossible, it stays eager."""
         with self._lock:
             has_package = self._has_package
             if not has_package:
@@ -112,7 +112,7 @@ class Compiling:
             self._compiler.close()
 
     def _hand_over(self, engine: "Engine", passes: Sequence[Pass], costs: CostTable) -> None:
-        """To the engine's thread, which takes all of them between two rounds: nothing is set here."""
+        """Give the passes to the engine's thread, which sets all of them between two rounds."""
         with self._lock:
             self._has_package = True
             joined = list(self._joined)
@@ -149,7 +149,7 @@ class Compiling:
         runner.static = static
 
     def _package(self, runner: Runner) -> Pass | None:
-        """What was made for the first draft, on this one's weights; None where it does not fit."""
+        """The first draft's package with this draft's weights; None if it does not fit."""
         try:
             return load_compiled(runner, package_path(compile_spec(runner)))
         except CompileError as error:
@@ -157,7 +157,7 @@ class Compiling:
             return None
 
     def _objection(self) -> str:
-        """Why passes cannot be compiled here, or nothing."""
+        """Reason why passes cannot be compiled here; empty if they can."""
         if self._target.device.type != "cpu":
             return "compiled packages are for processors"
         if shutil.which("g++") is None and shutil.which("clang++") is None:
@@ -179,7 +179,7 @@ class Compiling:
         self.state, self._has_package = "compiled", True
 
     def _measure(self, passes: Sequence[Pass]) -> CostTable:
-        """Costs over caches of its own: the engine's are in use."""
+        """Measure costs over separate caches, because the engine's are in use."""
         runners = [runner.twin() for runner in self._runners]
         for runner, compiled in zip(runners, passes, strict=False):
             runner.compiled = compiled

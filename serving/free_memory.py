@@ -1,6 +1,7 @@
-"""How much memory a device has left for us: what torch, the kernel and the container say, the least of them.
+"""How much memory a device has left: the least of what torch, the kernel and the container report.
 
-Changes nothing. Asking a CUDA device makes torch open it, so only the process that will use it should ask.
+Changes nothing. The query initialises CUDA on the device, so only the process that will use it should call
+this.
 """
 
 from dataclasses import dataclass
@@ -19,19 +20,20 @@ _FILES = (
         "total_inactive_file",
     ),
 )
-"""Of version 2 and 1: limit, usage, statistics, and the statistic of pages that the kernel gives back."""
+"""Files of cgroup version 2 and 1: limit, usage, statistics, and the statistic of pages that the kernel can
+reclaim."""
 
 
 @dataclass(frozen=True)
 class FreeMemory:
-    """`host_bytes` None: the device is the host, and both draw on one memory."""
+    """Free bytes. `host_bytes` None: the device is the host itself."""
 
     device_bytes: int
     host_bytes: int | None = None
 
 
 def free_memory(device: torch.device) -> FreeMemory:
-    """Of the device that models run on, and of the host."""
+    """Free memory of the device that models run on, and of the host."""
     host_bytes = host_free_bytes()
     if device.type != "cuda":
         return FreeMemory(host_bytes)
@@ -40,12 +42,12 @@ def free_memory(device: torch.device) -> FreeMemory:
 
 
 def host_free_bytes(cgroup: Path = CGROUP) -> int:
-    """What the machine has available, or what the container may still take if that is less."""
+    """Bytes that the machine has available, or that the container may still take if that is less."""
     return min([psutil.virtual_memory().available, *_container_free_bytes(cgroup)])
 
 
 def _container_free_bytes(cgroup: Path) -> list[int]:
-    """Nothing where no limit is set."""
+    """Free bytes under each limit of the container; none if there is no limit."""
     free = []
     for limit, usage, statistics, reclaimable in _FILES:
         try:

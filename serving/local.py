@@ -27,13 +27,13 @@ DEFAULT_OPTIONS = EngineOptions()
 
 
 class LocalEngine(Engine):
-    """An Engine that knows the pair it serves."""
+    """An Engine with the model pair that it serves."""
 
     pair: ModelPair
     drafts: ServedDrafts | None
-    """None where no draft model may speak."""
+    """None if no draft model is used."""
     router: PromptRouter | None
-    """Of prompts that come without a route; None where no route can have a draft of its own."""
+    """Routes prompts without a route; None if no route can have a draft of its own."""
     memory_plan: MemoryPlan
     compiling: Compiling
 
@@ -52,15 +52,15 @@ def load_engine(
     dtype: str = "float32",
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it. Raises UnsupportedModelError for models that
-    cannot work, and MemoryPlanError for sizes that do not fit, with the reason."""
+    cannot be served, and MemoryPlanError for sizes that do not fit."""
     return build_engine(load_pair(target, draft, device=device, dtype=dtype), options)
 
 
 def build_engine(
     pair: ModelPair, options: EngineOptions = DEFAULT_OPTIONS, *, free: FreeMemory | None = None
 ) -> LocalEngine:
-    """Start an engine on a loaded pair. A draft that may not speak takes no memory, and no adapter is swapped
-    in. `free` None: asks the device. Raises MemoryPlanError before anything is allocated."""
+    """Start an engine on a loaded pair. A draft that is not used takes no memory, and no adapter is swapped
+    in. `free` None: queries the device. Raises MemoryPlanError before anything is allocated."""
     plan = MemoryPlan.of(pair, options)
     plan.require_fit(free or free_memory(next(pair.target.parameters()).device))
     _log.info("%s", "\n".join(plan.lines()))

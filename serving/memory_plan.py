@@ -1,4 +1,4 @@
-"""What serving will hold at most, by part, from the settings and the models' shapes: planned, not found out.
+"""Plans the memory that serving will hold at most, by part, from the settings and the models' shapes.
 
 Allocates nothing and reads no device (`serving.free_memory` does). Worst cases: every slot runs a generation
 of `max_seq_len` tokens that is captured and whose drafts are all rejected. Not in it: one pass's activations,
@@ -23,9 +23,9 @@ from serving.options import EngineOptions
 
 _ROUND_POSITIONS = MAX_DRAFT_TOKENS + 1
 _LOGITS_COPIES = 4
-"""Raw logits, the distribution, noise, and one intermediate: float32."""
+"""Float32 copies of the logits: raw logits, the distribution, noise, and one intermediate."""
 _SLOTS_FOR_PREFIXES = 4
-"""Unless it is set, the prefix cache gets one slot's keys and values for so many slots, one at least."""
+"""By default the prefix cache gets the keys and values of one slot for so many slots, at least one."""
 
 
 class MemoryPlanError(ValueError):
@@ -34,16 +34,16 @@ class MemoryPlanError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model takes, whether or not its weights are there yet."""
+    """Memory of a model, whether or not its weights are loaded yet."""
 
     weights_bytes: int
     column_bytes: int
-    """Keys and values of one token."""
+    """Bytes of keys and values of one token."""
     vocab_size: int
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
-        """Of a model, or of its outline on the meta device."""
+        """The size of a model, or of its outline on the meta device."""
         weights = [*model.parameters(), *model.buffers()]
         shape = KvShape.of(model)
         return cls(
@@ -55,30 +55,30 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that takes memory."""
+    """One part of the memory."""
 
     name: str
     num_bytes: int
     on_host: bool = False
-    """In the host's memory, wherever the models run."""
+    """Whether it is in the host's memory even if the models run on a GPU."""
     is_held: bool = False
-    """Taken already."""
+    """Whether it is allocated already."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of a pair that runs by `options`."""
+    """The plan of a model pair that runs with `options`."""
 
     options: EngineOptions
     target: ModelSize
     draft: ModelSize | None = None
     weights_loaded: bool = False
-    """As at the moment between loading and allocating: the target and the draft as shipped are held."""
+    """True between loading and allocating: the target and the draft as loaded are allocated already."""
 
     @classmethod
     def of(cls, pair: ModelPair, options: EngineOptions) -> Self:
-        """Of a pair that is loaded. The plan's options are those that it can have: `max_seq_len` is cut to
-        what both models can hold, and without a draft that may speak no route has one."""
+        """The plan of a loaded pair. Its options are corrected: `max_seq_len` is cut to what both models can
+        hold, and without a draft no route has one."""
         options = replace(options, max_seq_len=min(options.max_seq_len, pair.max_positions))
         if options.num_slots < 1 or options.max_seq_len < 2:
             raise ValueError(
@@ -92,7 +92,7 @@ class MemoryPlan:
 
     @classmethod
     def outlined(cls, target: str, draft: str | None, options: EngineOptions, *, dtype: str) -> Self:
-        """Of models that are not loaded yet (paths or hub ids)."""
+        """The plan of models that are not loaded yet (paths or hub ids)."""
         models = [load_outline(name, dtype=dtype) for name in (target, draft) if name is not None]
         longest = min([options.max_seq_len, *(max_positions(model) for model in models)])
         sizes = [ModelSize.of(model) for model in models]
@@ -100,7 +100,7 @@ class MemoryPlan:
 
     @property
     def prefix_cache_bytes(self) -> int:
-        """Whole blocks."""
+        """Bytes of the prefix cache's whole blocks."""
         block_bytes = BLOCK_TOKENS * self.target.column_bytes
         if self.options.prefix_cache_mib is None:
             num_columns = (
@@ -113,7 +113,8 @@ class MemoryPlan:
 
     @property
     def capture_bytes(self) -> int:
-        """A round for every token, each of the longest draft."""
+        """Bytes of captured rounds in the worst case: a round for every token, each with the longest
+        draft."""
         if self.options.export_queue_bytes == 0:
             return 0
         num_kept = min(TOP_K, self.target.vocab_size)
@@ -124,7 +125,7 @@ class MemoryPlan:
         )
 
     def parts(self) -> tuple[Part, ...]:
-        """Those that take anything."""
+        """The parts that take memory."""
         logits = self.options.num_slots * _ROUND_POSITIONS * self.target.vocab_size * 4 * _LOGITS_COPIES
         held = self.weights_loaded
         parts = [Part("weights of the target", self.target.weights_bytes, is_held=held)]
@@ -148,7 +149,7 @@ class MemoryPlan:
         return tuple(part for part in parts if part.num_bytes)
 
     def lines(self) -> list[str]:
-        """For people: a line for each part and one for all."""
+        """For display: a line for each part and one for the sum."""
         parts = self.parts()
         total = sum(part.num_bytes for part in parts)
         head = (
@@ -198,15 +199,15 @@ class MemoryPlan:
         return replace(self, options=replace(self.options, **changes))
 
     def _kv_bytes(self, model: ModelSize) -> int:
-        """One column more than tokens: the trash column."""
+        """Includes the trash column."""
         return self.options.num_slots * (self.options.max_seq_len + 1) * model.column_bytes
 
     def _route_drafts_bytes(self, draft: ModelSize) -> int:
-        """All that may ever be open; each is taken when its route opens."""
+        """Bytes of all route drafts that may be open; each is allocated when its route opens."""
         return self.options.max_route_drafts * (draft.weights_bytes + self._kv_bytes(draft))
 
     def _to_come(self) -> tuple[int, int]:
-        """(on the host whatever the device, where the models run), without what is held."""
+        """(bytes always on the host, bytes where the models run), without what is allocated already."""
         coming: list[Part] = [part for part in self.parts() if not part.is_held]
         on_host = sum(part.num_bytes for part in coming if part.on_host)
         return on_host, sum(part.num_bytes for part in coming) - on_host

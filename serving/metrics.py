@@ -1,8 +1,8 @@
-"""What Prometheus scrapes: the engine's counters as they stand, and latencies of requests.
+"""Prometheus metrics: the engine's counters, and latencies of requests.
 
-Tails of names are vLLM's, so that its dashboards need a new prefix only; every help text states its
-definition. Owns its registry: no globals. Every sample carries the replica's label; a route's name
-is a label only while the route has a draft of its own, of which there are few.
+Names end like vLLM's, so that its dashboards need only a new prefix; every help text states its definition.
+Has its own registry and no globals. Every sample carries the replica's label; a route's name is a label only
+while the route has a draft of its own, of which there are few.
 """
 
 import time
@@ -89,7 +89,7 @@ class RequestClock:
         self._ended = False
 
     def tokens(self, num_tokens: int, at_s: float) -> None:
-        """So many tokens came at once; the time since the last ones is shared among them."""
+        """Count tokens that came together; the time since the last ones is divided among them."""
         if num_tokens == 0:
             return
         if self._last_s is None:
@@ -100,7 +100,7 @@ class RequestClock:
         self._last_s = at_s
 
     def queued(self, seconds: float) -> None:
-        """How long the generation waited for a slot."""
+        """Record how long the generation waited for a slot."""
         self._metrics.queue_s.observe(seconds)
 
     def finished(self, reason: str, at_s: float | None = None) -> None:
@@ -208,7 +208,7 @@ class ServingMetrics(Collector):
         return versions
 
     def _by_drafter(self, stats: EngineStats) -> Iterator[Metric]:
-        """`draft_version` is empty where the drafter's weights have none."""
+        """`draft_version` is empty if the drafter's weights have no versions."""
         by_draft = [
             ([self._replica_id, route, by.drafter_id, self._version_label(by.draft_version)], counters)
             for route, by_drafter in sorted(stats.route_counts.items())

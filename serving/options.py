@@ -1,4 +1,4 @@
-"""How an engine runs, whoever starts it: the one list of its options, from settings to memory plan."""
+"""The engine's options, in one list from the settings to the memory plan."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -8,12 +8,12 @@ from serving.drafters.stopping import StoppingName
 from serving.settings import ServingSettings
 
 Speculation = Literal["auto", "model", "ngram", "off"]
-"""Who drafts: whatever pays, by measurement; the draft model alone; n-gram lookup alone; nobody."""
+"""Who drafts: whatever is fastest by measurement; only the draft model; only n-gram lookup; nobody."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Of any pair of models. What memory they take is planned before anything is allocated."""
+    """Options of an engine, for any pair of models."""
 
     num_slots: int = 8
     """Sequences that run at once."""
@@ -23,20 +23,20 @@ class EngineOptions:
     """None lets the controller choose, an int fixes the draft length."""
     speculation: Speculation = "auto"
     stopping: StoppingName = "controller"
-    """When a draft ends before its length."""
+    """When drafting stops before the draft length."""
     stopping_threshold: float | None = None
     compile: CompileChoice = "off"
     """on waits for compiled passes, auto starts without them and takes them when they are ready."""
     prefix_cache_mib: float | None = None
-    """Of keys and values kept of earlier prompts. 0: none; None: one slot's for every four."""
+    """Size of the prefix cache. 0: none; None: one slot's keys and values for every four slots."""
     export_queue_bytes: int = 0
-    """What a recorder may hold; 0: nothing is recorded."""
+    """Bytes that a recorder's queue may hold; 0: nothing is recorded."""
     max_route_drafts: int = 0
     """Routes beyond `default` that may be given drafts of their own."""
 
     @classmethod
     def of(cls, settings: ServingSettings, *, export_queue_bytes: int) -> Self:
-        """As an operator chose them."""
+        """The options in an operator's settings."""
         return cls(
             num_slots=settings.num_slots,
             max_seq_len=settings.max_seq_len,
@@ -52,5 +52,5 @@ class EngineOptions:
 
     @property
     def uses_model(self) -> bool:
-        """May a draft model speak? If not, it takes no memory."""
+        """Whether a draft model may draft. If not, it takes no memory."""
         return self.speculation in ("auto", "model")

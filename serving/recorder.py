@@ -1,7 +1,7 @@
-"""A finished generation to records on their way to the buffer. Runs on the engine thread for microseconds.
+"""Turns a finished generation into records for the buffer. Runs on the engine thread for microseconds.
 
 Knows neither HTTP nor what the sink does. Invariant: nothing here blocks, and nothing raises into the engine;
-the record itself is built by whoever drains the sink.
+the record itself is built on the sink's thread.
 """
 
 import hashlib
@@ -62,11 +62,12 @@ class Recorder:
         self._clock = clock
 
     def wants(self, request_id: str, store: bool | None) -> bool:
-        """Whether to capture; the same answer for the same id. `store: false` is never captured."""
+        """Whether to capture this request; always the same for the same id. `store: false` is never
+        captured."""
         return store is not False and _unit_hash(request_id) < self._capture_rate
 
     def record(self, generation: Generation) -> None:
-        """Submit what was captured of a finished or cancelled generation, if anything was."""
+        """Submit the captured rounds of a finished or cancelled generation, if there are any."""
         try:
             key = StreamKey(self._target_revision, generation.route)
             now_s = self._clock()
@@ -102,7 +103,7 @@ class Recorder:
 
 
 def _unit_hash(request_id: str) -> float:
-    """Uniform on [0, 1), so that rate 0 takes none and rate 1 takes all."""
+    """A hash of the id, uniform on [0, 1), so that rate 0 takes none and rate 1 takes all."""
     return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:6], "big") / 2**48
 
 
@@ -119,7 +120,8 @@ def _segments(generation: Generation) -> Iterator[_Segment]:
 
 
 def _record_sampling(sampling: SamplingParams) -> RecordSampling:
-    """Penalties, bias and `min_tokens` change the logits, which the record's distribution does not know."""
+    """Penalties, bias and `min_tokens` change the logits, which the record's sampling parameters do not
+    describe."""
     return RecordSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,

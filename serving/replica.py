@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: HTTP ingress and engine in one process, so that a token crosses none.
+"""The Ray Serve deployment: HTTP ingress and engine in one process, so that tokens cross no process boundary.
 
 Knows no learner. Invariant: a draft never changes through Serve (that would start a new process); it comes
 through the adapter feed.
@@ -18,9 +18,10 @@ from serving.settings import ServingSettings
 DEPLOYMENT_NAME = "replica"
 
 _SWITCH_INTERVAL_S = 0.0005
-"""The engine thread and the event loop take turns ten times as often as by default: chunks go out sooner."""
+"""Ten times shorter than Python's default switch interval, so that the event loop sends chunks sooner."""
 _SPARE_REQUESTS = 64
-"""Above our own bounds: Serve's refusal is plain text and only the last resort, and /health must pass."""
+"""Room above our own bounds, so that /health always passes and Serve's plain-text refusal is only the last
+resort."""
 
 
 @serve.ingress()
@@ -35,14 +36,14 @@ class Replica:
         self._parts = open_parts(settings, redis_url, serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
-        return create_app(self._parts.context, sends_request_id=False)  # Serve's proxy does
+        return create_app(self._parts.context, sends_request_id=False)  # Serve's proxy sends it
 
     def target_revision(self) -> str:
-        """Of the target that was loaded here."""
+        """Revision of the target that was loaded here."""
         return self._parts.engine.pair.target_revision
 
     def check_health(self) -> None:
-        """Ray restarts a replica for which this raises."""
+        """Raises if the replica must be restarted; Ray then does so."""
         if not self._parts.engine.is_alive:
             raise RuntimeError("the engine thread has ended; no request can be answered here")
 

@@ -1,6 +1,6 @@
-"""One replica's parts, made in order and closed in reverse; with or without Ray around them.
+"""Creates one replica's parts in order and closes them in reverse; with or without Ray.
 
-Invariant: a store or feed that is away at start costs a bounded wait, never the start.
+Invariant: a store or feed that cannot be reached delays the start by a bounded time, and never fails it.
 """
 
 import importlib.metadata
@@ -28,13 +28,12 @@ from serving.status import serving_status
 _FEED_TIMEOUT_S = 2.0
 
 OpenFeed = Callable[[str], AdapterFeed]
-"""From a target's revision, which is known only once the models are loaded."""
+"""Opens the feed of a target revision, which is known only once the models are loaded."""
 
 
 class ReplicaParts:
-    """A running engine and everything around it. `store` None: nothing is recorded; `open_feed`, which is
-    given the target's revision, None: the draft that was loaded serves, and nobody is told how it does. Store
-    and feed are closed with the parts."""
+    """A running engine and everything around it. `store` None: nothing is recorded. `open_feed` None: the
+    draft that was loaded serves, and no status is reported. Closes store and feed."""
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class ReplicaParts:
         )
 
     def _new_recorder(self, engine: LocalEngine) -> Recorder | None:
-        """None where records would be useless: no store, no draft to teach, or a rate of 0."""
+        """None if records would be useless: no store, no draft to train, or a rate of 0."""
         settings = self._settings
         if self._exporter is None or not settings.records:
             return None
@@ -138,7 +137,7 @@ class ReplicaParts:
 
 
 def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str) -> ReplicaParts:
-    """Parts on Redis; None: no records, no adapters. Raises ValueError for a URL that is none."""
+    """Parts on Redis; None: no records, no adapters. Raises ValueError for an invalid URL."""
     if redis_url is None:
         return ReplicaParts(settings, store=None, open_feed=None, replica_id=replica_id)
     from buffer.redis_feed import RedisAdapterFeed
@@ -153,7 +152,7 @@ def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str
 
 
 def software_version() -> str:
-    """Of the installed distribution; `0` in a tree that was never installed."""
+    """Version of the installed package; `0` if it is not installed."""
     try:
         return importlib.metadata.version("everdraft")
     except importlib.metadata.PackageNotFoundError:

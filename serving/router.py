@@ -1,7 +1,7 @@
-"""Which route a request takes, and with it whose draft serves it and learns from it.
+"""Chooses the route of a request, and with it the draft that serves it and is trained on it.
 
-The request's own tag; else its header; else what its prompt's embedding is nearest to; else `default`. Knows
-no HTTP framework: it is given the tag and the header as they came.
+In order: the request's own tag; its header; the route whose centroid is nearest to its prompt's embedding;
+`default`. Knows no HTTP framework: it is given the values of tag and header.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ ROUTE_TAG = "route"
 
 
 def choose_route(metadata: Mapping[str, str] | None, header: str | None) -> str | None:
-    """`metadata.route`, else the header; None: the request leaves it to its prompt. Raises ValueError naming
-    a value that could not be a stream's key."""
+    """`metadata.route`, else the header; None: the prompt's embedding decides. Raises ValueError for a name
+    that is invalid as a route."""
     tag = (metadata or {}).get(ROUTE_TAG)
     name = tag if tag is not None else header
     if name is None:
@@ -38,7 +38,7 @@ class PromptRouter:
         self._table: RouteTable | None = None
 
     def use(self, table: RouteTable | None) -> None:
-        """None, or a table made for another target: every prompt is of the default route."""
+        """Use this table. None, or a table of another target: every prompt is of the default route."""
         if table is not None and table.target_revision != self._target_revision:
             table = None
         self._table = table

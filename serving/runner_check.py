@@ -1,4 +1,4 @@
-"""Whether a model runs through the slot cache as it runs by itself, found out before anything is served."""
+"""Checks before serving that a model gives the same logits through the slot cache as by itself."""
 
 import torch
 
@@ -16,8 +16,8 @@ def prepare_runner(runner: Runner, name: str) -> None:
     """Compare slot-cache logits with the model's own on a short text, in two ragged chunks, and choose the
     attention: grouped heads without repeating them where the model allows it, else torch's sdpa.
 
-    Catches what no config reveals: attention that ignores the mask, positions or cache, layers that cache
-    other shapes, and finite weights that answer NaN. Raises UnsupportedModelError.
+    Finds faults that no config shows: attention that ignores the mask, positions or cache, layers that cache
+    other shapes, and finite weights whose logits are NaN. Raises UnsupportedModelError.
     """
     with refusing(name, "cannot run through the slot cache, so nothing of it can be served"):
         _prepare_runner(runner, name)

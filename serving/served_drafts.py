@@ -1,8 +1,8 @@
-"""The drafts that serve, one a route: opened, staged, swapped and closed for whoever follows the feed.
+"""The drafts of all routes on a replica: opened, staged, swapped and closed for the adapter watcher.
 
-The default route's draft is there from the start. A further route's is made when the route first has an
-adapter, with merged weights, a runner and keys and values of its own, and given up when it closes. Knows no
-feed. Invariant: never more than `max_route_drafts` further drafts, which is what memory was planned for.
+The default route's draft exists from the start. A further route's draft is created when the route first has
+an adapter, with its own merged weights, runner, keys and values, and deleted when the route closes. Knows no
+feed. Invariant: there are never more than `max_route_drafts` further drafts, for which memory was planned.
 """
 
 import logging
@@ -21,40 +21,40 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 60.0
 
 NewDraft = Callable[[], tuple[Drafter, DraftWeights]]
-"""The draft as loaded, with weights and caches that nobody shares."""
+"""Creates a drafter with the draft's loaded weights; it shares no weights and no cache with others."""
 
 
 class ServedDrafts:
-    """What an adapter watcher does to drafts. One thread at a time."""
+    """The operations of an adapter watcher on drafts. Used by one thread at a time."""
 
     def __init__(
         self, engine: Engine, default: DraftWeights, new_draft: NewDraft, max_route_drafts: int = 0
     ) -> None:
-        """`default`: weights of the draft that the engine was built with."""
+        """`default`: the weights of the draft that the engine was built with."""
         self.max_route_drafts = max_route_drafts
         self._engine, self._new_draft = engine, new_draft
         self._weights = {DEFAULT_ROUTE: default}
         self._failed: set[str] = set()
-        """Wanted routes whose draft could not be made; the default route's serves them."""
+        """Wanted routes whose draft could not be created; the default route's draft serves them."""
 
     @property
     def default(self) -> DraftWeights:
-        """Of the default route."""
+        """The default route's weights."""
         return self._weights[DEFAULT_ROUTE]
 
     @property
     def routes(self) -> list[str]:
-        """Those with a draft of their own, `default` first, then the oldest."""
+        """Routes with a draft of their own, `default` first, then the oldest."""
         return list(self._weights)
 
     @property
     def versions(self) -> Mapping[str, int]:
-        """route -> version that serves now; the engine may have gone to the floor by itself."""
+        """route -> version that serves now; the engine may have fallen back to the floor by itself."""
         return self._engine.draft_versions
 
     def follow(self, wanted: Iterable[str]) -> None:
-        """Close what is not among these routes, and open what is, in their order, while there is room. A new
-        draft serves its floor until weights are swapped in."""
+        """Close the drafts of all other routes, and open drafts for these, in their order, while there is
+        room. A new draft serves its floor until weights are swapped in."""
         wanted = [route for route in wanted if route != DEFAULT_ROUTE]
         self._failed.intersection_update(wanted)
         for route in self.routes:
@@ -67,8 +67,8 @@ class ServedDrafts:
                 self._open(route)
 
     def stage(self, route: str, manifest: AdapterManifest | None, weights: bytes = b"") -> StagedWeights:
-        """Validate a version and merge it aside; None: the floor. Nothing live is touched. Raises
-        AdapterRejectedError."""
+        """Validate a version and merge it into separate tensors; None: the floor. Live weights do not change.
+        Raises AdapterRejectedError."""
         if manifest is None:
             return self._weights[route].stage_floor()
         check_config(manifest.adapter_config_json, manifest.rank, manifest.alpha)
@@ -82,11 +82,12 @@ class ServedDrafts:
         )
 
     def swap(self, route: str, staged: StagedWeights) -> SwapReport:
-        """Make it live between two rounds, and wait for it. Raises BrokenDraftError, EngineClosedError."""
+        """Make staged weights live between two rounds, and wait for that. Raises BrokenDraftError,
+        EngineClosedError."""
         return self._engine.swap(staged, route).result(_TIMEOUT_S)
 
     def serve_floor(self, route: str = DEFAULT_ROUTE) -> None:
-        """The draft as loaded."""
+        """Swap in the floor."""
         self.swap(route, self.stage(route, None))
 
     def _open(self, route: str) -> None:

@@ -1,4 +1,4 @@
-"""What an operator may choose about serving: one frozen, validated model, read once at the door.
+"""The serving settings of an operator: one frozen model, validated when it is read.
 
 Starts nothing and reads no file. Invariant: a secret is a SecretStr and is never printed.
 """
@@ -22,7 +22,7 @@ class ServingSettings(BaseModel):
     draft: str | None = None
     """Path or hub id of the draft; None serves without speculation."""
     model_name: str | None = None
-    """What clients call the model; None: the last part of `target`."""
+    """The model's name for clients; None: the last part of `target`."""
     device: str = "cpu"
     """Where the models run: `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -38,20 +38,21 @@ class ServingSettings(BaseModel):
     """Fixed draft length; 0 turns speculation off; None lets the controller choose."""
     speculation: Literal["auto", "model", "ngram", "off"] = "auto"
     """Who drafts: `model` the draft alone, `ngram` copying from the text so far alone, `off` nobody; `auto`
-    has both and takes in every round what measured costs and acceptance say is fastest, nobody included."""
+    has both and chooses in every round what is fastest by measured costs and acceptance, which may be no
+    draft."""
     stopping: Literal["controller", "top_prob", "entropy"] = "controller"
     """When the draft stops within the draft length: not at all; after a token drawn where its likeliest token
     was below the threshold; before a draw whose distribution has more nats of entropy than the threshold."""
     stopping_threshold: float | None = Field(default=None, ge=0)
-    """Of `stopping`; None: .4 for `top_prob`, 2 nats for `entropy`."""
+    """Threshold of `stopping`; None: .4 for `top_prob`, 2 nats for `entropy`."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compiled passes: auto serves without until they are ready and keeps them for the next start; on waits
-    for them and fails where they cannot be had."""
+    """Compiled passes: auto serves without them until they are ready and caches them for the next start; on
+    waits for them and fails if they are impossible."""
     prefix_cache_mib: float | None = Field(default=None, ge=0)
-    """Keys and values kept of earlier prompts; 0 turns prefix reuse off; None: one slot's for every four."""
+    """Size of the prefix cache; 0 turns it off; None: one slot's keys and values for every four slots."""
     max_route_drafts: int = Field(default=4, ge=0)
     """Routes beyond `default` that may have a draft of their own, each with weights, keys and values; 0
-    serves all routes with one draft, and routes no prompt."""
+    serves all routes with one draft, and prompts are not routed."""
     num_replicas: int = Field(default=1, ge=1)
     """Replicas behind the endpoint, each with both models of its own."""
 
@@ -61,8 +62,8 @@ class ServingSettings(BaseModel):
     """Bearer key of `/admin`, 8 characters or more, which no client key opens; None keeps `/admin` shut."""
 
     max_queued_requests: int = Field(default=256, ge=0)
-    """Requests that may wait for a slot in a replica; over it 429. `n` counts n. The last quarter is kept for
-    requests of one generation."""
+    """Requests that may wait for a slot in a replica; over it 429. A request counts once for each of its `n`
+    choices. The last quarter is kept for requests of one generation."""
     max_queued_prompt_tokens: int = Field(default=262_144, ge=1)
     """Prompt tokens that may wait for a slot in a replica; over it 429. The last quarter is kept for requests
     of one generation; a single request may bring a quarter, or one prompt that fills `max_seq_len`."""
@@ -76,22 +77,23 @@ class ServingSettings(BaseModel):
     capture_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of requests that are recorded for learning; 0 records nothing."""
     record_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
-    """Time after which nobody may read a record, and after which a route to which none was added is
-    forgotten by the buffer."""
+    """Time after which a record may not be read, and after which the buffer deletes a route that got no
+    record."""
     max_records_per_route: int = Field(default=20_000, ge=1)
-    """Records kept of a route; the oldest leave first."""
+    """Records kept of a route; the oldest are dropped first."""
     max_record_mib_per_route: float = Field(default=512.0, gt=0)
-    """What they may take in Redis."""
+    """Memory that they may take in Redis."""
     max_record_routes: int = Field(default=64, ge=0)
-    """Routes beside `default` of which records are kept apart, over all replicas. Those of further ones, for
-    clients invent routes, are kept as `default`'s; a route with a draft of its own is never refused."""
+    """Routes beside `default` with a record stream of their own, over all replicas. Records of further routes
+    (clients may send any name) are stored as `default`'s; a route with a draft of its own always has a
+    stream."""
 
     watch_interval_s: float = Field(default=0.2, gt=0)
-    """Between two looks at the adapter feed."""
+    """Seconds between two reads of the adapter feed."""
     status_interval_s: float = Field(default=1.0, gt=0)
-    """Between two reports to the learner and the operator."""
+    """Seconds between two reports to the learner and the operator."""
     boot_timeout_s: float = Field(default=5.0, ge=0)
-    """How long a starting replica tries to fetch the latest draft before it serves on the floor."""
+    """How long a starting replica tries to fetch the latest draft before it serves with the floor."""
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -135,27 +137,27 @@ class ServingSettings(BaseModel):
 
     @property
     def generations_per_request(self) -> int:
-        """At most, of one request."""
+        """Most generations of one request."""
         return self.max_generations_per_request or max(1, self.max_queued_requests // 4)
 
     @property
     def prompt_tokens_per_request(self) -> int:
-        """At most, of one request; a single prompt that fits the context always may."""
+        """Most prompt tokens of one request; a single prompt that fits the context is always allowed."""
         return max(self.max_seq_len, self.max_queued_prompt_tokens // 4)
 
     @property
     def served_name(self) -> str:
-        """The model's name as clients write it."""
+        """The model's name for clients."""
         return self.model_name or PurePath(self.target).name or self.target
 
     @property
     def records(self) -> bool:
-        """Whether records would be of use: there is a draft to teach, and some requests are captured."""
+        """Whether records are useful: there is a draft to train, and some requests are captured."""
         return self.draft is not None and self.capture_rate > 0.0
 
     @property
     def record_bounds(self) -> Bounds:
-        """What the buffer may hold of this target."""
+        """Limits of the buffer for this target."""
         return Bounds(
             max_records=self.max_records_per_route,
             max_bytes=int(self.max_record_mib_per_route * 2**20),

@@ -1,4 +1,4 @@
-"""What a replica says about itself, from the engine's own counters. Pure; a snapshot at one time."""
+"""A replica's status, from the engine's own counters. Pure; a snapshot at one time."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,8 @@ def serving_status(
     passes: str = "",
     last_error: str = "",
 ) -> ServingStatus:
-    """Counters are told by the route whose draft it was: a route without one counts under `default`."""
+    """Counters are by the route of the draft: those of a route without a draft are counted under
+    `default`."""
     stats = engine.stats()
     return ServingStatus(
         replica_id=replica_id,
@@ -56,7 +57,7 @@ def _drafter_counts(stats: EngineStats) -> Iterator[DrafterCounts]:
 
 
 def _pass_costs(costs: CostTable) -> PassCosts:
-    """The table as live rounds have corrected it."""
+    """The cost table as corrected by live rounds."""
     draft_scale = costs.target_scale * costs.draft_scale
     return PassCosts(
         batch_sizes=costs.batch_sizes,

@@ -35,7 +35,8 @@ class PositionAcceptance:
 
 
 def position_acceptance(batch: TrainingBatch, logits_NV: Tensor) -> PositionAcceptance:
-    """Of a draft with these logits [N, V], at emitted positions (every `emitted_token_id_N` is set)."""
+    """Acceptance of a draft with these logits [N, V], at emitted positions (every `emitted_token_id_N` is
+    set)."""
     assert bool((batch.emitted_token_id_N >= 0).all()), "acceptance is defined at emitted positions"
     sampling = SamplingMetadata.stack(batch.samplings, logits_NV.device)
     draft_NV = processed_logprobs(logits_NV[:, None].float(), sampling)[:, 0]

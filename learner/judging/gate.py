@@ -20,7 +20,7 @@ from learner.judging.speed import ExpectedSpeed, Operation, SpeedUnit, expected_
 
 @dataclass(frozen=True)
 class GateRule:
-    """What a candidate must show; see LearnerSettings."""
+    """The gate's requirements; see LearnerSettings."""
 
     min_records: int = 16
     level: float = 0.05

@@ -26,8 +26,8 @@ class RollbackBackoff:
 
 
 def rollback_backoff(history: Iterable[AdapterEvent]) -> RollbackBackoff:
-    """`history` is oldest first. A promotion that was followed by another one did not fail; a route that is
-    opened again starts without failures, because the rollback that closes a route is none."""
+    """`history` is oldest first. A promotion that was followed by another one did not fail. A route that is
+    opened again starts without failures, because the rollback that closes a route does not count."""
     backoff, promoted_s = RollbackBackoff(), None
     for event in history:
         if event.kind == "opened":

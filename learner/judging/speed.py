@@ -60,8 +60,8 @@ def output_tokens_by_length(
 
 
 def expected_speed(tokens_per_round_by_length: Sequence[float], operation: Operation) -> ExpectedSpeed:
-    """At the draft length with the most tokens a second: a better draft may have a longer best length. While
-    no costs are known, tokens a round at the length in use."""
+    """Speed at the draft length with the most tokens a second: a better draft may have a longer best length.
+    While no costs are known, tokens a round at the length in use."""
     if operation.costs is None:
         length = operation.num_draft_tokens
         return ExpectedSpeed(tokens_per_round_by_length[length], "tokens_per_round", length)

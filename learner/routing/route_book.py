@@ -35,7 +35,7 @@ class RouteBook:
 
 
 def checkpoint_folder(folder: Path, route: str) -> Path:
-    """Where the route's own checkpoints are kept."""
+    """Folder of the route's own checkpoints."""
     return folder if route == DEFAULT_ROUTE else folder / "routes" / route
 
 

@@ -86,8 +86,8 @@ class Progress:
         version, parent = FLOOR_VERSION, FLOOR_VERSION
         if manifest is not None:
             version, parent = manifest.draft_version, manifest.parent_version
-            let_in = reason if kind == "promoted" else "let in before this learner looked"
-            self.tracker.log_adapter(manifest, weights, let_in)
+            promotion = reason if kind == "promoted" else "promoted before this learner followed the feed"
+            self.tracker.log_adapter(manifest, weights, promotion)
         self.tracker.mark_serving(self.route, version, parent, f"{kind.replace('_', ' ')}: {reason}")
         self.decided(kind, version, reason)
 
@@ -114,13 +114,13 @@ class Progress:
             "learner_s": busy_s,
             "learner_saved_s": self.saved_s(busy_s),
         }
-        finite = {name: value for name, value in figures.items() if value == value}
-        self._figures = {name: finite.get(name) for name in figures}
+        measured = {name: value for name, value in figures.items() if value == value}
+        self._figures = {name: measured.get(name) for name in figures}
         more = {"acceptance_live": self.schedule.short_acceptance}
         if "gain_lower_bound" in judgement.decision.evidence:
             more["gain_lower_bound"] = judgement.decision.evidence["gain_lower_bound"]
-        finite |= {name: value for name, value in more.items() if value is not None}
-        self.tracker.log_metrics(self.route, finite, self.num_records_seen)
+        measured |= {name: value for name, value in more.items() if value is not None}
+        self.tracker.log_metrics(self.route, measured, self.num_records_seen)
 
     def facts(self) -> dict[str, Any]:
         """Plain data for display; a figure that is not known yet is None."""

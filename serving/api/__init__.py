@@ -1,1 +1,1 @@
-"""The OpenAI surface: HTTP bodies to engine requests, token events to text. Knows no Ray and no Redis."""
+"""The OpenAI-compatible API: HTTP bodies to engine requests, token events to text. Knows no Ray or Redis."""

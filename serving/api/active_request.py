@@ -1,8 +1,8 @@
-"""The generations of one API request while they run: from engine events to deltas, and an end in any case.
+"""The running generations of one API request: engine events become deltas, and cleanup always happens.
 
 Invariant: after `close` nothing of the request runs in the engine for longer than one round, and its place in
-the queue is free. Everything but `_Listener` lives on the event loop, which a submission leaves to others
-after every few generations.
+the queue is free. Everything but `_Listener` runs on the event loop; a submission yields to other tasks after
+every few generations.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from serving.engine.request import Generation, GenerationRequest, TokenEvent
 from serving.recorder import Recorder
 
 _SLICE = 8
-"""Generations submitted before others have their turn on the event loop."""
+"""Generations submitted before other tasks on the event loop may run."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class _Arrival:
 
 
 class _Listener:
-    """Called on the engine thread: stamps events and hands them over, and passes the record on.
+    """Called on the engine thread: timestamps events, posts them to the event loop, and records the
+    generation.
 
-    Unless `eager`, what lies between the first and the last event waits for the last: an answer that is sent
-    whole needs no wake-up of the event loop for each round.
+    Unless `eager`, events after the first are held until the last: an answer that is sent whole needs no
+    wake-up of the event loop for each round.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class ActiveRequest:
         self._handles: list[GenerationHandle] = []
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
         self.generations: list[Generation] = []
-        """Those that ended, in the order of their ends."""
+        """Generations that ended, in the order of their ends."""
 
     async def submit(self) -> None:
-        """Every choice, to the engine; once. Raises ApiError; `close` ends what had begun by then."""
+        """Submit every choice to the engine; called once. Raises ApiError; `close` ends generations that were
+        submitted by then."""
         try:
             for index, request in enumerate(self._plan.requests()):
                 if index and index % _SLICE == 0:
@@ -93,9 +95,9 @@ class ActiveRequest:
         return sum(state.num_tokens for state in self._states)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Until every choice has ended; of each choice at most one for each wake-up.
+        """Yields deltas until every choice has ended; at most one a choice for each wake-up.
 
-        Raises ApiError: the deadline, an engine that failed or closed."""
+        Raises ApiError: the deadline passed, or the engine failed or closed."""
         while not all(state.done for state in self._states):
             arrivals = await self._take()
             self._ticket.start()
@@ -106,7 +108,7 @@ class ActiveRequest:
                 yield ChoiceDelta.join(deltas)
 
     def close(self) -> None:
-        """End whatever still runs; safe to call twice."""
+        """Cancel all generations that still run; safe to call twice."""
         for state, clock, handle in zip(self._states, self._clocks, self._handles, strict=False):
             if not state.done:
                 handle.cancel()
@@ -149,7 +151,7 @@ class ActiveRequest:
 
 
 def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
-    """Take a place in the queue. Raises ApiError; then none was taken."""
+    """Take a place in the queue. Raises ApiError, and then holds no place."""
     began_s = time.monotonic()
     if not context.is_ready:
         raise ApiError(503, "The server is not ready: it is loading or shutting down.")

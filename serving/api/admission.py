@@ -1,9 +1,9 @@
-"""Bounds on what may wait: requests and prompt tokens. Over a bound the client is told when to come back.
+"""Admission: bounds on waiting requests and prompt tokens; over a bound the client gets a retry time.
 
 Knows neither HTTP nor the engine; `num_slots` requests run, the others wait. A ticket is a request's place:
-it is taken before the engine sees the request and given back exactly once. Called on one thread. Invariant:
-requests of many generations leave a quarter of every bound to those of one, so that no few of them can take
-the service from everybody else.
+it is taken before the engine gets the request and released exactly once. Called on one thread. Invariant:
+requests of many generations leave a quarter of every bound to those of one, so that a few of them cannot
+block everybody else.
 """
 
 import math
@@ -31,12 +31,12 @@ class Ticket:
         self._released = False
 
     def start(self) -> None:
-        """The first token came: the prompt waits no longer."""
+        """The first token was generated: the prompt no longer waits."""
         self._admission._num_waiting_tokens -= self._num_waiting_tokens
         self._num_waiting_tokens = 0
 
     def release(self) -> None:
-        """The request ended, however it did."""
+        """The request ended, in any way."""
         if not self._released:
             self._released = True
             self.start()
@@ -44,7 +44,7 @@ class Ticket:
 
 
 class Admission:
-    """Counts what was admitted and has not ended."""
+    """Counts admitted requests that have not ended."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Admission:
         self.num_rejected = 0
 
     def admit(self, num_requests: int, num_prompt_tokens: int) -> Ticket:
-        """A ticket, or QueueFullError. How large one request may be at all is not decided here (`limits`); a
+        """Returns a ticket or raises QueueFullError. The size of a single request is bounded in `limits`; a
         prompt longer than all that may wait is admitted while no other waits."""
         shared = num_requests > 1 and self.num_in_flight > 0
         kept_requests = self._max_queued_requests // 4 if shared else 0

@@ -1,6 +1,6 @@
-"""From a plan to an HTTP answer, whole or streamed. The one place where a client that leaves is noticed.
+"""Runs a request plan and sends the HTTP answer, whole or streamed. Only here a disconnect is noticed.
 
-Knows neither endpoint: a Renderer gives the answer its shape.
+Knows neither endpoint: a Renderer formats the answer.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from serving.api.response_schema import Body, Metrics, Usage
 _log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
-"""Nobody reads this status; access logs do."""
+"""Status for access logs; the client that would get it has disconnected."""
 
 
 class Renderer(Protocol):
@@ -52,12 +52,12 @@ async def respond(context: AppContext, request: Request, plan: RequestPlan, rend
         ends.callback(active.close)
         response = await _unless_client_leaves(request, _begun(active, plan, renderer))
         if isinstance(response, sse.EventStream):
-            ends.pop_all()  # from here on the stream closes the request, and notices a client that leaves
+            ends.pop_all()  # from here on the stream closes the request, and notices a disconnect
         return response or Response(status_code=CLIENT_LEFT)
 
 
 async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> Response:
-    """Everything submitted, and the answer, or the stream that it will come by."""
+    """Submit the request and return its answer, or the stream of it."""
     await active.submit()
     if plan.body.stream:
         return sse.EventStream(_events(active, plan, renderer), on_close=active.close)
@@ -66,7 +66,7 @@ async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
 
 
 async def _unless_client_leaves(request: Request, begun: Coroutine[Any, Any, Response]) -> Response | None:
-    """None when the client left first. A task each; neither outlives the call."""
+    """None if the client disconnected first. Both tasks have ended when the call returns."""
     answer = asyncio.ensure_future(begun)
     left = asyncio.ensure_future(_client_left(request))
     try:
@@ -92,7 +92,7 @@ async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
 
 
 async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
-    """After the headers an error is an event too; `[DONE]` comes last in any case."""
+    """The events of a stream. An error after the headers is an event too; `[DONE]` always comes last."""
     try:
         for chunk in renderer.opening():
             yield sse.event(chunk.to_json())
@@ -110,7 +110,7 @@ async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) 
 
 
 def _says_something(delta: ChoiceDelta, plan: RequestPlan) -> bool:
-    """Whether a chunk is worth sending: held-back text alone is not."""
+    """Whether a chunk has content to send."""
     wants_tokens = plan.body.return_token_ids or plan.sampling.logprobs is not None
     return bool(delta.text or delta.finish_reason or (wants_tokens and delta.token_ids))
 

@@ -1,4 +1,4 @@
-"""The HTTP app of one replica: routes over a context, behind the door. Starts and closes nothing."""
+"""The HTTP app of one replica: routes behind the auth middleware. Starts and closes nothing."""
 
 from fastapi import FastAPI
 

@@ -1,4 +1,4 @@
-"""The outermost layer of the app: request ids, keys, and an answer for what nobody else caught.
+"""The outermost layer of the app: request ids, keys, and the answer to an unhandled exception.
 
 A plain ASGI layer, so that bodies are not read before the key is checked and streams are never buffered.
 Invariant: every HTTP answer carries X-Request-Id exactly once (see `request_ids`).
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 class AuthMiddleware:
     """Wraps the app. Needs to be added last, so that it is the first to see a request.
 
-    `sends_request_id` False: whatever is in front of the app puts the id on the answer."""
+    `sends_request_id` False: a proxy in front of the app adds the id to the answer."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, *, sends_request_id: bool = True) -> None:
         self._app = app

@@ -1,7 +1,7 @@
-"""Refuses a body that is too large before it is read whole: by its declared length, else by what has come.
+"""Refuses a body that is too large before it is read whole: by its declared length, else by the bytes read.
 
-A plain ASGI layer behind the keys. Invariant: whoever reads the body gets at most the bound, and the client
-an OpenAI error; what it still sends is not kept.
+A plain ASGI layer behind the keys. Invariant: the app reads at most the bound, and the client gets an OpenAI
+error; what it still sends is dropped.
 """
 
 from starlette.datastructures import Headers
@@ -27,7 +27,7 @@ class BodyLimit:
 
 
 class _Reading:
-    """One request whose body has no declared length, or an acceptable one that may be a lie."""
+    """One request whose body has no declared length, or an acceptable one that may be false."""
 
     def __init__(self, app: ASGIApp, limits: RequestLimits) -> None:
         self._app, self._limits = app, limits
@@ -40,7 +40,7 @@ class _Reading:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted() -> Message:
-            """A reader of too much is told that the client left, and stops."""
+            """Over the bound the app is told that the client disconnected, so that it stops."""
             if self._is_over:
                 return {"type": "http.disconnect"}
             message = await receive()
@@ -48,7 +48,7 @@ class _Reading:
             return {"type": "http.disconnect"} if self._is_over else message
 
         async def send_unless_over(message: Message) -> None:
-            """Whatever the app makes of a body that ended so, the client hears why; once."""
+            """Over the bound, sends the client the error once, in place of the app's own answer."""
             if not self._is_over:
                 await send(message)
             elif not self._answered:

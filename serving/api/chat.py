@@ -68,8 +68,8 @@ async def chat_token_ids(
     try:
         tokens = await asyncio.to_thread(render)
     except Exception as error:
-        # Templates are programs: whatever they raise, the messages did not fit. Only what their author
-        # wrote for people is passed on.
+        # Templates are programs: whatever they raise, the messages did not fit. Only messages that the
+        # template itself raises on purpose are passed on.
         reason = f": {error}" if type(error).__module__.startswith("jinja2") else ""
         raise bad_request(f"The chat template refuses the messages{reason}", "messages") from None
     if not tokens:
@@ -78,7 +78,7 @@ async def chat_token_ids(
 
 
 def _plain(message: ChatMessage) -> dict[str, str]:
-    """As templates expect it; `developer` is OpenAI's newer word for `system`."""
+    """A message in the form that templates expect; `developer` is OpenAI's newer name for `system`."""
     role = "system" if message.role == "developer" else message.role
     named = {"name": message.name, "tool_call_id": message.tool_call_id}
     kept = {key: value for key, value in named.items() if value is not None}
@@ -110,7 +110,7 @@ class ChatRenderer:
         self._extras = ChoiceExtras(plan)
 
     def opening(self) -> Iterator[ChatChunk]:
-        """The role, before any text, for every choice."""
+        """A chunk with the role, before any text, for every choice."""
         for index in range(self._plan.num_choices):
             delta = ChatDelta(role="assistant", content="")
             choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)

@@ -1,4 +1,4 @@
-"""Fields that a choice carries only where the request asks for them, whole or chunk by chunk."""
+"""Fields of a choice that are sent only if the request asks for them, whole or chunk by chunk."""
 
 from serving.api.choices import ChoiceDelta
 from serving.api.figures import weight_versions

@@ -1,6 +1,7 @@
 """One choice of an answer: the engine's token events to deltas of text, tokens and log-probabilities.
 
-Knows no HTTP. Invariant: joining the deltas of a choice gives the same whatever the events were.
+Knows no HTTP. Invariant: joining the deltas of a choice gives the same result however its tokens were split
+into events.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from serving.engine.request import Generation, TokenEvent, TopLogprobs
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What became final of a choice. `generation` and `finish_reason` are set on the last one only."""
+    """The part of a choice that became final. `generation` and `finish_reason` are set on the last one
+    only."""
 
     index: int
     text: str = ""
@@ -51,7 +53,7 @@ class ChoiceState:
         self._stream = stream
         self._include_stop = include_stop
         self.num_tokens = 0
-        """Output tokens that belong to the answer: none after the one that completed a stop string."""
+        """Output tokens that belong to the answer, without those after a completed stop string."""
         self.done = False
 
     @property
@@ -103,7 +105,7 @@ class ChoiceState:
         return generation.finish_reason
 
     def _stop_reason(self, generation: Generation) -> str | int | None:
-        """As vLLM: the stop string, or a stop id of the request's own; null for end of text."""
+        """As in vLLM: the stop string, or a stop id of the request's own; null for end of text."""
         if self._stream.stop_string is not None:
             return self._stream.stop_string
         own = generation.stop_token_id in generation.sampling.stop_token_ids

@@ -67,7 +67,7 @@ def _each_prompt(body: CompletionBody) -> list[str] | list[list[int]] | list[str
 
 
 async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
-    """What `echo` puts before each prompt's choices: the text as it was given, or its decoding."""
+    """The text that `echo` puts before each prompt's choices: the prompt as given, or its decoding."""
     if not body.echo:
         return [""] * len(prompts)
 
@@ -99,7 +99,7 @@ def _plan(
 
 
 class CompletionRenderer:
-    """`echoes`: what goes before the text of each prompt's choices."""
+    """`echoes`: the text put before each prompt's choices."""
 
     def __init__(self, codec: TokenCodec, plan: RequestPlan, echoes: list[str]) -> None:
         self._codec, self._plan, self._echoes = codec, plan, echoes

@@ -1,4 +1,4 @@
-"""Everything that the routes of one app use: parts made elsewhere, and whether they take requests now."""
+"""The parts that the routes of one app use, and whether the app takes requests now."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,13 +18,13 @@ _DRAIN_CHECK_S = 0.02
 
 @dataclass
 class AppContext:
-    """One replica's parts. `recorder` None: nothing is recorded. Owned, and closed, by whoever made it."""
+    """One replica's parts. `recorder` None: nothing is recorded. Its creator owns and closes it."""
 
     engine: Engine
     codec: TokenCodec
     model_name: str
     version: str
-    """Of the software."""
+    """Version of the software."""
     started_at: int
     """Unix time."""
     admission: Admission
@@ -38,7 +38,7 @@ class AppContext:
 
     @property
     def is_ready(self) -> bool:
-        """Takes new requests."""
+        """Whether it takes new requests."""
         return self.engine.is_alive and not self.draining
 
     async def drain(self, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""Every error of the API as OpenAI's object. No message carries a path, a traceback or another's request.
+"""Every error of the API as OpenAI's object. No message has a path, a traceback or data of another request.
 
 ApiError is raised by handlers before the headers are sent; afterwards its body goes as a stream event.
 """
@@ -97,7 +97,7 @@ _SHAPES = {
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "must be a text of 1 to 1024 characters, or a list of at most 16 of them",
 }
-"""Fields that take several shapes: what is wrong with one of them would mislead."""
+"""Fields of several types: an error about one of the types would mislead."""
 _CLEAR_FAULTS = {"too_long", "string_too_long"}
 
 

@@ -1,4 +1,4 @@
-"""What other threads post, taken by one coroutine in batches. No polling: a batch costs one wake-up."""
+"""A queue from other threads to one coroutine, which takes items in batches; each batch costs one wake-up."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ class EventQueue(Generic[T]):
         self._items: deque[T] = deque()
 
     def post(self, items: Iterable[T]) -> None:
-        """At least one item, from any thread. Once the loop is closed nobody waits, and they are lost."""
+        """Post at least one item, from any thread. Once the loop is closed, items are lost."""
         with self._lock:
             first = not self._items
             self._items.extend(items)

@@ -1,4 +1,4 @@
-"""What an answer says about itself: usage, speculation, draft versions. Pure functions over generations."""
+"""The usage, speculation and draft versions that an answer reports. Pure functions over generations."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from serving.engine.request import Generation
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int, generations: Sequence[Generation]) -> Usage:
-    """A prompt counts once, however many choices it has; so does what was reused of it."""
+    """A prompt and its cached tokens count once, however many choices it has."""
     reused: dict[str, int] = {}
     for generation in generations:  # the choices of a prompt share their request id
         num_tokens = generation.num_prompt_tokens_reused
@@ -28,7 +28,7 @@ def usage(num_prompt_tokens: int, num_output_tokens: int, generations: Sequence[
 
 
 def metrics(generations: Sequence[Generation]) -> Metrics:
-    """Sums over the rounds of all choices, those that an early stop threw away included."""
+    """Sums over the rounds of all choices, including rounds whose tokens an early stop discarded."""
     histogram = _sum_histograms([generation.accepted_histogram for generation in generations])
     num_accepted = sum(generation.num_accepted for generation in generations)
     num_attempted = sum(generation.num_attempted for generation in generations)

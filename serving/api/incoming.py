@@ -1,4 +1,4 @@
-"""What every endpoint asks of a request first: the model it means, its tokens, its route."""
+"""Checks that all endpoints share: a request's model, its tokens, its route."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from serving.api.token_codec import TokenCodec
 from serving.router import ROUTE_HEADER, choose_route
 
 _INLINE_SIZE = 2048
-"""A longer text is tokenised in a thread: it would hold up every other stream."""
+"""A longer text is tokenised in a thread, because it would delay every other stream."""
 
 T = TypeVar("T")
 
 
 def check_model(context: AppContext, name: str | None) -> None:
-    """No name means the one model there is. Raises ApiError for another's."""
+    """A request without a name means the served model. Raises ApiError for any other name."""
     if name is not None and name != context.model_name:
         message = f"The model {name!r} does not exist; this server has {context.model_name!r}."
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -30,12 +30,12 @@ async def encode(codec: TokenCodec, text: str, *, add_special_tokens: bool) -> l
 
 
 async def off_loop(work: Callable[[], T], size: int) -> T:
-    """What takes long (`size` in characters or tokens) in a thread, the rest at once."""
+    """Run work of a large `size` (in characters or tokens) in a thread, other work at once."""
     return work() if size <= _INLINE_SIZE else await asyncio.to_thread(work)
 
 
 def route_of(request: Request, metadata: dict[str, str] | None) -> str | None:
-    """None: the request names none. Raises ApiError for a name that is none."""
+    """None: the request names no route. Raises ApiError for an invalid name."""
     try:
         return choose_route(metadata, request.headers.get(ROUTE_HEADER))
     except ValueError as error:

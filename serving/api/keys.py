@@ -1,7 +1,7 @@
-"""Who may do what: client keys open the API, one admin key opens what changes weights or learning.
+"""API keys: client keys open the API, one admin key opens what changes weights or learning.
 
-Keeps sha256 digests only and compares all of them in constant time. Knows no HTTP framework. Invariant: what
-carries no key opens nothing that asks for one, whatever the keys are.
+Keeps sha256 digests only and compares all of them in constant time. Knows no HTTP framework. Invariant: a
+request without a key is never allowed where a key is needed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _ADMIN_PREFIXES = ("/admin",)
 
 
 def check_key(key: str) -> None:
-    """Raises ValueError for one that guards nothing, or that no header could carry; never shows the key."""
+    """Raises ValueError for a key that is unsafe or that no header could carry; never shows the key."""
     if not key:
         raise ValueError("is empty, which would guard nothing")
     if key != key.strip():
@@ -43,7 +43,7 @@ def _is_under(path: str, prefixes: Sequence[str]) -> bool:
 
 
 class KeyRing:
-    """Answers whether an Authorization header opens a realm. Raises ValueError for a key that is none."""
+    """Answers whether an Authorization header opens a realm. Raises ValueError for an invalid key."""
 
     def __init__(self, api_keys: Sequence[str] = (), admin_key: str | None = None) -> None:
         for key in (*api_keys, *(() if admin_key is None else (admin_key,))):
@@ -58,12 +58,12 @@ class KeyRing:
         given = _bearer(authorization)
         if not given:
             return False
-        known = self._admin if realm == "admin" else self._clients
-        matches = [secrets.compare_digest(_digest(given), digest) for digest in known]
+        accepted = self._admin if realm == "admin" else self._clients
+        matches = [secrets.compare_digest(_digest(given), digest) for digest in accepted]
         return any(matches)
 
     def asks(self, realm: Realm) -> bool:
-        """Whether a key is needed there."""
+        """Whether a key is needed in this realm."""
         return realm == "admin" or (realm == "client" and bool(self._clients))
 
 

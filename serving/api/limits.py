@@ -1,7 +1,7 @@
-"""How much one request may ask for, however idle the replica is.
+"""Bounds on a single request, which hold however idle the replica is.
 
-What all of them together may have waiting is `admission`. Without these bounds one body of a few kilobytes
-could queue thousands of generations, and everybody else would be refused. Knows sizes only; checked before
+`admission` bounds all waiting requests together. Without the bounds here, one body of a few kilobytes could
+queue thousands of generations, and everybody else would be refused. Knows sizes only; they are checked before
 anything is tokenised at length, planned or queued.
 """
 
@@ -12,12 +12,12 @@ from serving.api.errors import ApiError, bad_request
 _BODY_BYTES_PER_TOKEN = 16
 """A token id takes at most 12 characters of JSON, a token of text about as many where all is escaped."""
 _SPARE_BODY_BYTES = 64 * 2**10
-"""For everything beside the prompt."""
+"""Bytes for everything but the prompt."""
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """Bounds of one request; over any of them 400, 413 for the body."""
+    """Bounds of one request; over any of them the answer is 400, and 413 for the body."""
 
     max_generations: int
     max_prompt_tokens: int
@@ -39,7 +39,7 @@ class RequestLimits:
         )
 
     def check_prompt_tokens(self, num_tokens: int, n: int, param: str) -> None:
-        """`num_tokens` of all prompts together. Raises ApiError naming `param`."""
+        """`num_tokens` is the sum over all prompts. Raises ApiError naming `param`."""
         if num_tokens * n > self.max_prompt_tokens:
             raise bad_request(
                 f"{param}: {num_tokens} tokens of prompts times n={n} are {num_tokens * n}; one request may "
@@ -49,7 +49,7 @@ class RequestLimits:
             )
 
     def check_tokens(self, num_tokens: int) -> None:
-        """Of `/detokenize`. Raises ApiError."""
+        """Bound of `/detokenize`. Raises ApiError."""
         if num_tokens > self.max_prompt_tokens:
             raise bad_request(
                 f"tokens has {num_tokens} ids; at most {self.max_prompt_tokens} are decoded at once", "tokens"

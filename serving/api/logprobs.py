@@ -6,11 +6,11 @@ from serving.api.token_codec import TokenCodec
 from serving.engine.request import TopLogprobs
 
 _LEAST = -9999.0
-"""JSON has no infinity; clients know this value for it."""
+"""JSON has no infinity; this is the value that clients know for it."""
 
 
 def completion_logprobs(codec: TokenCodec, delta: ChoiceDelta) -> CompletionLogprobs:
-    """The chosen token is always among its top ones. Of tokens that look alike the likelier is shown."""
+    """The chosen token is always among its top ones. Of tokens with equal text the likelier is shown."""
     entries = zip(delta.token_ids, delta.logprobs, delta.top_logprobs, strict=True)
     return CompletionLogprobs(
         tokens=[codec.token_text(token_id) for token_id in delta.token_ids],

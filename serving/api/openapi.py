@@ -1,7 +1,7 @@
-"""What the served OpenAPI document says of answers: which errors there are, in which form each answer comes.
+"""Adds to the served OpenAPI document which errors there are and in which form each answer comes.
 
-A route declares the errors of its own; what every route shares (a key that is missing, a failure of ours) is
-added here, and what the framework would add and we never answer (422) is taken out.
+A route declares its own errors; errors of all routes (a missing key, an internal error) are added here, and
+the framework's 422, which is never sent, is removed.
 """
 
 from typing import Any
@@ -39,11 +39,11 @@ def answers_as(media_type: str) -> Answers:
 
 
 GENERATION_ANSWERS = answers_as("text/event-stream") | errors(400, 404, 408, 413, 429, 503)
-"""Whole as JSON, or with `stream` as events."""
+"""Answers of generation endpoints: JSON, or events if `stream` is set."""
 
 
 def describe(app: FastAPI, keys: KeyRing) -> None:
-    """The app's document from here on."""
+    """Make the app serve this document."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,4 +1,4 @@
-"""Everything but generation: models, tokens, health, metrics, and what an operator may see."""
+"""All endpoints but generation: models, tokens, health, metrics, and admin."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from serving.metrics import CONTENT_TYPE
 
 
 def health_routes(context: AppContext) -> APIRouter:
-    """Open to all: they say nothing about requests."""
+    """Open without a key: they reveal nothing about requests."""
     router = APIRouter()
 
     @router.get("/health", responses=errors(503))
@@ -90,7 +90,7 @@ def token_routes(context: AppContext) -> APIRouter:
 
 
 def admin_routes(context: AppContext) -> APIRouter:
-    """Behind the admin key."""
+    """Endpoints that need the admin key."""
     router = APIRouter()
 
     @router.get("/admin/status")

@@ -1,7 +1,7 @@
-"""The id under which a request can be found in logs: the client's own where it fits, else one made here.
+"""The id under which a request can be found in logs: the client's own if it is valid, else a new one.
 
-An id fits if it is 1 to 128 visible ASCII characters, so that every header, log and library on the way can
-hold it. Invariant: an answer carries X-Request-Id exactly once.
+An id is valid if it has 1 to 128 visible ASCII characters, so that every header, log and library can hold it.
+Invariant: an answer carries X-Request-Id exactly once.
 """
 
 import uuid
@@ -16,25 +16,26 @@ _MAX_REQUEST_ID_LEN = 128
 SERVE_PROXY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.api.request_ids.proxy_layers"
 }
-"""By this variable in a node's environment Ray Serve's proxy there finds `proxy_layers`."""
+"""Environment variable of a node by which Ray Serve's proxy finds `proxy_layers`."""
 
 _SERVE_ORDERS = frozenset(
     "serve-multiplexed-model-id x-session-id x-request-timeout-seconds x-request-disconnect-disabled".split()
 )
-"""By these headers Serve's proxy takes orders from whoever calls: another time limit, another replica."""
+"""Headers with which any caller could change how Serve's proxy handles a request: its time limit, its
+replica."""
 
 
 def request_id_of(headers: Headers) -> str:
-    """The first that was given, if it fits; else a fresh one."""
+    """The first given id, if it is valid; else a new one."""
     given = headers.get(REQUEST_ID_HEADER, "")
     fits = 0 < len(given) <= _MAX_REQUEST_ID_LEN and all("!" <= char <= "~" for char in given)
     return given if fits else uuid.uuid4().hex
 
 
 class ProxyHeaders:
-    """In front of Serve's proxy, which answers 500 to a header that it reads and cannot decode.
+    """Runs before Serve's proxy, which answers 500 to a header that it reads and cannot decode.
 
-    The proxy itself puts the id on the answer: the app behind it must not do so again.
+    The proxy itself adds the id to the answer, so the app behind it must not.
     """
 
     def __init__(self, app: ASGIApp) -> None:

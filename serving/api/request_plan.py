@@ -1,4 +1,4 @@
-"""An API request ready for the engine: what to generate, how to cut it, what to say about it. Plain data.
+"""An API request ready for the engine: what to generate, where to cut it, what to report. Plain data.
 
 Invariant: choice `prompt * n + c` of the answer is choice_index `c` of that prompt, so that a prompt's seeded
 choices do not depend on the prompts beside it.
@@ -13,7 +13,8 @@ from serving.engine.request import GenerationRequest, SamplingParams
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """One API request. `api_id` begins every engine request's id; the choices of a prompt share theirs."""
+    """One API request. `api_id` is the prefix of every engine request's id; the choices of a prompt share
+    theirs."""
 
     api_id: str
     created: int
@@ -37,7 +38,7 @@ class RequestPlan:
         return self.prompts[index // self.body.n]
 
     def requests(self) -> list[GenerationRequest]:
-        """In the order of the answer's choices."""
+        """The engine's requests, in the order of the answer's choices."""
         return [
             GenerationRequest(
                 request_id=f"{self.api_id}-{number}",
@@ -81,7 +82,7 @@ def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> 
 def fit_max_tokens(
     asked: int | None, default: int | None, longest_prompt: int, max_seq_len: int, *, prompt_field: str
 ) -> int:
-    """Output tokens allowed: as asked, or the default (None: all there is room for) cut to the context.
+    """Output tokens allowed: as asked, or the default (None: all that fit) cut to the context.
 
     Raises ApiError when prompt and output together do not fit."""
     room = max_seq_len - longest_prompt

@@ -1,8 +1,8 @@
 """The bodies that clients send, validated strictly. Knows no tokenizer and no engine.
 
-Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported,
-is refused by name unless its value is the neutral one; null means unset everywhere. Every list is checked up
-to its first fault only: a body of a megabyte may hold a hundred thousand, and they are told one at a time.
+Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported, is
+refused by name unless its value is the neutral one; null means unset everywhere. Every list is checked up to
+its first fault only, because only one fault is reported and a body of a megabyte may hold a hundred thousand.
 """
 
 import difflib
@@ -49,7 +49,7 @@ def fault(param: str, message: str) -> PydanticCustomError:
 
 
 def refuse_broken_text(data: Any) -> None:
-    """JSON may escape half of a surrogate pair, which no encoding and no tokenizer can hold."""
+    """Refuses half of a surrogate pair, which JSON can escape but no encoding and no tokenizer can hold."""
     rest = [data]
     while rest:
         value = rest.pop()
@@ -65,7 +65,7 @@ def refuse_broken_text(data: Any) -> None:
 
 
 def at_most(num_entries: int) -> BeforeValidator:
-    """For mappings: more entries are refused before the first of them is looked at."""
+    """For mappings: refuses more entries before the first of them is validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > num_entries:
@@ -76,7 +76,7 @@ def at_most(num_entries: int) -> BeforeValidator:
 
 
 def prompt_shape(prompt: Any) -> str | None:
-    """Which of its shapes a prompt has, by its first item; None: none of them."""
+    """Which of the allowed types a prompt has, by its first item; None: none of them."""
     if isinstance(prompt, str):
         return "str"
     if not isinstance(prompt, list):

@@ -1,7 +1,7 @@
 """The bodies that clients get, in OpenAI's shapes. Plain data; knows no tokenizer and no engine.
 
-Fields that a body must always carry, null ones too, are set by whoever builds it: bodies are sent without
-their unset fields.
+Fields that a body must always carry, null ones too, must be set explicitly: bodies are sent without their
+unset fields.
 """
 
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Server-sent events, and a response that always closes what it streams from."""
+"""Server-sent events, and a response that always closes its source."""
 
 from collections.abc import AsyncIterator, Callable
 
@@ -9,12 +9,12 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(json_text: str) -> str:
-    """One event. JSON has no raw line ends, so one line is enough."""
+    """One event. JSON has no raw line breaks, so one line is enough."""
     return f"data: {json_text}\n\n"
 
 
 class EventStream(StreamingResponse):
-    """`on_close` runs when the client has gone, the events ended, or sending failed; exactly once."""
+    """`on_close` runs exactly once: when the client disconnected, the events ended, or sending failed."""
 
     def __init__(self, events: AsyncIterator[str], on_close: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

@@ -1,4 +1,4 @@
-"""Tokens to text, as they come: whole characters only, stop strings found and held back.
+"""Converts tokens to text incrementally: whole characters only, stop strings found and held back.
 
 Knows no HTTP and no engine. Invariant: the text of a sequence of tokens is the same however the tokens were
 split over calls; no part of a stop string that ends the text, and no half of a character, is ever released.
@@ -13,7 +13,7 @@ from serving.api.token_codec import TokenCodec
 
 @dataclass(frozen=True)
 class TextPiece:
-    """What one call released. Tokens after the one that completed a stop string are not consumed."""
+    """The text that one call released. Tokens after the one that completed a stop string are not consumed."""
 
     text: str
     num_consumed: int
@@ -34,9 +34,9 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, str | None]:
         """(text released, stop string found or None)."""
         self._held += text
-        found = self._first_completed()
-        if found is not None:
-            end, start, stop = found
+        completed = self._first_completed()
+        if completed is not None:
+            end, start, stop = completed
             released, self._held = self._held[: end if self._include else start], ""
             return released, stop
         keep = self._num_possible_prefix()
@@ -45,7 +45,7 @@ class StopStrings:
         return released, None
 
     def flush(self) -> str:
-        """The text ended otherwise: what was held back is text."""
+        """The text ended without a stop string: release what was held back."""
         released, self._held = self._held, ""
         return released
 
@@ -54,7 +54,7 @@ class StopStrings:
         return min(((at + len(stop), at, stop) for at, stop in starts if at >= 0), default=None)
 
     def _num_possible_prefix(self) -> int:
-        """Length of the longest end of the held text that a stop string could begin with."""
+        """Length of the longest suffix of the held text with which a stop string could begin."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             tail = self._held[-length:]
@@ -106,7 +106,7 @@ class TextStream:
         return self._release(text)
 
     def _release(self, text: str) -> str:
-        """Text of the first `min_tokens` tokens cannot stop the generation."""
+        """Release text; that of the first `min_tokens` tokens cannot stop the generation."""
         self.num_chars += len(text)
         if self._num_tokens < self._min_tokens:
             return text

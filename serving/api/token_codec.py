@@ -1,4 +1,4 @@
-"""Text to token ids, and each token id to the very bytes it stands for. Wraps a transformers tokenizer.
+"""Text to token ids, and each token id to the exact bytes it stands for. Wraps a transformers tokenizer.
 
 Knows no requests. Invariant: a token's bytes do not depend on its neighbours, so text decoded in pieces
 equals text decoded at once; a special token has none. Thread-safe.
@@ -37,7 +37,7 @@ class TokenCodec:
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **template_arguments: Any
     ) -> str:
-        """The prompt that the model's chat template makes. Whatever the template raises passes through."""
+        """The prompt that the model's chat template makes. Exceptions of the template are passed on."""
         text: str = self._tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
@@ -47,7 +47,7 @@ class TokenCodec:
         return text
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The tokenizer's own decoding, special tokens as they are spelled: the inverse of `encode`."""
+        """The tokenizer's own decoding, special tokens as they are written: the inverse of `encode`."""
         with self._lock:
             text: str = self._tokenizer.decode(
                 list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -55,18 +55,19 @@ class TokenCodec:
         return text
 
     def text_bytes(self, token_id: int) -> bytes:
-        """What the token adds to an answer: nothing if it is special."""
+        """The bytes that the token adds to an answer: none if it is special."""
         return b"" if token_id in self._special_ids else self.raw_bytes(token_id)
 
     def raw_bytes(self, token_id: int) -> bytes:
-        """What the token stands for, special ones as they are spelled; empty for an id without a token."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._spell(token_id)
-        return known
+        """The bytes that the token stands for, special ones as they are written; empty for an id without a
+        token."""
+        token_bytes = self._bytes.get(token_id)
+        if token_bytes is None:
+            token_bytes = self._bytes[token_id] = self._spell(token_id)
+        return token_bytes
 
     def token_text(self, token_id: int) -> str:
-        """The token alone, for people; an incomplete character shows as U+FFFD."""
+        """The single token for display; an incomplete character shows as U+FFFD."""
         return self.raw_bytes(token_id).decode("utf-8", errors="replace")
 
     def _spell(self, token_id: int) -> bytes:
@@ -82,7 +83,8 @@ class TokenCodec:
         return self._spell_by_difference(token_id)
 
     def _spell_by_difference(self, token_id: int) -> bytes:
-        """The second of two equal tokens: a decoder may treat the first token of a text its own way."""
+        """The bytes of the second of two equal tokens, because a decoder may treat the first token of a text
+        differently."""
         once, twice = self.decode([token_id]), self.decode([token_id, token_id])
         return twice[len(once) :].encode()
 
@@ -93,7 +95,7 @@ class TokenCodec:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins for the 256 bytes that byte-level BPE has used since GPT-2."""
+    """The printable characters for the 256 bytes that byte-level BPE has used since GPT-2."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}

@@ -1,6 +1,6 @@
-"""Fields of OpenAI's and vLLM's requests that we do not act on: refused, or harmless.
+"""Fields of OpenAI's and vLLM's requests that have no effect here: refused, or harmless.
 
-Invariant: a field stands in HARMLESS only if no value of it could change the tokens of an answer.
+Invariant: a field is in HARMLESS only if no value of it could change the tokens of an answer.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ HARMLESS = frozenset(
     "cache_salt include_obfuscation parallel_tool_calls prediction priority prompt_cache_key "
     "prompt_cache_retention request_id safety_identifier service_tier spaces_between_special_tokens".split()
 )
-"""Scheduling, billing, bookkeeping; `prediction` is a hint for speed, `parallel_tool_calls` needs tools."""
+"""Fields for scheduling, billing and bookkeeping; `prediction` is a hint for speed, `parallel_tool_calls`
+needs tools."""
 
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
@@ -49,4 +50,4 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
 }
-"""Refused, except for these values, which ask for nothing."""
+"""Fields that are refused, except with these values, which ask for nothing."""

@@ -25,7 +25,8 @@ class BrokenDraftError(RuntimeError):
 
 
 class Staged(Protocol):
-    """Draft weights that were validated and merged aside; `apply` makes them live, in place."""
+    """Draft weights that were validated and merged into separate tensors; `apply` makes them live, in
+    place."""
 
     @property
     def draft_version(self) -> int: ...
@@ -118,7 +119,7 @@ class DraftPool:
         return self.controller.current if can_draft else self.controller.num_copied
 
     def plan(self, batch: Batch) -> DraftPlan:
-        """Who drafts how many tokens for each row in the next round."""
+        """Decide who drafts how many tokens for each row in the next round."""
         drafts_B = [self._draft_of(sequence.route) for sequence in batch.sequences]
         floor = ServingDraft(DEFAULT_ROUTE, FLOOR_VERSION)
         serving_B = tuple(floor if draft is None else draft.serving for draft in drafts_B)

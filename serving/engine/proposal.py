@@ -95,8 +95,8 @@ class Drafter(Protocol):
         ...
 
     def observe(self, num_drafted_B: list[int], num_accepted_B: list[int]) -> None:
-        """Told after verification, before tokens are appended: usable and accepted draft tokens of the last
-        proposal, by row."""
+        """Called after verification, before tokens are appended, with the usable and accepted draft tokens of
+        the last proposal, by row."""
         ...
 
     def clear(self, slot: int) -> None:

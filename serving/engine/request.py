@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 SamplingMode = Literal["greedy", "standard", "coupled"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
-"""Of what is tagged with no route and belongs to none. Its draft serves every route that has none."""
+"""Route of requests that have no tag and match no other route. Its draft serves every route that has none."""
 
 MIN_TEMPERATURE = 1e-5
 """Below it logits / temperature leaves float32's range."""

@@ -111,7 +111,7 @@ def _propose(
     try:
         return drafter.propose(batch, assignment.num_draft_tokens_B, noise_BEV, generator)
     except Exception:  # a failing draft must not fail the answer
-        _log.exception("drafting failed; this round goes without")
+        _log.exception("drafting failed; this round is decoded without its drafts")
         proposal = Proposal.empty(len(batch), drafter.draft_version, batch.device)
         num_broken = 0 if drafter.drafter_id == NGRAM_DRAFTER else len(batch)
         return replace(proposal, num_broken_rows=num_broken)

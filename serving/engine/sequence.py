@@ -120,7 +120,7 @@ class Sequence:
         self.draft_versions.append(VersionSpan(draft_version, start, self.num_output))
 
     def generation(self) -> Generation:
-        """What the caller gets; call once, at the end."""
+        """The generation for the caller; call once, at the end."""
         assert self.finish_reason is not None
         return Generation(
             request_id=self.request.request_id,

@@ -45,8 +45,8 @@ class EngineStats:
     """Draft length in use."""
     is_draft_length_fixed: bool
     route_counts: dict[str, dict[DrafterVersion, RoundCounters]]
-    """By the route of the draft that was loaded, and by drafter; rounds of draft length 0 count for the draft
-    that was loaded."""
+    """Counters by the route of the draft that was loaded, and by drafter; rounds of draft length 0 count for
+    the draft that was loaded."""
     round_s_median: float
     mean_batch_size: float
     num_swaps: int

@@ -1,1 +1,1 @@
-"""Loading target and draft, and the draft's live weights."""
+"""Loads target and draft, and holds the draft's live weights."""

@@ -1,4 +1,4 @@
-"""Adapters as bytes: validate everything, then merge aside. Touches no live weight.
+"""Reads adapters from bytes: validates everything, then merges into new tensors. Changes no live weight.
 
 The bytes are PEFT's `adapter_model.safetensors` and `adapter_config.json`, as any PEFT tool writes them;
 linear and embedding modules are supported. A config that says `{"everdraft": "full"}` stands for the
@@ -155,20 +155,22 @@ def _check_pair(name: str, pair: LoraPair, module: nn.Linear | nn.Embedding, ran
 
 
 def _check_targets(config: dict[str, Any], merged: dict[str, Tensor]) -> None:
-    """Every target module named in the config is there, and nothing else is."""
+    """Check that every target module in the config has tensors, and no other module has."""
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
     if not all(isinstance(target, str) for target in targets):
         raise AdapterRejectedError(f"adapter's target_modules={targets!r} are no module names")
-    found = {name.removesuffix(".weight") for name in merged}
+    module_names = {name.removesuffix(".weight") for name in merged}
     stray = sorted(
-        name for name in found if not any(name == target or name.endswith(f".{target}") for target in targets)
+        name
+        for name in module_names
+        if not any(name == target or name.endswith(f".{target}") for target in targets)
     )
     absent = sorted(
         target
         for target in targets
-        if not any(name == target or name.endswith(f".{target}") for name in found)
+        if not any(name == target or name.endswith(f".{target}") for name in module_names)
     )
     if stray or absent:
         raise AdapterRejectedError(

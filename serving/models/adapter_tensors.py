@@ -1,6 +1,6 @@
-"""Weights as they arrive from outside: a safetensors file of finite floating-point tensors, or refused.
+"""Reads weights from outside: a safetensors file of finite floating-point tensors, or an error.
 
-Knows no draft. Invariant: nothing that leaves here holds a value that is not finite.
+Knows no draft. Invariant: all returned values are finite.
 """
 
 import torch
@@ -16,7 +16,7 @@ class AdapterRejectedError(ValueError):
 
 
 def read_tensors(weights: bytes) -> dict[str, Tensor]:
-    """By key. Raises AdapterRejectedError."""
+    """Tensors by key. Raises AdapterRejectedError."""
     try:
         tensors = load(weights)
     except (SafetensorError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The live weights of a draft: stage aside, swap in place, roll back, floor.
+"""The live weights of a draft: stage in separate tensors, swap in place, roll back, floor.
 
 Staging validates and merges into fresh tensors, on the caller's thread. Applying copies every weight that
 differs between two versions into place: addresses stay (captured graphs stay valid) and no round ever sees
@@ -18,12 +18,12 @@ from serving.models.adapter import AdapterRejectedError, merge_adapter
 
 @dataclass(frozen=True, eq=False)
 class StagedWeights:
-    """One version, ready to be copied in."""
+    """One version, ready to be copied into place."""
 
     draft_version: int
     owner: "DraftWeights"
     merged: Mapping[str, Tensor]
-    """By parameter name; every other parameter is the floor's."""
+    """Changed weights by parameter name; every other parameter is the floor's."""
 
     def apply(self) -> None:
         """Make this version live. Call only between two rounds, on the thread that runs them."""
@@ -54,7 +54,8 @@ class DraftWeights:
         draft_revision: str,
         target_revision: str,
     ) -> StagedWeights:
-        """Validate and merge aside. Raises AdapterRejectedError; the live weights are untouched."""
+        """Validate and merge into new tensors. Raises AdapterRejectedError; the live weights are
+        untouched."""
         for name, theirs, ours in (
             ("draft_revision", draft_revision, self.draft_revision),
             ("target_revision", target_revision, self.target_revision),
@@ -74,14 +75,14 @@ class DraftWeights:
         return StagedWeights(FLOOR_VERSION, self, {})
 
     def floor_parameters(self) -> Mapping[str, Tensor]:
-        """By name, of the draft as loaded."""
+        """Parameters of the draft as loaded, by name."""
         return self._floor
 
     @torch.inference_mode()
     def copy_in(self, merged: Mapping[str, Tensor]) -> None:
         """Write `merged`, and the floor wherever only the last version differed from it."""
         names = sorted(self._adapted.union(merged))
-        self._adapted = frozenset(names)  # until the copy is whole, so that a failed one can be undone
+        self._adapted = frozenset(names)  # of both versions, so that a failed copy can be undone
         if names:
             live: list[Tensor] = [self._live[name] for name in names]
             torch._foreach_copy_(live, [merged.get(name, self._floor[name]) for name in names])

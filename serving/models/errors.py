@@ -1,6 +1,6 @@
-"""The one refusal of models, and where every library's own error becomes it. Imports nothing heavy.
+"""UnsupportedModelError, and the conversion of libraries' errors into it. Imports nothing heavy.
 
-Invariant: the message is one line, and says the model's name, what was found and what would follow.
+Invariant: the message is one line, with the model's name, the fault and its consequence.
 """
 
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ class UnsupportedModelError(ValueError):
 
 @contextmanager
 def refusing(name: str, failure: str) -> Iterator[None]:
-    """What a library raises inside, in whatever class and words this version of it has, is a refusal."""
+    """Turns whatever a library raises inside into UnsupportedModelError."""
     try:
         yield
     except UnsupportedModelError:

@@ -19,7 +19,7 @@ _MARK, _FULL = "everdraft", "full"
 
 
 def full_config(target_modules: Sequence[str] | None) -> str:
-    """What such weights carry instead of PEFT's adapter_config.json."""
+    """Configuration that stands in for PEFT's adapter_config.json."""
     return json.dumps({_MARK: _FULL, "target_modules": list(target_modules) if target_modules else None})
 
 
@@ -28,7 +28,8 @@ def is_full(config: Mapping[str, Any]) -> bool:
 
 
 def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """By first name, each once; None: all of them, else those of modules whose names end so."""
+    """Parameters by first name, each once. `target_modules` None: all; else those of modules whose names end
+    with one of them."""
     owned = dict(module.named_parameters())
     if not target_modules:
         return owned
@@ -41,7 +42,7 @@ def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> 
 
 
 def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """By parameter name, as the base holds them; `base` is not changed. Raises AdapterRejectedError."""
+    """Tensors by parameter name, in the base's dtype; `base` is not changed. Raises AdapterRejectedError."""
     targets = config.get("target_modules")
     if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise AdapterRejectedError(f"full weights' target_modules={targets!r} are no module names")

@@ -1,7 +1,7 @@
-"""A model, or a pair, looked at without its weights: everything that can be refused in a second or two.
+"""Inspects a model or a pair without its weights: finds in seconds all faults that need no weights.
 
-Read `inspect_model` for the order of the checks. Invariant: no weight is read and nothing is asked of a
-person; what passes here can still be refused at load, for values that are not finite.
+Read `inspect_model` for the order of the checks. Invariant: no weight is read and nothing is asked
+interactively; a model that passes can still be refused at load, for values that are not finite.
 """
 
 from collections.abc import Iterator
@@ -29,26 +29,26 @@ from serving.models.refusals import (
 
 @dataclass(frozen=True)
 class InspectedModel:
-    """What transformers can load, as far as can be told without weights."""
+    """A model that transformers can load, as far as that is known without weights."""
 
     files: ModelFiles
     outline: nn.Module
-    """Its shapes, on the meta device."""
+    """The model's modules and shapes, on the meta device."""
 
 
 @dataclass(frozen=True)
 class InspectedPair:
-    """Models whose token ids mean the same words."""
+    """Models whose token ids stand for the same tokens."""
 
     target: InspectedModel
     draft: InspectedModel | None
     tokenizer: Any | None
-    """The target's; None where its folder has none (token ids only)."""
+    """The target's tokenizer; None if its folder has none (token ids only)."""
 
 
 def inspect_model(name: str, *, dtype: str = "float32") -> InspectedModel:
-    """Its files, its configuration, its class, and whether the files hold every tensor of the class. Raises
-    UnsupportedModelError."""
+    """Check its files, its configuration, its class, and that the files hold every tensor of the class.
+    Raises UnsupportedModelError."""
     check_dtype(dtype)
     files = find_model(name)
     check_code(name, files.config())
@@ -61,7 +61,7 @@ def inspect_model(name: str, *, dtype: str = "float32") -> InspectedModel:
 
 
 def inspect_pair(target: str, draft: str | None = None, *, dtype: str = "float32") -> InspectedPair:
-    """Both models, and that they share a vocabulary. Raises UnsupportedModelError."""
+    """Check both models, and that they share a vocabulary. Raises UnsupportedModelError."""
     its_target = inspect_model(target, dtype=dtype)
     its_draft = inspect_model(draft, dtype=dtype) if draft else None
     tokenizer = load_tokenizer(its_target.files)
@@ -110,7 +110,7 @@ def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar and its table of missing tensors: ours is one sentence."""
+    """Silences transformers' progress bar and table of missing tensors, which our error replaces."""
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -123,7 +123,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _check_same_vocabulary(target: InspectedModel, tokenizer: Any | None, draft: InspectedModel) -> None:
-    """Equal tokenizers, or for lack of them equal sizes. Embedding rows may be padded differently."""
+    """Require equal tokenizers, or equal sizes if there are none. Embedding rows may be padded
+    differently."""
     target_name, draft_name = target.files.name, draft.files.name
     draft_tokenizer = load_tokenizer(draft.files)
     target_size, draft_size = (text_config(model.outline).vocab_size for model in (target, draft))

@@ -1,7 +1,7 @@
-"""Target and draft from a path or hub id, whole and finite, or a clear refusal.
+"""Loads target and draft from a path or hub id, complete and finite, or refuses them with the reason.
 
-What can be told without weights is told first (`inspection`, `refusals`). Invariant: every weight that leaves
-here was in the checkpoint's files, and every value of it is a finite number in the dtype that was asked for.
+Checks that need no weights come first (`inspection`, `refusals`). Invariant: every weight of a returned model
+was in the checkpoint's files, and all its values are finite in the requested dtype.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A target, perhaps a draft, and what must agree between them."""
+    """A target, optionally a draft, and properties that must agree between them."""
 
     target: nn.Module
     draft: nn.Module | None
@@ -97,7 +97,7 @@ def _load(inspected: InspectedModel, *, device: str, dtype: str) -> nn.Module:
             dtype=DTYPES[dtype],
             attn_implementation="sdpa",
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # the account names them in our words
+            ignore_mismatched_sizes=True,  # `check_account` reports them
             output_loading_info=True,
         )
         model, account = found
@@ -109,7 +109,8 @@ def _load(inspected: InspectedModel, *, device: str, dtype: str) -> nn.Module:
 
 
 def _check_finite(name: str, model: nn.Module, dtype: str) -> None:
-    """The extremes of a tensor are finite only where all of it is; they cost one reading and no memory."""
+    """Checks minimum and maximum, which are finite only if the whole tensor is; that reads it once and takes
+    no memory."""
     weights = {key: weight for key, weight in model.state_dict().items() if weight.is_floating_point()}
     finite = torch.stack([_is_finite(weight) for weight in weights.values()]).tolist()
     if not (broken := {key for key, whole in zip(weights, finite, strict=True) if not whole}):
@@ -147,10 +148,10 @@ def max_positions(model: nn.Module) -> int:
 
 def _eos_token_ids(model: nn.Module, tokenizer: Any | None) -> tuple[int, ...]:
     generation_config = getattr(model, "generation_config", None)
-    found = getattr(generation_config, "eos_token_id", None)
-    if found is None:
-        found = getattr(text_config(model), "eos_token_id", None)
-    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+    eos = getattr(generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(text_config(model), "eos_token_id", None)
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return tuple(sorted(set(ids)))

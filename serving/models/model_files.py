@@ -1,7 +1,7 @@
-"""A model's files on this machine: where they are, and what their headers say. Reads no weights.
+"""Finds a model's files on this machine and reads their headers. Reads no weights.
 
-A hub id is asked for once and briefly; where the hub is away, what was downloaded before must do. Invariant:
-a file that is cut short, absent or only a stand-in for the real one is refused by its name.
+The hub is asked once, with a short timeout; if it cannot be reached, what was downloaded before is used.
+Invariant: a file that is truncated, missing or only a placeholder is refused by its name.
 """
 
 import json
@@ -25,7 +25,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""In the order in which transformers looks for them; an index names the files that hold them."""
+"""Names of weight files, in the order in which transformers looks for them; an index names the files that
+hold the tensors."""
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "spiece.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -37,24 +38,24 @@ _HUB_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`name` as it was given; `source` is what transformers reads: a folder, or an id if the hub answers."""
+    """`name` as it was given; `source` is what transformers reads: a folder, or an id if the hub answered."""
 
     name: str
     source: str
     folder: Path
-    """What of it is on this machine; of an id from the hub perhaps the configuration alone."""
+    """Folder with the files on this machine; for a hub id perhaps only the configuration."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is to come from the hub."""
+        """Whether all files are on this machine."""
         return Path(self.source).is_dir()
 
     def config(self) -> dict[str, Any]:
-        """Raises UnsupportedModelError for a file that is none."""
+        """The parsed config.json. Raises UnsupportedModelError if it is invalid."""
         return _read_json(self.name, self.folder / CONFIG)
 
     def has_tokenizer(self) -> bool:
-        """True too where it may be on the hub. Raises UnsupportedModelError for pointers in its place."""
+        """True also if it may be on the hub. Raises UnsupportedModelError for pointer files in its place."""
         files = [self.folder / name for name in _TOKENIZER if (self.folder / name).is_file()]
         for file in files:
             _refuse_pointer(self.name, file)
@@ -71,15 +72,15 @@ class ModelFiles:
         return outlined
 
     def _weight_files(self) -> list[Path]:
-        found = next((self.folder / name for name in _WEIGHTS if (self.folder / name).is_file()), None)
-        if found is None:
+        weights_file = next((self.folder / name for name in _WEIGHTS if (self.folder / name).is_file()), None)
+        if weights_file is None:
             if self.is_whole:
                 raise UnsupportedModelError(
                     f"model {self.name!r} has none of {', '.join(_WEIGHTS)}, so there are no weights to load;"
                     f" {_contents(self.folder)}"
                 )
             return []
-        return [found] if found.suffix != ".json" else self._shards(found)
+        return [weights_file] if weights_file.suffix != ".json" else self._shards(weights_file)
 
     def _shards(self, index: Path) -> list[Path]:
         weight_map = _read_json(self.name, index).get("weight_map")
@@ -98,7 +99,7 @@ class ModelFiles:
 
 
 def find_model(name: str) -> ModelFiles:
-    """By path or hub id. Raises UnsupportedModelError for what is neither, at once."""
+    """Find a model by path or hub id. Raises UnsupportedModelError at once if it is neither."""
     path = Path(name)
     if path.is_dir():
         if not (path / CONFIG).is_file():
@@ -113,7 +114,8 @@ def find_model(name: str) -> ModelFiles:
 
 
 def _from_hub(name: str) -> ModelFiles:
-    """One question before anything is fetched: the hub's client itself would ask for half a minute."""
+    """Asks the hub once before anything is fetched, because the hub's client would retry for half a
+    minute."""
     with refusing(name, "is no folder here and no id of the hub"):
         cached = try_to_load_from_cache(name, CONFIG)
     try:
@@ -153,28 +155,28 @@ def _refuse_pointer(name: str, file: Path) -> None:
 def _read_json(name: str, file: Path) -> dict[str, Any]:
     _refuse_pointer(name, file)
     with refusing(name, f"cannot be loaded, its {file.name} is no JSON"):
-        found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(parsed, dict):
         raise UnsupportedModelError(f"model {name!r} cannot be loaded, its {file.name} is no JSON object")
-    return found
+    return parsed
 
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Opening compares the header with the length of the file."""
+    """Opening the file checks the header against the length of the file."""
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118 (no mapping)
             yield key, torch.empty(opened.get_slice(key).get_shape(), device="meta")
 
 
 def _pickled(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Never runs what a pickle asks for: torch refuses all but tensors and plain containers, though in words
-    that tell how to run it all the same."""
+    """Never runs a pickle's code: torch refuses all but tensors and plain containers. Its message tells how
+    to run it nevertheless, so it is replaced."""
     try:
-        found = torch.load(file, map_location="meta", weights_only=True)
+        loaded = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
             f"it asks for {asked[1]}, and code is never run" if asked else str(error).partition(". This")[0]
         )
         raise ValueError(reason) from error
-    return ((key, value) for key, value in found.items() if isinstance(value, Tensor))
+    return ((key, value) for key, value in loaded.items() if isinstance(value, Tensor))

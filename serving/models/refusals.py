@@ -1,8 +1,8 @@
-"""What cannot be served, told from a configuration or from transformers' account of a load.
+"""Refuses models that cannot be served, from their configuration or transformers' report of a load.
 
 The slot cache needs models whose whole state is keys and values of one size at absolute positions, and an
-attention that takes a boolean mask as it is (sdpa). Each check is a small function that says what is wrong,
-or nothing; read `_CONFIG_CHECKS` for the list.
+attention that takes a boolean mask as it is (sdpa). Each check is a small function that returns what is
+wrong, or None; read `_CONFIG_CHECKS` for the list.
 """
 
 import re
@@ -26,7 +26,8 @@ _UNUSED_IN_LAYERS = re.compile(r"rotary|inv_freq|masked_bias|\.(attn|attention)\
 
 
 def check_device(device: str, *, is_here: bool = True) -> None:
-    """Refuse a device that is none of ours; `is_here` False: it is another machine's, so only its name."""
+    """Refuse a device that does not exist; `is_here` False: it is on another machine, so only its name is
+    checked."""
     if (name := _DEVICE.fullmatch(device)) is None:
         raise UnsupportedModelError(
             f"device={device!r} is none of cpu, cuda and cuda:N; nothing can run on it"
@@ -47,8 +48,8 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_code(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse, before transformers would ask a person about it, a model that brings its own code or that
-    this transformers does not know. `config` is the parsed config.json."""
+    """Refuse, before transformers would ask interactively, a model that brings its own code or that this
+    transformers does not know. `config` is the parsed config.json."""
     model_type, auto_map = config.get("model_type"), config.get("auto_map")
     if str(model_type) in CONFIG_MAPPING:
         return
@@ -65,7 +66,7 @@ def check_code(name: str, config: Mapping[str, Any]) -> None:
 
 
 def check_config(name: str, config: Any) -> None:
-    """Refuse what keys and values at absolute positions cannot represent."""
+    """Refuse a model whose state is more than keys and values at absolute positions."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for check in _CONFIG_CHECKS:
         if (reason := check(config, text)) is not None:
@@ -175,7 +176,7 @@ _CONFIG_CHECKS: tuple[Callable[[Any, Any], str | None], ...] = (
     _no_language_model,
     _no_sdpa,
 )
-"""In this order, of the configuration and of its part for text; the first that objects is told."""
+"""Run in this order on the configuration and its text part; the first fault is reported."""
 
 
 def _layer_types(text: Any) -> set[str]:
@@ -213,7 +214,7 @@ def check_attention(name: str, model: nn.Module) -> None:
 
 def check_account(name: str, model: nn.Module, account: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that does not fit the class: `account` is transformers' `output_loading_info`, in
-    which tied weights and constants that a class expects or ignores are settled already."""
+    which tied weights and constants that a class expects or ignores do not appear."""
     if missing := account["missing_keys"]:
         raise UnsupportedModelError(
             f"model {name!r} lacks {len(missing)} of its tensors: {first_few(missing)}; they would be random "
@@ -235,19 +236,19 @@ def check_account(name: str, model: nn.Module, account: Mapping[str, Any]) -> No
 
 
 def _unplaced(model: nn.Module, unexpected: set[str]) -> set[str]:
-    """Those within the decoder's own layers; other towers and layers that predict further tokens do not
-    change the text, and transformers logs that they are left out."""
+    """Unexpected tensors within the decoder's own layers; other towers and layers that predict further tokens
+    do not change the text, and transformers logs that they are left out."""
     config: Any = model.config
-    stacks = {found["stack"] for key in model.state_dict() if (found := _LAYER.match(key))}
+    stacks = {layer["stack"] for key in model.state_dict() if (layer := _LAYER.match(key))}
     stacks |= {stack.removeprefix(f"{model.base_model_prefix}.") for stack in stacks}
     first = _num_layers(model)
     further = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
     return {
         key
         for key in unexpected
-        if (found := _LAYER.match(key))
-        and found["stack"] in stacks
-        and int(found["number"]) not in further
+        if (layer := _LAYER.match(key))
+        and layer["stack"] in stacks
+        and int(layer["number"]) not in further
         and not _UNUSED_IN_LAYERS.search(key)
     }
 

@@ -1,1 +1,1 @@
-"""What runs a forward pass over slots: runner, caches, static and compiled passes. Knows no round."""
+"""Runs forward passes over slots: runner, caches, static and compiled passes. Knows nothing of rounds."""

@@ -1,7 +1,7 @@
 """Compiles one package and exits: `python -m serving.engine.passes.compile_child PATH < spec.json`.
 
-The model has the shape of the spec and random weights. A lock beside the package lets one process of many
-compile it; the package appears whole or not at all.
+The model has the shape of the spec and random weights. A lock beside the package lets only one process
+compile it; the package is written atomically.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ _NUM_SLOTS = 4
 
 
 def main(path: Path, spec: dict[str, Any]) -> None:
-    """Leave the package at `path`, unless another process did meanwhile."""
+    """Write the package to `path`, unless another process did meanwhile."""
     os.nice(10)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

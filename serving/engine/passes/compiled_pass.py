@@ -2,8 +2,8 @@
 
 The package holds code and no weights: they are bound by address when it is loaded, so a swap in place is seen
 by the next pass, and one package serves every pair of the same shape. Loading runs native code: packages
-belong in a folder that only their owner can write. Sizes are symbolic in the package; a size of one is
-outside what the exporter vouches for, therefore `agrees` compares real passes before a package is used.
+belong in a folder that only their owner can write. Sizes are symbolic in the package; the exporter does not
+guarantee a size of one, so `agrees` compares real passes before a package is used.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from serving.engine.passes.slot_pass import SlotPass, additive_mask
 MAX_ROWS = 1024
 _EXAMPLE_ROWS, _EXAMPLE_TOKENS, _EXAMPLE_COLUMNS = 4, 3, 16
 _CHECKED_SHAPES = ((1, 1), (1, 2), (2, 1), (3, 5), (1, 9))
-"""(rows, tokens); what the runner cannot hold is left out."""
+"""Shapes (rows, tokens) that `agrees` compares; those that the runner cannot hold are left out."""
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ class CompiledPass:
         weights.update(slot_pass.named_parameters(remove_duplicate=False))
         bound = {name: weights[name].detach() for name in self._package.get_constant_fqns()}
         self._package.load_constants(bound, check_full_update=True, user_managed=True)
-        self._bound = bound  # the package keeps addresses, not tensors
+        self._bound = bound  # keeps the tensors alive, of which the package holds only addresses
 
     def __call__(
         self,
@@ -79,13 +79,15 @@ class CompiledPass:
         """See SlotPass.forward."""
         inputs = [token_ids_BT.contiguous(), columns_BT.contiguous(), mask_B1TK, keep_E, *keys_and_values]
         logits_BEV: Tensor
-        [logits_BEV] = self._package.loader.boxed_run(inputs)  # flattening trees would cost more than this
+        [logits_BEV] = self._package.loader.boxed_run(
+            inputs
+        )  # a call with pytree flattening would take longer than this
         return logits_BEV
 
 
 @torch.inference_mode()
 def agrees(compiled: CompiledPass, slot_pass: SlotPass, runner: Runner) -> bool:
-    """Whether logits, keys and values of both are the same but for rounding, over a cache of its own."""
+    """Whether logits, keys and values of both are equal up to rounding, over a cache of its own."""
     tolerance = 1e-3 if runner.dtype == torch.float32 else 0.05
     return all(
         _distance(compiled, slot_pass, runner, num_rows, num_tokens) <= tolerance
@@ -97,7 +99,7 @@ def agrees(compiled: CompiledPass, slot_pass: SlotPass, runner: Runner) -> bool:
 def _distance(
     compiled: CompiledPass, slot_pass: SlotPass, runner: Runner, num_rows: int, num_tokens: int
 ) -> float:
-    """Largest relative difference of a pass over made-up context."""
+    """Largest relative difference of a pass over a random context."""
     generator = torch.Generator().manual_seed(num_rows * 100 + num_tokens)
     tokens_BT = torch.randint(runner.num_embedded, (num_rows, num_tokens), generator=generator)
     start = runner.max_seq_len // 2

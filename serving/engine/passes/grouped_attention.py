@@ -1,9 +1,9 @@
-"""Attention over grouped key-value heads that never repeats them.
+"""Attention over grouped key-value heads without copying them for each query head.
 
 With a mask, transformers' sdpa copies every key and value once for each query head of its group. Here the
-heads of a group become further query positions of their one key-value head: the same sums, no copy.
-Invariant: a boolean or additive float mask is applied as torch's own sdpa applies it; whatever else a model
-asks of its attention goes to transformers' sdpa.
+heads of a group become further query positions of their key-value head: the same sums without the copy.
+Invariant: a boolean or additive float mask is applied as torch's own sdpa applies it; calls with other
+arguments go to transformers' sdpa.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "everdraft_grouped"
 _WITHOUT_EFFECT = {"position_ids", "cache_position", "use_cache"}
-"""What models hand through; under a mask none of it changes the result."""
+"""Arguments that models pass on and that do not change the result if there is a mask."""
 
 
 def grouped_attention(
@@ -59,7 +59,8 @@ def grouped_attention(
 
 
 def use_grouped_attention(model: nn.Module) -> bool:
-    """Make a model that attends by sdpa attend so. False, and nothing changed, for any other."""
+    """Make a model with sdpa attention use grouped attention. False, and nothing changed, for any other
+    model."""
     switchable: Any = model
     if getattr(switchable.config, "_attn_implementation", None) != "sdpa":
         return False
@@ -70,6 +71,6 @@ def use_grouped_attention(model: nn.Module) -> bool:
 
 
 def use_sdpa(model: nn.Module) -> None:
-    """Back to torch's own attention."""
+    """Make the model use transformers' sdpa again."""
     switchable: Any = model
     switchable.set_attn_implementation("sdpa")

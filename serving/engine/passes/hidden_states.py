@@ -1,4 +1,4 @@
-"""A target's last hidden states, taken where its logits would be: whatever runs passes knows nothing of it.
+"""Returns a target's last hidden states in place of logits, so that a Runner can compute them unchanged.
 
 The runner made here shares the target's weights and its cache; a pass of either leaves the same keys and
 values. Knows no prompts and no routes.
@@ -27,7 +27,7 @@ class HiddenStates(nn.Module):
 
 
 def hidden_states_of(model: nn.Module) -> HiddenStates | None:
-    """None where a model has no decoder of its own, as transformers' causal language models have."""
+    """None if a model has no decoder of its own, as transformers' causal language models have."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if get_decoder is not None else None
     if not isinstance(decoder, nn.Module) or decoder is model:
@@ -36,7 +36,7 @@ def hidden_states_of(model: nn.Module) -> HiddenStates | None:
 
 
 def embedder_of(target: Runner) -> Runner | None:
-    """Fills the target's slots as the target would, and gives hidden states [B, E, H] for logits."""
+    """A runner that fills the target's slots as the target would, but returns hidden states [B, E, H]."""
     states = hidden_states_of(target.model)
     if states is None:
         return None

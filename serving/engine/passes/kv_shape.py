@@ -1,4 +1,4 @@
-"""What a model caches for one token, read from its configuration; allocates nothing."""
+"""The shape of a model's keys and values, read from its configuration; allocates nothing."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class KvShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding."""
+    """Number of rows of the embedding."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "KvShape":
@@ -30,5 +30,5 @@ class KvShape:
 
     @property
     def num_values(self) -> int:
-        """Of one token, keys and values of all layers."""
+        """Number of key and value entries of one token, over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim

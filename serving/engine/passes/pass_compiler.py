@@ -1,9 +1,9 @@
-"""Compiled passes without waiting: eager first, compiled when ready, kept for the next start.
+"""Compiles passes in the background: eager first, compiled when ready, cached for the next start.
 
 Compiling takes about a minute of one core for a small model and needs a C++ compiler. It happens in a process
 of its own, at low priority, on a model of the same shape with random weights; the package it leaves in the
-cache folder serves every later start at once. Whatever goes wrong there costs speed only: the model's own
-code goes on. Knows no engine: `on_ready` gets what was compiled and measured.
+cache folder serves every later start at once. A failure there costs only speed: the model's own code
+continues to run. Knows no engine: `on_ready` gets the compiled passes.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def cache_folder() -> Path:
 
 
 def compile_spec(runner: Runner) -> dict[str, Any]:
-    """Everything that a package depends on; no weight among it."""
+    """Everything that a package depends on, which excludes the weights."""
     model: Any = runner.model
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -69,7 +69,8 @@ def package_path(spec: dict[str, Any]) -> Path:
 
 
 def load_compiled(runner: Runner, path: Path) -> CompiledPass:
-    """The package on this runner's weights, checked against the model's own code. Raises CompileError."""
+    """Load the package with this runner's weights, checked against the model's own code. Raises
+    CompileError."""
     passes = SlotPass(runner.model, runner.max_seq_len)
     try:
         compiled = CompiledPass(path, passes)
@@ -81,7 +82,7 @@ def load_compiled(runner: Runner, path: Path) -> CompiledPass:
 
 
 class PassCompiler:
-    """Finds or makes the packages of some runners."""
+    """Loads or compiles the packages of some runners."""
 
     def __init__(self, runners: Sequence[Runner]) -> None:
         self._specs = [(runner, compile_spec(runner)) for runner in runners]

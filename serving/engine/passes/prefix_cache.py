@@ -1,12 +1,12 @@
-"""Keys and values of prefixes that were computed before: copied into a slot instead of prefilled again.
+"""Prefix cache: keys and values that were computed before are copied into a slot instead of prefilled again.
 
 A prefix is a chain of blocks, each found by its parent block and its own tokens: an exact key, no hash that
-could collide. Chains share their common blocks; the block that was used longest ago gives way. Knows no
-sequences and no draft (the target's weights never change, a draft's do). Invariants: a parent is always used
-after its children, so it never goes before them; nothing that is not finite is kept. What is copied may have
-been computed in chunks of another shape: equal up to the last bits, as chunked prefill is in any case.
-Requests of different API keys share blocks: that a prompt's beginning was seen before shows in the time to
-its first token, and in nothing else. `prefix_cache_mib = 0` turns it off.
+could collide. Chains share their common blocks; the least recently used block is evicted. Knows no sequences
+and no draft (the target's weights never change, a draft's do). Invariants: a parent is always marked as used
+after its children, so that it is never evicted before them; values that are not finite are never kept. Copied
+values may have been computed in chunks of another shape: equal up to the last bits, as chunked prefill is in
+any case. Requests of different API keys share blocks: the time to the first token shows that a prompt's
+beginning was seen before, and nothing else does. `prefix_cache_mib = 0` turns it off.
 """
 
 from collections import OrderedDict
@@ -22,20 +22,20 @@ BLOCK_TOKENS = 16
 _ROOT = -1
 
 _Key = tuple[int, tuple[int, ...]]
-"""The parent's row of the pool, and the block's tokens."""
+"""The parent block's row in the pool, and the block's tokens."""
 
 
 @dataclass(frozen=True)
 class PrefixCacheStats:
-    """Counters since the start, and what is held now."""
+    """Counters since the start, and the present size."""
 
     num_query_tokens: int = 0
     """Prompt tokens that were looked up."""
     num_hit_tokens: int = 0
-    """Of these, copied instead of prefilled."""
+    """Tokens among them that were copied instead of prefilled."""
     num_evicted_blocks: int = 0
     num_bytes: int = 0
-    """In blocks that can be found; never above `max_bytes`."""
+    """Bytes of the blocks in use; never above `max_bytes`."""
     max_bytes: int = 0
 
 
@@ -43,7 +43,7 @@ class PrefixCache:
     """A pool of blocks [layers, 2, kv heads, N blocks, C columns, head_dim] beside a SlotCache."""
 
     def __init__(self, slots: SlotCache, *, max_bytes: int, block_tokens: int = BLOCK_TOKENS) -> None:
-        """All memory is taken here: the whole blocks that `max_bytes` holds."""
+        """Allocates all memory: as many whole blocks as `max_bytes` holds."""
         num_layers, _, _, num_heads, _, head_dim = slots.kv_L2SHTD.shape
         self._block_bytes = block_tokens * slots.column_bytes
         self._num_blocks = max_bytes // self._block_bytes
@@ -51,9 +51,9 @@ class PrefixCache:
         self._kv_L2HNCD = slots.kv_L2SHTD.new_zeros(shape)
         self._slots, self._block_tokens = slots, block_tokens
         self._rows: OrderedDict[_Key, int] = OrderedDict()
-        """Used longest ago first."""
+        """Row of each block, least recently used first."""
         self._means: dict[int, BlockMean] = {}
-        """Mean hidden state of a row's tokens, where it is known; on the host, beside the keys of `_rows`."""
+        """Mean hidden state of a block's tokens, by row, where it is known; on the host."""
         self._free = list(range(self._num_blocks))
         self._num_query_tokens = self._num_hit_tokens = self._num_evicted_blocks = 0
 
@@ -88,7 +88,7 @@ class PrefixCache:
         return self._block_tokens
 
     def means(self, token_ids: Sequence[int]) -> list[BlockMean]:
-        """Of the known blocks that `token_ids` begin with."""
+        """Means of the known blocks that `token_ids` begin with."""
         return [self._means.get(self._rows[key]) for key in self._find(token_ids)]
 
     def store(self, slot: int, token_ids: Sequence[int], means: Sequence[BlockMean] = ()) -> None:
@@ -141,12 +141,12 @@ class PrefixCache:
         return tuple(token_ids[number * self._block_tokens : (number + 1) * self._block_tokens])
 
     def _touch(self, chain: list[_Key]) -> None:
-        """Now used, the root last: it is the last to go."""
+        """Mark the chain as used, the root last, so that the root is evicted last."""
         for key in reversed(chain):
             self._rows.move_to_end(key)
 
     def _take(self, count: int) -> list[int]:
-        """Rows for new blocks; what was used longest ago gives way."""
+        """Rows for new blocks; evicts the least recently used blocks if none are free."""
         while len(self._free) < count:
             _, row = self._rows.popitem(last=False)
             self._free.append(row)

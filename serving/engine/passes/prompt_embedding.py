@@ -1,9 +1,9 @@
-"""The mean hidden state of a prompt, gathered chunk by chunk while it is prefilled: by it prompts are routed.
+"""The mean hidden state of a prompt, summed chunk by chunk during prefill; prompts are routed by it.
 
-Taken over the tokens that were run, and over copied blocks whose means are known; left out are the prompt's
-last token (the first round feeds it) and copied blocks that were outputs once. Kept on the device until the
-prompt is through, so that a chunk waits for nothing. Knows no routes. Legend: T tokens of a chunk, N blocks,
-H the target's hidden size.
+Averages over the tokens that were computed and over copied blocks whose means are known; without the prompt's
+last token (the first round feeds it) and copied blocks that held output tokens. Stays on the device until the
+prompt is complete, so that no chunk waits for the device. Knows no routes. Legend: T tokens of a chunk, N
+blocks, H the target's hidden size.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BlockMean = NDArray[np.float16] | None
-"""Of one whole block [H]; None: not known."""
+"""Mean hidden state [H] of one whole block; None: not known."""
 
 
 class PromptStates:
@@ -27,7 +27,7 @@ class PromptStates:
         self._sums_NH: Tensor | None = None
 
     def add(self, start: int, hidden_TH: Tensor) -> None:
-        """States of the tokens start, start + 1, …"""
+        """Add hidden states of the tokens start, start + 1, …."""
         if self._sums_NH is None:
             num_blocks = -(-self._num_tokens // self._block_tokens)
             shape = num_blocks, hidden_TH.shape[1]
@@ -39,7 +39,7 @@ class PromptStates:
         self._sums_NH[first : last + 1] += (touched_N[:, None] == blocks_T).float() @ hidden_TH.float()
 
     def finish(self) -> tuple[BlockMean, list[BlockMean]]:
-        """The prompt's mean, and those of its whole blocks for whoever keeps them. Waits for the device."""
+        """The prompt's mean, and those of its whole blocks for the prefix cache. Waits for the device."""
         means = [None if mean is None else mean.astype(np.float32) for mean in self._reused]
         counts = [self._block_tokens] * len(means)
         if self._sums_NH is not None:
@@ -47,16 +47,16 @@ class PromptStates:
             for block in range(len(means), len(sums_NH)):
                 counts.append(min(self._block_tokens, self._num_tokens - block * self._block_tokens))
                 means.append(sums_NH[block] / counts[-1])
-        known = [(mean, count) for mean, count in zip(means, counts, strict=True) if mean is not None]
-        if not known:
+        weighted = [(mean, count) for mean, count in zip(means, counts, strict=True) if mean is not None]
+        if not weighted:
             return None, []
-        mean_H = np.average([mean for mean, _ in known], axis=0, weights=[count for _, count in known])
+        mean_H = np.average([mean for mean, _ in weighted], axis=0, weights=[count for _, count in weighted])
         num_whole = self._num_tokens // self._block_tokens
         return _halves(mean_H), [None if mean is None else _halves(mean) for mean in means[:num_whole]]
 
 
 def _halves(mean_H: NDArray[np.float32]) -> BlockMean:
-    """None where it does not fit float16, or the target's states are not finite."""
+    """The mean in float16; None if it does not fit or is not finite."""
     with np.errstate(over="ignore"):
         halves_H = mean_H.astype(np.float16)
     return halves_H if np.isfinite(halves_H).all() else None

@@ -24,8 +24,8 @@ class Runner:
         vocab_size: int | None = None,
         cache: SlotCache | None = None,
     ) -> None:
-        """`vocab_size`: of the pair, where the model's own differs by padding; its logits are cut to it,
-        or padded with -inf. `cache`: another runner's, to share."""
+        """`vocab_size`: the pair's common one; if the model's own differs by padding, its logits are cut to
+        it or padded with -inf. `cache`: another runner's cache, to share it."""
         shape = KvShape.of(model)
         parameter = next(model.parameters())
         self.model = model
@@ -43,10 +43,11 @@ class Runner:
             device=self.device,
         )
         self.compiled: Pass | None = None
-        """Runs the passes instead of the model's own code, once there is one. Set between two rounds, by the
-        thread that runs them."""
+        """Compiled code that runs the passes instead of the model's own, once there is any. Set between two
+        rounds, by the thread that runs them."""
         self.static: StaticPass | None = None
-        """Runs the passes that it holds, before all others; its logits are valid until the next one."""
+        """Static passes, which come first for the shapes that they hold; their logits are valid until the
+        next pass."""
         self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
 
     def twin(self) -> "Runner":
@@ -113,8 +114,8 @@ class Runner:
         return logits[..., : self.vocab_size]
 
     def prefill(self, slot: int, token_ids: Sequence[int], start: int, *, logits_to_keep: int = 1) -> Tensor:
-        """Cache one slot's tokens at positions start, start + 1, …. Logits [1, T, V] of the last ones, which
-        are seldom needed: 0 keeps all."""
+        """Cache one slot's tokens at positions start, start + 1, …. Returns logits [1, T, V] of the last
+        `logits_to_keep` ones (0: all)."""
         end = start + len(token_ids)
         sent = to_device([list(token_ids), range(start, end)], self.device)
         return self.forward(

@@ -1,10 +1,11 @@
 """Keys and values by slot, under unmodified transformers models.
 
-One tensor holds every layer; a row is a slot. A pass over the contiguous slots [first, first + B) writes
-each token's keys at its own position and hands attention the first `kv_len` columns as a view, no copy.
-Rejection is not advancing a length: a column past a sequence's length is garbage that its mask hides
-until it is written again. The last column is the trash column: padding tokens are written there.
-Invariant: a slot is zeroed before its next owner, since attention leaks even a masked NaN.
+One tensor holds every layer; a row is a slot. A pass over the contiguous slots [first, first + B) writes each
+token's keys at its own position and hands attention the first `kv_len` columns as a view, no copy. After a
+rejection the sequence's length simply does not grow: columns past it hold stale values, which the mask hides
+until they are written again. The last column is the trash column: padding tokens are written there.
+Invariant: a slot is zeroed before it is used by another sequence, because even a masked NaN would spread
+through attention.
 """
 
 from typing import Any
@@ -44,7 +45,9 @@ class SlotCache(Cache):
     def window(self, first_slot: int, positions_BT: Tensor, kv_len: int) -> None:
         """The next pass runs slots [first_slot, first_slot + B) and writes at `positions_BT`."""
         num_rows, num_tokens = positions_BT.shape
-        if num_rows == 1 and positions_BT.device.type == "cpu":  # elsewhere reading positions means waiting
+        if (
+            num_rows == 1 and positions_BT.device.type == "cpu"
+        ):  # on a GPU reading positions would wait for the device
             start = int(positions_BT[0, 0])
             is_run = int(positions_BT[0, -1]) == start + num_tokens - 1
             span = slice(start, start + num_tokens) if is_run else None
@@ -63,7 +66,8 @@ class SlotCache(Cache):
         return self._rows[where]
 
     def clear(self, slot: int, from_column: int = 0) -> None:
-        """Zero a slot, or the columns from one on, so that nothing of an owner, NaN least of all, is left."""
+        """Zero a slot, or the columns from one on, so that no values of its last sequence, in particular no
+        NaN, remain."""
         self.kv_L2SHTD[:, :, slot, :, from_column:].zero_()
 
     def columns(self, slot: int, start: int, end: int) -> Tensor:
@@ -82,7 +86,7 @@ class SlotCache(Cache):
 
 
 def where_of(positions_BT: Tensor, num_heads: int) -> Where:
-    """Where a pass writes, in the order in which the cache is stored: through a transposed view a compiler
+    """Indices at which a pass writes, in the memory order of the cache: with a transposed view a compiler
     would copy the whole cache."""
     num_rows, device = positions_BT.shape[0], positions_BT.device
     rows_B11 = torch.arange(num_rows, device=device)[:, None, None]
@@ -90,12 +94,12 @@ def where_of(positions_BT: Tensor, num_heads: int) -> Where:
 
 
 def cache_of(layers: "list[SlotLayer]") -> Cache:
-    """Layers that are aimed already, as transformers wants them."""
+    """A transformers Cache of layers whose window is already set."""
     return Cache(layers=list(layers))
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's share of the cache; transformers calls `update` in each attention."""
+    """One layer of the cache; transformers calls `update` in each attention."""
 
     is_sliding = False
 

@@ -1,7 +1,7 @@
-"""One forward pass as a pure function of tensors, the cache's among them: what is compiled or captured.
+"""One forward pass as a pure function of tensors, including the cache's; this is compiled or captured.
 
-Knows no slots: it is given the rows that it runs. Writes each token's keys and values at its column and
-attends to the first K columns, K being the mask's width. Legend: B rows, T tokens, K columns, E kept.
+Knows no slots: it gets the rows of the cache that it runs. Writes each token's keys and values at its column
+and attends to the first K columns, K being the mask's width. Legend: B rows, T tokens, K columns, E kept.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from serving.engine.passes.slot_cache import SlotLayer, cache_of, where_of
 
 Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
-"""As SlotPass.forward; what a compiled pass offers."""
+"""Signature of SlotPass.forward and of a compiled pass."""
 
 
 class SlotPass(nn.Module):
-    """`model` over rows of a slot cache whose columns are `max_seq_len` and one of trash."""
+    """`model` over rows of a slot cache with `max_seq_len` columns and one trash column."""
 
     def __init__(self, model: nn.Module, max_seq_len: int) -> None:
         super().__init__()

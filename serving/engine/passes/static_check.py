@@ -1,7 +1,7 @@
-"""Static passes for a runner, and whether they say what the model's own code says.
+"""Builds static passes for a runner and checks that they agree with the model's own code.
 
-What a capture freezes by mistake (an address, a number read on the host) shows in no config: the same made-up
-context is run both ways before a static pass serves. Knows nothing of rounds or drafts.
+A value that a capture freezes by mistake (an address, a number read on the host) shows in no config, so the
+same random context is run both ways before a static pass serves. Knows nothing of rounds or drafts.
 """
 
 import torch
@@ -18,7 +18,7 @@ _TOKENS = (1, 2, 3, TOKEN_BUCKETS[-1])
 
 
 def static_pass_of(runner: Runner, run: Pass | None = None, *, max_graphs: int = MAX_GRAPHS) -> StaticPass:
-    """Over this runner's cache; `run` (compiled code, say) in place of the model's own."""
+    """Static passes over this runner's cache; `run`: compiled code in place of the model's own."""
     if run is None:
         run = SlotPass(runner.model, runner.max_seq_len)
     return StaticPass(run, runner.cache, num_logits=runner.num_embedded, max_graphs=max_graphs)
@@ -27,7 +27,8 @@ def static_pass_of(runner: Runner, run: Pass | None = None, *, max_graphs: int =
 @torch.inference_mode()
 def static_error(runner: Runner, static: StaticPass) -> float:
     """Largest difference of logits, keys and values from the model's own code, relative to the largest of
-    them. The cache must be idle; it is cleared. Each shape runs twice: a graph must forget its last run."""
+    them. The cache must be idle; it is cleared. Each shape runs twice, to show that nothing of the first run
+    remains in a graph."""
     errors = [torch.zeros(())]
     for num_rows in sorted({1, (runner.num_slots + 1) // 2, runner.num_slots}):
         for num_tokens in _TOKENS:
@@ -61,5 +62,5 @@ def _error(runner: Runner, static: StaticPass, num_rows: int, num_tokens: int, s
 
 
 def _scale(values: Tensor) -> Tensor:
-    """The largest, entries that pad the vocabulary aside."""
+    """The largest absolute value, without entries that pad the vocabulary."""
     return values.float().masked_fill(values <= _LEAST_LOGIT, 0.0).abs().max().clamp(min=1.0)

@@ -1,10 +1,10 @@
-"""Passes of few fixed shapes, captured as CUDA graphs where there is CUDA: one launch instead of thousands.
+"""Passes of a few fixed shapes, captured as CUDA graphs where there is CUDA: one launch instead of thousands.
 
 A pass over the slots 0, 1, … is padded up to a bucket of rows, tokens and context columns. A captured graph
 holds addresses: the bucket's inputs are copied into place, and weights that are swapped in place are seen by
-the next replay. Without CUDA the same code runs uncaptured. Rows past the batch belong to slots of others:
-padding is written to the trash column only, attends to column 0 only, and is cut from the logits; no pass
-reads the trash column. Legend: B rows, T tokens, K columns of a bucket; V vocabulary.
+the next replay. Without CUDA the same code runs uncaptured. Rows past the batch may be other sequences'
+slots: padding is written to the trash column only, attends to column 0 only, and is cut from the logits; no
+pass reads the trash column. Legend: B rows, T tokens, K columns of a bucket; V vocabulary.
 """
 
 import bisect
@@ -22,9 +22,10 @@ from serving.engine.passes.slot_pass import Pass, additive_mask
 _log = logging.getLogger(__name__)
 
 TOKEN_BUCKETS = (1, 2, 4, 6, 9)
-"""Tokens a row; longer passes (chunks of a prompt) run eagerly."""
+"""Numbers of tokens a row; longer passes (chunks of a prompt) run eagerly."""
 MAX_GRAPHS = 64
-"""The least recently used one makes room: long texts walk through many context buckets."""
+"""Above this the least recently used graph is dropped: long texts need many context buckets one after
+another."""
 _LEAST_COLUMNS = 256
 _NUM_WARM_UPS = 2
 
@@ -43,7 +44,8 @@ def row_buckets(num_slots: int) -> tuple[int, ...]:
 
 
 def column_buckets(max_seq_len: int) -> tuple[int, ...]:
-    """256 and up in steps of a quarter of an octave, so that little is read in vain; the whole slot last."""
+    """256 and up in steps of a quarter of an octave, so that few columns are read unnecessarily; the whole
+    slot last."""
     columns, step, buckets = _LEAST_COLUMNS, _LEAST_COLUMNS // 4, list[int]()
     while columns < max_seq_len:
         buckets.append(columns)
@@ -54,10 +56,10 @@ def column_buckets(max_seq_len: int) -> tuple[int, ...]:
 
 
 class StaticPass:
-    """`run` over a cache's first slots in fixed shapes. Calls on one thread at a time."""
+    """`run` over a cache's first slots in fixed shapes. Called by one thread at a time."""
 
     def __init__(self, run: Pass, cache: SlotCache, *, num_logits: int, max_graphs: int = MAX_GRAPHS) -> None:
-        """`num_logits`: the model's own vocabulary."""
+        """`num_logits`: the size of the model's own vocabulary."""
         self._run = run
         self._cache = cache
         self._device = cache.kv_L2SHTD.device
@@ -116,7 +118,7 @@ class StaticPass:
         return shape
 
     def _pass(self, shape: "_StaticShape") -> None:
-        """Inputs and logits at fixed addresses; all that a graph captures."""
+        """Run one pass with inputs and logits at fixed addresses: the part that a graph captures."""
         trash = self._cache.trash_column
         attended_BT = shape.columns_BT.masked_fill(shape.columns_BT == trash, 0)
         logits_BTV = self._run(
@@ -129,8 +131,8 @@ class StaticPass:
         shape.logits_BTV.copy_(logits_BTV)
 
     def _capture(self, shape: "_StaticShape") -> None:
-        """Its inputs are all padding as yet, so the warm-up touches no sequence. Other threads may use the
-        device meanwhile. A shape that cannot be captured runs without a graph."""
+        """Capture a shape. Its inputs are still all padding, so the warm-up changes no sequence. Other
+        threads may use the device meanwhile. A shape that cannot be captured runs without a graph."""
         graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
@@ -156,13 +158,13 @@ class StaticPass:
 
 @dataclass(eq=False)
 class _StaticShape:
-    """One bucket: its inputs, where its logits go, and its graph."""
+    """One bucket: its inputs, its logits, and its graph."""
 
     bucket: Bucket
     trash_column: int
     keys_and_values: list[Tensor]
     logits_BTV: Tensor
-    """Shared by all buckets: one pass at a time."""
+    """Shared by all buckets, because passes run one at a time."""
     graph: Any = None
     token_ids_BT: Tensor = field(init=False)
     columns_BT: Tensor = field(init=False)
@@ -176,7 +178,7 @@ class _StaticShape:
         self._filled = (0, 0)
 
     def fill(self, token_ids_BT: Tensor, columns_BT: Tensor) -> None:
-        """Copy a pass's inputs into place; all else stays padding."""
+        """Copy a pass's inputs into place; the rest stays padding."""
         num_rows, num_tokens = token_ids_BT.shape
         if (num_rows, num_tokens) != self._filled:
             self.columns_BT.fill_(self.trash_column)

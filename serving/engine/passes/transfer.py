@@ -1,7 +1,8 @@
-"""The two ways between host and device, and the clock of a round: whatever a round waits for is in this file.
+"""Transfers between host and device, and the clock of a round: a round waits for the device only here.
 
-`to_device` sends without waiting, `to_host` waits once for all that a round wants to read. Nothing else in
-a round reads a tensor's values, or makes a tensor on the device out of numbers: each would be another wait.
+`to_device` sends without waiting, `to_host` waits once for all that a round reads. Nothing else in a round
+reads a tensor's values, or creates a tensor on the device from Python numbers, because each would be another
+wait.
 """
 
 import time
@@ -25,14 +26,14 @@ _NUMPY = {
 
 
 def to_device(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
-    """int64 [rows, columns]. From pinned memory on a GPU, whose allocator keeps it until it was sent."""
+    """int64 [rows, columns]. From pinned memory on a GPU, whose allocator keeps it until the copy is done."""
     if torch.device(device).type != "cuda":
         return torch.tensor(rows, dtype=torch.int64, device=device)
     return torch.tensor(rows, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> HostArrays:
-    """Their values; on a GPU the one wait for the device that a round has."""
+    """The tensors' values on the host; on a GPU this is the round's only wait for the device."""
     if any(tensor.device.type != "cpu" for tensor in tensors.values()):
         return by_one_copy(tensors)
     arrays = HostArrays()
@@ -42,7 +43,7 @@ def to_host(tensors: Mapping[str, Tensor]) -> HostArrays:
 
 
 def by_one_copy(tensors: Mapping[str, Tensor]) -> HostArrays:
-    """Packed on their device and copied as one."""
+    """Copies tensors packed into one."""
     # The widest first: every array then starts at a multiple of its item size.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     packed = torch.cat([tensors[name].reshape(-1).view(torch.uint8) for name in names]).cpu().numpy()
@@ -56,14 +57,15 @@ def by_one_copy(tensors: Mapping[str, Tensor]) -> HostArrays:
 
 
 class RoundClock:
-    """Marks moments of the work on a device; asks the device nothing until the round has waited for it."""
+    """Measures the device's work between marks; does not query the device before the round has waited for
+    it."""
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """After all work that was begun so far."""
+        """Set a mark after all work that was queued so far."""
         if self._device.type != "cuda":
             self._marks.append(time.perf_counter())
             return
@@ -72,7 +74,7 @@ class RoundClock:
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next. Call after `to_host`: the marks have passed by then."""
+        """Seconds between each mark and the next. Call after `to_host`, when all marks have passed."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if self._device.type != "cuda":
             return [later - earlier for earlier, later in pairs]
