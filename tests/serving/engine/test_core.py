@@ -279,14 +279,20 @@ def test_a_swap_between_two_steps_changes_the_drafts_and_no_word(target: Failing
 def test_a_route_has_its_own_draft_while_it_is_open(target: FailingTable) -> None:
     core = core_of(target, wrong(target))
     caller, own = Caller(core), deepcopy(target)
-    core.open_draft("sql", drafter_of(own), None)
+
+    def estimated() -> list[bool]:
+        """Whether a's and b's own acceptance of what serves them is known."""
+        return [MODEL in caller.sequences[name].estimate.by_matched for name in "ab"]
+
     caller.ask("a", PROMPTS[0], route="sql", num_tokens=12)
     caller.ask("b", PROMPTS[0], num_tokens=12)
     core.step()
-    assert MODEL in caller.sequences["a"].estimate.by_matched
-    assert "sql" in core.stats().route_counts
+    core.open_draft("sql", drafter_of(own), None)
+    assert estimated() == [False, True], "another draft serves a"
+    core.step()
+    assert estimated() == [True, True] and "sql" in core.stats().route_counts
     core.close_draft("sql")
-    assert [MODEL in caller.sequences[name].estimate.by_matched for name in "ab"] == [False, True]
+    assert estimated() == [False, True]
     stats = core.stats()
     assert stats.draft_versions == {"default": 0} and "sql" not in stats.route_counts
     accepted = caller.sequences["a"].num_accepted
