@@ -174,6 +174,14 @@ def test_an_emptied_feed_gets_its_adapter_back_under_its_number(
     assert publish(after, state(draft, 2)).draft_version == 6, "numbers grow from the last one ever given"
 
 
+def test_numbers_grow_on_the_floor_too_though_the_feed_has_forgotten_them(
+    feed: MemoryAdapterFeed, draft: TrainableDraft
+) -> None:
+    incumbent = incumbent_of(feed, draft, last_version=5)
+    assert incumbent.sync() is False
+    assert publish(incumbent, state(draft, 1)).draft_version == 6
+
+
 def test_a_refusal_is_a_line_in_the_history_and_takes_no_number(
     feed: MemoryAdapterFeed, draft: TrainableDraft
 ) -> None:

@@ -17,7 +17,7 @@ from serving.engine.core import EngineCore
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.draft_pool import BrokenDraftError, Staged
-from serving.engine.passes.prefix_cache import PrefixCache
+from serving.engine.passes.prefix_cache import BLOCK_TOKENS, PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPass
 from serving.engine.sequence import Sequence
@@ -194,9 +194,22 @@ def test_who_is_cancelled_leaves_before_the_next_round_with_what_it_has(target: 
     assert cancelled.finish_reason == "cancelled"
     assert cancelled.output_token_ids == text(target, PROMPTS[0], 2) == caller.tokens("a")
     assert core.stats().num_running == 2 and len(caller.events["b"]) == 3
+    assert core.stats().num_output_tokens == 3 + 3 + 2, "nothing was computed for who had left"
     caller.finish()
     for name, prompt in zip("bc", PROMPTS[1:3], strict=True):
         assert caller.tokens(name) == text(target, prompt), "one of them moved into the slot that was left"
+
+
+def test_a_sequence_that_moves_to_another_slot_is_drafted_for_as_before(target: FailingTable) -> None:
+    core = core_of(target, deepcopy(target))
+    caller = Caller(core)
+    for name, prompt in zip("abc", PROMPTS, strict=False):
+        caller.ask(name, prompt, num_tokens=20)
+    core.step()
+    core.cancel(caller.sequences["a"])
+    caller.finish()
+    for name in "bc":
+        assert caller.generation(name).num_accepted == caller.generation(name).num_attempted > 8
 
 
 def test_who_waits_or_is_in_prefill_can_leave_too(target: FailingTable) -> None:
@@ -227,28 +240,32 @@ def test_an_end_that_came_first_stands(target: FailingTable) -> None:
     assert caller.generation("a").finish_reason == "stop"
 
 
-def test_cancelling_all_ends_what_runs_and_what_waits(target: FailingTable) -> None:
-    core = core_of(target, num_slots=1)
+def test_cancelling_all_ends_what_runs_what_is_prefilled_and_what_waits(target: FailingTable) -> None:
+    core = core_of(target, num_slots=2, chunk_tokens=2)
     caller = Caller(core)
-    caller.ask("a", [1, 2])
-    caller.ask("b", [3])
+    caller.ask("a", [1])
+    caller.ask("b", list(range(9)))
+    caller.ask("c", [3])
     core.step()
+    stats = core.stats()
+    assert (stats.num_running, stats.num_waiting, len(caller.events["b"])) == (2, 1, 0)
     core.cancel_all()
     assert not core.has_work
-    assert [caller.generation(name).finish_reason for name in "ab"] == ["cancelled", "cancelled"]
+    assert [caller.generation(name).finish_reason for name in "abc"] == ["cancelled"] * 3
 
 
 def test_what_a_finished_text_cached_is_there_for_the_next(target: FailingTable) -> None:
     core = core_of(target, has_prefix_cache=True)
-    caller, prompt = Caller(core), list(range(16)) * 2
-    caller.ask("a", prompt)
+    caller, prompt = Caller(core), list(range(BLOCK_TOKENS - 4))
+    caller.ask("a", prompt, num_tokens=12)
     caller.finish()
-    caller.ask("b", prompt)
+    longer = [*prompt, *caller.tokens("a")]
+    caller.ask("b", longer)
     caller.finish()
     reused = [caller.generation(name).num_prompt_tokens_reused for name in "ab"]
-    assert reused[0] == 0 and reused[1] >= 16
-    assert core.stats().prefix_cache.num_hit_tokens == reused[1]
-    assert caller.tokens("b") == caller.tokens("a") == text(target, prompt)
+    assert reused == [0, BLOCK_TOKENS], "a block of which the end is output"
+    assert core.stats().prefix_cache.num_hit_tokens == BLOCK_TOKENS
+    assert caller.tokens("b") == text(target, longer)
 
 
 # -- swapping ---------------------------------------------------------------------------------------
@@ -279,14 +296,20 @@ def test_a_swap_between_two_steps_changes_the_drafts_and_no_word(target: Failing
 def test_a_route_has_its_own_draft_while_it_is_open(target: FailingTable) -> None:
     core = core_of(target, wrong(target))
     caller, own = Caller(core), deepcopy(target)
-    core.open_draft("sql", drafter_of(own), None)
+
+    def estimated() -> list[bool]:
+        """Whether a's and b's own acceptance of what serves them is known."""
+        return [MODEL in caller.sequences[name].estimate.by_matched for name in "ab"]
+
     caller.ask("a", PROMPTS[0], route="sql", num_tokens=12)
     caller.ask("b", PROMPTS[0], num_tokens=12)
     core.step()
-    assert MODEL in caller.sequences["a"].estimate.by_matched
-    assert "sql" in core.stats().route_counts
+    core.open_draft("sql", drafter_of(own), None)
+    assert estimated() == [False, True], "another draft serves a"
+    core.step()
+    assert estimated() == [True, True] and "sql" in core.stats().route_counts
     core.close_draft("sql")
-    assert [MODEL in caller.sequences[name].estimate.by_matched for name in "ab"] == [False, True]
+    assert estimated() == [False, True]
     stats = core.stats()
     assert stats.draft_versions == {"default": 0} and "sql" not in stats.route_counts
     accepted = caller.sequences["a"].num_accepted
