@@ -11,7 +11,7 @@ from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterManifest, GenerationRecord
 from learner.draft import AdapterState
 from learner.judging.evaluation import RecordScore
-from learner.judging.live_test import LiveComparison, SwapCheck, drafted_by
+from learner.judging.live import LiveComparison, SwapCheck, drafted_by
 from learner.settings import LearnerSettings
 
 ScoreState = Callable[[AdapterState | None, Sequence[GenerationRecord]], list[RecordScore | None]]

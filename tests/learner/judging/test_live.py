@@ -9,7 +9,7 @@ import pytest
 from buffer.names import FLOOR_VERSION, NGRAM_DRAFTER
 from buffer.records import GenerationRecord, RecordSampling
 from learner.judging.evaluation import RecordScore
-from learner.judging.live_test import LiveComparison, SwapCheck, drafted_by
+from learner.judging.live import LiveComparison, SwapCheck, drafted_by
 from learner.trainer import Trainer
 from tests.support.record_factory import RecordFactory
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
