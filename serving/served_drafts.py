@@ -55,7 +55,7 @@ class ServedDrafts:
     def follow(self, wanted: Iterable[str]) -> None:
         """Close the drafts of all other routes, and open drafts for these, in their order, while there is
         room. A new draft serves its floor until weights are swapped in."""
-        wanted = [route for route in wanted if route != DEFAULT_ROUTE]
+        wanted = list(wanted)
         self._failed.intersection_update(wanted)
         for route in self.routes:
             if route not in (DEFAULT_ROUTE, *wanted):

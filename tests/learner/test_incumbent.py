@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from buffer.memory_store import MemoryAdapterFeed
-from buffer.records import AdapterManifest
+from buffer.records import AdapterEvent, AdapterManifest
 from learner.draft import AdapterState, TrainableDraft, export_weights
 from learner.incumbent import Incumbent
 from serving.models.draft_weights import DraftWeights
@@ -229,3 +229,14 @@ def test_a_parent_that_cannot_be_read_is_the_floor(feed: MemoryAdapterFeed, draf
     manifest = publish(incumbent, state(draft, 1))
     assert manifest.parent_version == 1
     assert incumbent.parent() is None
+
+
+def test_the_last_change_is_of_the_version_that_serves_and_of_no_other_kind(
+    feed: MemoryAdapterFeed, draft: TrainableDraft
+) -> None:
+    incumbent = incumbent_of(feed, draft)
+    publish(incumbent, state(draft, 1))
+    serving = incumbent.version
+    for kind, version in (("rejected_by_replica", serving), ("pinned", serving + 1)):
+        feed.add_event(AdapterEvent(kind, ROUTE, version, f"{kind} of {version}", 80.0))
+    assert incumbent.last_serving_change()[0] == "promoted"
