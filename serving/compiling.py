@@ -25,7 +25,7 @@ from serving.engine.passes.pass_compiler import (
     package_path,
 )
 from serving.engine.passes.runner import Runner
-from serving.engine.passes.slot_pass import Pass
+from serving.engine.passes.slot_pass import SlotPassFunction
 from serving.engine.passes.static_check import static_error, static_pass_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Compiling:
         if self._compiler is None:
             return
 
-        def on_ready(passes: Sequence[Pass]) -> None:
+        def on_ready(passes: Sequence[SlotPassFunction]) -> None:
             before, after = self._measure([]), self._measure(passes)
             if after.round_s(1, 0) < before.round_s(1, 0):
                 self._hand_over(engine, passes, after)
@@ -111,7 +111,7 @@ class Compiling:
         if self._compiler is not None:
             self._compiler.close()
 
-    def _hand_over(self, engine: "Engine", passes: Sequence[Pass], costs: CostTable) -> None:
+    def _hand_over(self, engine: "Engine", passes: Sequence[SlotPassFunction], costs: CostTable) -> None:
         """Give the passes to the engine's thread, which sets all of them between two rounds."""
         with self._lock:
             self._has_package = True
@@ -148,7 +148,7 @@ class Compiling:
             raise CompileError(f"static passes disagree with the model (relative error {error:.2g})")
         runner.static = static
 
-    def _package(self, runner: Runner) -> Pass | None:
+    def _package(self, runner: Runner) -> SlotPassFunction | None:
         """The first draft's package with this draft's weights; None if it does not fit."""
         try:
             return load_compiled(runner, package_path(compile_spec(runner)))
@@ -173,12 +173,12 @@ class Compiling:
             _log.warning("passes stay eager: %s", error)
         return True
 
-    def _bind(self, passes: Sequence[Pass]) -> None:
+    def _bind(self, passes: Sequence[SlotPassFunction]) -> None:
         for runner, compiled in zip(self._compiled, passes, strict=True):
             runner.compiled = compiled
         self.state, self._has_package = "compiled", True
 
-    def _measure(self, passes: Sequence[Pass]) -> CostTable:
+    def _measure(self, passes: Sequence[SlotPassFunction]) -> CostTable:
         """Measure costs over separate caches, because the engine's are in use."""
         runners = [runner.twin() for runner in self._runners]
         for runner, compiled in zip(runners, passes, strict=False):

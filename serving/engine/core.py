@@ -18,7 +18,7 @@ from serving.engine.draft_length import DraftLengthController
 from serving.engine.draft_pool import DraftPool, Staged
 from serving.engine.passes.prefix_cache import PrefixCache, PrefixCacheStats
 from serving.engine.passes.runner import Runner
-from serving.engine.passes.slot_pass import Pass
+from serving.engine.passes.slot_pass import SlotPassFunction
 from serving.engine.prefill import Prefill, Router
 from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import FinishReason, TokenEvent
@@ -115,7 +115,7 @@ class EngineCore:
         self.drafts.close(route)
         self._meter.forget(route)
 
-    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> None:
+    def use_passes(self, passes: SequenceOf[tuple[Runner, SlotPassFunction]], costs: CostTable) -> None:
         for runner, compiled in passes:
             runner.compiled = compiled
         if self.costs is not None:

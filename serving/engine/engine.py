@@ -22,7 +22,7 @@ from serving.engine.handle import GenerationHandle
 from serving.engine.logits_processing import check_processing
 from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
-from serving.engine.passes.slot_pass import Pass
+from serving.engine.passes.slot_pass import SlotPassFunction
 from serving.engine.prefill import Router
 from serving.engine.proposal import Drafter, LookupDrafter
 from serving.engine.request import EventCallback, Generation, GenerationRequest, SamplingParams
@@ -146,7 +146,9 @@ class Engine:
         route's own draft. Raises EngineClosedError."""
         return self._ask(lambda: self.core.close_draft(route), f"the draft of route {route} was not closed")
 
-    def use_passes(self, passes: SequenceOf[tuple[Runner, Pass]], costs: CostTable) -> "Future[None]":
+    def use_passes(
+        self, passes: SequenceOf[tuple[Runner, SlotPassFunction]], costs: CostTable
+    ) -> "Future[None]":
         """From the next round on, run these runners' passes with these compiled ones, at newly measured
         costs. Raises EngineClosedError."""
         return self._ask(lambda: self.core.use_passes(passes, costs), "passes stay as they are")

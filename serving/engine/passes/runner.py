@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from serving.engine.passes.kv_shape import KvShape
 from serving.engine.passes.slot_cache import SlotCache
-from serving.engine.passes.slot_pass import Pass, additive_mask
+from serving.engine.passes.slot_pass import SlotPassFunction
 from serving.engine.passes.static_pass import StaticPass
+from serving.engine.passes.strategy import FunctionPass, ModelPass, Pass, PassInput
 from serving.engine.passes.transfer import to_device
 
 
@@ -42,13 +43,32 @@ class Runner:
             dtype=self.dtype,
             device=self.device,
         )
-        self.compiled: Pass | None = None
-        """Compiled code that runs the passes instead of the model's own, once there is any. Set between two
+        self._own = ModelPass(model, self.cache)
+        self._compiled: FunctionPass | None = None
+        self._static: StaticPass | None = None
+        self._ways: tuple[Pass, ...] = (self._own,)
+
+    @property
+    def compiled(self) -> SlotPassFunction | None:
+        """Compiled code that runs the passes in place of the model's own, once there is any. Set between two
         rounds, by the thread that runs them."""
-        self.static: StaticPass | None = None
+        return None if self._compiled is None else self._compiled.function
+
+    @compiled.setter
+    def compiled(self, function: SlotPassFunction | None) -> None:
+        self._compiled = None if function is None else FunctionPass(function, self.cache)
+        self._order_ways()
+
+    @property
+    def static(self) -> StaticPass | None:
         """Static passes, which come first for the shapes that they hold; their logits are valid until the
         next pass."""
-        self._columns_T = torch.arange(max_seq_len + 1, device=self.device)
+        return self._static
+
+    @static.setter
+    def static(self, static: StaticPass | None) -> None:
+        self._static = static
+        self._order_ways()
 
     def twin(self) -> "Runner":
         """The same model over a cache of its own, with the model's own code."""
@@ -75,36 +95,14 @@ class Runner:
         embedded_BT = token_ids_BT
         if self.num_embedded < self.vocab_size:
             embedded_BT = token_ids_BT.clamp(max=self.num_embedded - 1)
-        if self.static is not None and self.static.holds(first_slot, *token_ids_BT.shape):
-            logits_BTV = self.static(embedded_BT, positions_BT, kv_len)[:, -logits_to_keep:]
-        elif self.compiled is None:
-            logits_BTV = self._model_pass(embedded_BT, positions_BT, kv_len, first_slot, logits_to_keep)
-        else:
-            num_rows, num_tokens = token_ids_BT.shape
-            logits_BTV = self.compiled(
-                embedded_BT,
-                positions_BT,
-                additive_mask(positions_BT, kv_len, self.dtype),
-                self._columns_T[num_tokens - logits_to_keep if logits_to_keep else 0 : num_tokens],
-                self.cache.rows(first_slot, num_rows),
-            )
-        return self.fit_vocabulary(logits_BTV)
+        given = PassInput(embedded_BT, positions_BT, kv_len, first_slot, logits_to_keep)
+        way = next(way for way in self._ways if way.can_run(given))
+        return self.fit_vocabulary(way.run(given))
 
-    def _model_pass(
-        self, token_ids_BT: Tensor, positions_BT: Tensor, kv_len: int, first_slot: int, logits_to_keep: int
-    ) -> Tensor:
-        self.cache.window(first_slot, positions_BT, kv_len)
-        mask_B1TK = (self._columns_T[:kv_len] <= positions_BT[..., None])[:, None]
-        output = self.model(
-            input_ids=token_ids_BT,
-            position_ids=positions_BT.clamp(max=self.max_seq_len - 1),
-            attention_mask=mask_B1TK,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        )
-        logits_BTV: Tensor = output.logits.float()
-        return logits_BTV
+    def _order_ways(self) -> None:
+        """The fastest first; the model's own code, which can run every pass, last."""
+        preferred: tuple[Pass | None, ...] = (self._static, self._compiled)
+        self._ways = (*(way for way in preferred if way is not None), self._own)
 
     def fit_vocabulary(self, logits: Tensor) -> Tensor:
         """[..., own vocabulary] to [..., vocab_size]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from serving.engine.passes.slot_cache import SlotLayer, cache_of, where_of
 
-Pass = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
+SlotPassFunction = Callable[[Tensor, Tensor, Tensor, Tensor, list[Tensor]], Tensor]
 """Signature of SlotPass.forward and of a compiled pass."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.passes.runner import Runner
-from serving.engine.passes.slot_pass import Pass, SlotPass
+from serving.engine.passes.slot_pass import SlotPass, SlotPassFunction
 from serving.engine.passes.static_pass import MAX_GRAPHS, TOKEN_BUCKETS, StaticPass
 
 _LEAST_LOGIT = -1e9
@@ -17,7 +17,9 @@ _CONTEXT = 5
 _TOKENS = (1, 2, 3, TOKEN_BUCKETS[-1])
 
 
-def static_pass_of(runner: Runner, run: Pass | None = None, *, max_graphs: int = MAX_GRAPHS) -> StaticPass:
+def static_pass_of(
+    runner: Runner, run: SlotPassFunction | None = None, *, max_graphs: int = MAX_GRAPHS
+) -> StaticPass:
     """Static passes over this runner's cache; `run`: compiled code in place of the model's own."""
     if run is None:
         run = SlotPass(runner.model, runner.max_seq_len)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from serving.engine.passes.slot_cache import SlotCache
-from serving.engine.passes.slot_pass import Pass, additive_mask
+from serving.engine.passes.slot_pass import SlotPassFunction, additive_mask
+from serving.engine.passes.strategy import PassInput
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ def column_buckets(max_seq_len: int) -> tuple[int, ...]:
 class StaticPass:
     """`run` over a cache's first slots in fixed shapes. Called by one thread at a time."""
 
-    def __init__(self, run: Pass, cache: SlotCache, *, num_logits: int, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(
+        self, run: SlotPassFunction, cache: SlotCache, *, num_logits: int, max_graphs: int = MAX_GRAPHS
+    ) -> None:
         """`num_logits`: the size of the model's own vocabulary."""
         self._run = run
         self._cache = cache
@@ -75,9 +78,16 @@ class StaticPass:
         self._pool: Any = torch.cuda.graph_pool_handle() if captures else None
         self._stream: Any = torch.cuda.Stream(self._device) if captures else None
 
-    def holds(self, first_slot: int, num_rows: int, num_tokens: int) -> bool:
+    def can_run(self, given: PassInput) -> bool:
         """Whether a pass of this shape has a bucket."""
-        return first_slot == 0 and num_rows <= self._row_buckets[-1] and num_tokens <= TOKEN_BUCKETS[-1]
+        num_rows, num_tokens = given.token_ids_BT.shape
+        fits = num_rows <= self._row_buckets[-1] and num_tokens <= TOKEN_BUCKETS[-1]
+        return given.first_slot == 0 and fits
+
+    def run(self, given: PassInput) -> Tensor:
+        """See Pass; the logits are valid until the next run."""
+        logits_BTV = self(given.token_ids_BT, given.positions_BT, given.kv_len)
+        return logits_BTV[:, -given.logits_to_keep :]
 
     @torch.inference_mode()
     def __call__(self, token_ids_BT: Tensor, columns_BT: Tensor, kv_len: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPass
 from serving.engine.passes.static_check import static_pass_of
+from tests.support.pass_shapes import shaped
 from tests.support.tiny_models import tiny_model
 
 VOCAB, MAX_LEN = 32, 24
@@ -136,6 +137,7 @@ def test_a_static_pass_runs_what_it_holds_and_leaves_the_rest_to_the_model(
     model: nn.Module, runner: Runner
 ) -> None:
     runner.static = static_pass_of(runner)
-    assert not runner.static.holds(2, 1, 1) and not runner.static.holds(0, 1, len(TEXT))
+    assert not runner.static.can_run(shaped(2, 1, 1))
+    assert not runner.static.can_run(shaped(0, 1, len(TEXT)))
     close(runner.prefill(2, TEXT[:1], 0)[0], logits_of(model, TEXT[:1]))
     close(runner.prefill(0, TEXT, 0)[0, 0], logits_of(model, TEXT)[-1])

@@ -19,6 +19,7 @@ from serving.engine.passes.static_check import static_error, static_pass_of
 from serving.engine.passes.static_pass import TOKEN_BUCKETS, column_buckets, row_buckets
 from serving.models.draft_weights import DraftWeights
 from tests.support.host_reads import HostReads
+from tests.support.pass_shapes import shaped
 from tests.support.table_model import TableModel
 from tests.support.tiny_models import tiny_model
 
@@ -87,9 +88,9 @@ def test_padding_changes_no_logit_and_no_column_of_anyone(runner: Runner, num_ro
 @torch.inference_mode()
 def test_a_pass_away_from_the_first_slot_or_too_long_is_left_to_the_models_own_code(runner: Runner) -> None:
     static = static_pass_of(runner)
-    assert static.holds(0, NUM_SLOTS, 9)
-    assert not static.holds(1, 1, 1)
-    assert not static.holds(0, 1, 10)
+    assert static.can_run(shaped(0, NUM_SLOTS, 9))
+    assert not static.can_run(shaped(1, 1, 1))
+    assert not static.can_run(shaped(0, 1, 10))
     runner.static = static
     runner.prefill(2, list(range(12)), 0)
     runner.static = None
