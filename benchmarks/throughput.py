@@ -1,4 +1,4 @@
-"""Tokens a second of every mode on the same work: the story, setting after setting.
+"""Tokens a second of every mode on the same work: one setting after the other.
 
 Same target, draft, prompts, lengths, dtype and threads; modes run in turn (A B C A B C ...) after a warm-up,
 so that a machine whose speed drifts treats them alike; figures are medians over the turns, speed-ups medians

@@ -1,4 +1,4 @@
-"""The two target distributions that a record's kept entries stand for: final (to judge) and training.
+"""The two target distributions that a record's kept entries give: final (to judge) and training.
 
 *Final*: the request's own distribution (temperature, top-k, top-p, min-p), exact at the kept entries, because
 a record carries the scalar that re-tempers them. *Training*: the request's temperature without its filters (a

@@ -1,4 +1,4 @@
-"""What the person in front of the demo sees meanwhile: a live table and the drafts' story."""
+"""What the person in front of the demo sees meanwhile: a live table, and what becomes of the drafts."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _STYLES = {"promoted": "green", "refused": "yellow", "rolled_back": "red"}
 
 
 class DemoScreen:
-    """Fed by the story; draws itself a few times a second, or prints lines where there is no terminal."""
+    """Fed by the session; draws itself a few times a second, or prints lines where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

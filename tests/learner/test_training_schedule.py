@@ -34,15 +34,15 @@ def learning(
     can show. Returns the records trained on, and whether each decision's worth of records was."""
     rng = np.random.default_rng(seed)
     schedule, trained, candidate, incumbent, reference = TrainingSchedule(), 0, 0.0, 0.0, 0.0
-    story = []
-    while len(story) * RECORDS_A_DECISION < num_records:
+    was_trained = []
+    while len(was_trained) * RECORDS_A_DECISION < num_records:
         if schedule.resting:
             schedule = schedule.after_rest(RECORDS_A_DECISION)
-            story.append(False)
+            was_trained.append(False)
             continue
         stretch = schedule.slowdown(RULE)
         trained += stretch * RECORDS_A_DECISION
-        story += [True] * stretch
+        was_trained += [True] * stretch
         candidate = level_after(trained)
         if schedule.num_decisions == 0:
             reference = incumbent
@@ -51,7 +51,7 @@ def learning(
         seen = candidate - reference + noise * rng.standard_normal()
         schedule = decided(schedule, seen, noise=noise, promoted=promoted)
         incumbent = candidate if promoted else incumbent
-    return trained, story
+    return trained, was_trained
 
 
 def test_on_a_stationary_stream_training_stops_and_little_is_lost() -> None:
@@ -61,7 +61,7 @@ def test_on_a_stationary_stream_training_stops_and_little_is_lost() -> None:
     runs = [learning(level_after, 4000, seed) for seed in range(10)]
     assert np.mean([trained for trained, _ in runs]) <= 2000, "half of the training is saved"
     assert min(level_after(trained) for trained, _ in runs) >= level_after(4000) - 0.005
-    assert all(all(story[:15]) for _, story in runs), "it does not stop while it learns"
+    assert all(all(was_trained[:15]) for _, was_trained in runs), "it does not stop while it learns"
 
 
 def test_a_slow_rise_is_never_given_up() -> None:
