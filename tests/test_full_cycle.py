@@ -21,7 +21,7 @@ from buffer.names import DEFAULT_ROUTE
 from buffer.redis_server import EmbeddedRedis
 from deploy.commands.demo import LEARNER, PAIR
 from deploy.demo.corpus import prompts
-from deploy.demo.traffic import Ask, Clients, Outcome
+from deploy.demo.traffic import Ask, Clients, RequestOutcome
 from deploy.learning import registered_base_name
 from deploy.settings import Settings
 from deploy.wiring import RunningSystem, open_feed, running_system
@@ -65,7 +65,7 @@ class Load:
     """Clients that keep asking until told to stop; everything that came back is kept."""
 
     def __init__(self, system: RunningSystem, domain: str, num_clients: int = 4) -> None:
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[RequestOutcome] = []
         self._stop = threading.Event()
         self._asks = (Ask(prompt, max_tokens=48) for prompt in prompts(domain, "replay", seed=5))
         self._clients = Clients(system.url, num_clients)

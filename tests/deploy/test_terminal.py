@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
-from benchmarks.screen import DemoScreen as BenchScreen
+from benchmarks.screen import ProgressScreen
 from benchmarks.throughput_views import table as throughput_table
 from buffer.records import AdapterEvent, AdapterManifest, DrafterCounts, ServingStatus
 from buffer.redis_server import EmbeddedRedis
@@ -186,8 +186,8 @@ def test_the_demos_screen_shows_events_and_phases_as_they_are(is_terminal: bool)
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_benchmarks_views_show_notes_and_doings_as_they_are(is_terminal: bool) -> None:
     console = terminal(force_terminal=is_terminal, color_system=None)
-    with BenchScreen(console, num_steps=1, num_requests=1) as screen:
-        screen.tell(ALL)
+    with ProgressScreen(console, num_steps=1, num_requests=1) as screen:
+        screen.report(ALL)
         if is_terminal:
             console.print(screen._bars)
     row: dict[str, Any] = dict.fromkeys(

@@ -222,7 +222,7 @@ def test_the_status_tells_counts_costs_and_drops(engine: LocalEngine) -> None:
 
 def test_a_replica_without_a_draft_only_reports(tiny_pair: tuple[str, str]) -> None:
     feed = MemoryAdapterFeed()
-    with load_engine(tiny_pair[0], EngineOptions(num_slots=1, max_seq_len=64)) as engine:
+    with load_engine(tiny_pair[0], options=EngineOptions(num_slots=1, max_seq_len=64)) as engine:
         watcher = watch(engine, feed)
         assert watcher.serve_latest_before_ready(timeout_s=1.0) == 0
     assert feed.statuses()[0].replica_id == "r0"

@@ -65,7 +65,7 @@ def test_seeded_text_is_the_same_whatever_the_draft_its_length_or_the_batch_mate
             *paths, options=EngineOptions(num_draft_tokens=length, num_slots=1, max_seq_len=128)
         ) as other:
             assert [g.output_token_ids for g in other.generate(PROMPTS, params)] == together
-    with load_engine(paths[0], EngineOptions(num_slots=5, max_seq_len=128)) as other:
+    with load_engine(paths[0], options=EngineOptions(num_slots=5, max_seq_len=128)) as other:
         assert [g.output_token_ids for g in other.generate(PROMPTS, params)] == together
     with load_engine(
         paths[0], paths[0], options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=128)

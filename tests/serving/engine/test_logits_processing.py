@@ -198,7 +198,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def engines(pair: tuple[str, str]) -> Iterator[list[Engine]]:
     """Without speculation, with a draft, with the target as its own draft."""
     with (
-        load_engine(pair[0], EngineOptions(num_slots=1, max_seq_len=128)) as alone,
+        load_engine(pair[0], options=EngineOptions(num_slots=1, max_seq_len=128)) as alone,
         load_engine(
             *pair, options=EngineOptions(num_draft_tokens=4, num_slots=3, max_seq_len=128)
         ) as drafted,

@@ -168,7 +168,7 @@ def test_a_pair_whose_vocabularies_differ_by_padding_works(
     with load_engine(
         *paths, options=EngineOptions(num_draft_tokens=3, num_slots=2, max_seq_len=64)
     ) as engine:
-        with load_engine(paths[0], EngineOptions(num_slots=1, max_seq_len=64)) as alone:
+        with load_engine(paths[0], options=EngineOptions(num_slots=1, max_seq_len=64)) as alone:
             for params in (GREEDY, SamplingParams(seed=4, max_tokens=16)):
                 expected = [generation.output_token_ids for generation in alone.generate(prompts, params)]
                 generations = engine.generate(prompts, params)
@@ -186,7 +186,7 @@ def test_learned_position_tables_survive_ragged_rounds_at_their_full_length(tmp_
     target, draft = str(tmp_path / "target"), str(tmp_path / "draft")
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     prompts = [[1] * 8, [2, 3], [4]]
-    with load_engine(target, EngineOptions(num_slots=1)) as alone:
+    with load_engine(target, options=EngineOptions(num_slots=1)) as alone:
         expected = [generation.output_token_ids for generation in alone.generate(prompts, params)]
     with load_engine(target, draft, EngineOptions(num_draft_tokens=3, num_slots=3)) as engine:
         generations = engine.generate(prompts, params)

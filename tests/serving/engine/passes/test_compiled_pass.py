@@ -71,7 +71,7 @@ def package(model: str) -> Path:
 def test_compiled_passes_give_the_same_greedy_text(model: str, package: Path) -> None:
     with (
         load_engine(model, model, EngineOptions(**SHAPE, compile="auto")) as compiled,
-        load_engine(model, EngineOptions(**SHAPE)) as eager,
+        load_engine(model, options=EngineOptions(**SHAPE)) as eager,
     ):
         assert compiled.compiling.state == "compiled", "the package of an earlier start serves at once"
         assert texts(compiled) == texts(eager)
