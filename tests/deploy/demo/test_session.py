@@ -50,6 +50,7 @@ def server() -> Iterator[LiveServer]:
             "target": str(PAIR / "target"),
             "draft": str(PAIR / "draft"),
             "compile": "off",
+            "num_draft_tokens": 2,  # the controller may find that drafting does not pay on this machine
             "watch_interval_s": 0.01,
             "status_interval_s": 0.02,
         }
