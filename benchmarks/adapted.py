@@ -260,7 +260,7 @@ def _follow(engine: LocalEngine, feed: MemoryAdapterFeed) -> Adapter | None:
     manifest = feed.latest(DEFAULT_ROUTE)
     if manifest is None:
         if engine.draft_version:
-            drafts.serve_floor()
+            drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, None))
         return None
     weights = feed.weights(DEFAULT_ROUTE, manifest.draft_version)
     if engine.draft_version != manifest.draft_version:

@@ -19,6 +19,7 @@ from benchmarks.gpu_models import SyntheticAcceptance, in_turn_s, pass_bytes, sy
 from buffer.names import DEFAULT_ROUTE
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.grouped_attention import use_grouped_attention, use_sdpa
@@ -297,7 +298,7 @@ class Bench:
             for runner in (target, draft):
                 runner.cache.clear_all()
             controller = DraftLengthController(None, fixed=num_drafts)
-            with Engine(target, ModelDrafter(draft), controller=controller) as engine:
+            with Engine(EngineCore(target, ModelDrafter(draft), controller=controller)) as engine:
                 self._add_generation(arm, batch, partial(engine.generate, prompts, params), engine)
 
     def _prompts(self, batch: int) -> list[list[int]]:

@@ -22,6 +22,7 @@ from buffer.redis_store import RedisRecordStore
 from serving.compiling import CompileChoice, Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
@@ -100,7 +101,7 @@ def _outside_forwards(work: Work) -> dict[str, dict[str, float]]:
         "temperature_1": SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS),
     }
     found: dict[str, dict[str, float]] = {}
-    with Engine(target, ModelDrafter(draft), controller=controller, costs=costs) as engine:
+    with Engine(EngineCore(target, ModelDrafter(draft), controller=controller, costs=costs)) as engine:
         for batch in BATCHES:
             each: dict[str, list[float]] = {kind: [] for kind in kinds}
             for turn in range(work.num_pairs):

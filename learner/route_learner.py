@@ -169,14 +169,14 @@ class RouteLearner:
         self.bootstrap_records = []
         _, num_replayed = self.trainer.plan(len(fresh), self.slowdown)
         report = self.trainer.train(fresh, replay(num_replayed), keep_going, self.slowdown)
-        judgement = self.evaluate(report)
+        judgement = self._evaluate(report)
         if judgement.decision.promote:
-            self.publish(judgement, sleep)
+            self._publish(judgement, sleep)
         else:
-            self.refuse(judgement)
+            self._refuse(judgement)
         self.progress.cycle_ended(report, judgement, self.trainer.num_steps, self.trainer.busy_s)
 
-    def evaluate(self, report: TrainingReport) -> Judgement:
+    def _evaluate(self, report: TrainingReport) -> Judgement:
         """Judge the candidate against the draft that serves this route now."""
         candidate, serving = self.trainer.candidate, self.serving
         pinned = self._feed.pinned(self.route)
@@ -197,7 +197,7 @@ class RouteLearner:
             new_reference=self.progress.schedule.num_decisions == 0,
         )
 
-    def publish(self, judgement: Judgement, rest: Callable[[float], object]) -> None:
+    def _publish(self, judgement: Judgement, rest: Callable[[float], object]) -> None:
         """Publish the candidate; `rest` sleeps while replicas swap."""
         parent, state = self.serving, dict(self.trainer.candidate)
         evidence, progress = judgement.decision.evidence, self.progress
@@ -207,7 +207,7 @@ class RouteLearner:
         rest(self._settings.quiet_after_publish_s)
         progress.serving_changed("promoted", manifest, self.incumbent.weights, judgement.decision.reason)
 
-    def refuse(self, judgement: Judgement) -> None:
+    def _refuse(self, judgement: Judgement) -> None:
         decision = judgement.decision
         self.incumbent.refuse(decision.reason, decision.evidence)
         self.progress.decided("refused", self.incumbent.last_version + 1, decision.reason)

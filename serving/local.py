@@ -6,6 +6,7 @@ from serving.compiling import Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import stopping_rule
+from serving.engine.core import EngineCore
 from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
@@ -86,16 +87,18 @@ def build_engine(
     for runner in filter(None, (target, draft_runner)):
         runner.cache.clear_all()
     engine = LocalEngine(
-        target,
-        drafter,
-        controller=DraftLengthController(costs, fixed=options.num_draft_tokens),
-        costs=costs,
+        EngineCore(
+            target,
+            drafter,
+            controller=DraftLengthController(costs, fixed=options.num_draft_tokens),
+            costs=costs,
+            floor=None if weights is None else weights.stage_floor,
+            ngram=NgramDrafter(options.num_slots) if options.speculation in ("auto", "ngram") else None,
+            prefix_cache=new_prefix_cache(target, plan),
+            router=router,
+            embedder=embedder,
+        ),
         eos_token_ids=pair.eos_token_ids,
-        floor=None if weights is None else weights.stage_floor,
-        ngram=NgramDrafter(options.num_slots) if options.speculation in ("auto", "ngram") else None,
-        prefix_cache=new_prefix_cache(target, plan),
-        router=router,
-        embedder=embedder,
     )
     engine.pair, engine.router, engine.memory_plan, engine.compiling = pair, router, plan, compiling
     engine.drafts = None

@@ -86,10 +86,6 @@ class ServedDrafts:
         EngineClosedError."""
         return self._engine.swap(staged, route).result(_TIMEOUT_S)
 
-    def serve_floor(self, route: str = DEFAULT_ROUTE) -> None:
-        """Swap in the floor."""
-        self.swap(route, self.stage(route, None))
-
     def _open(self, route: str) -> None:
         try:
             drafter, weights = self._new_draft()

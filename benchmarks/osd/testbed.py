@@ -259,7 +259,7 @@ class InProcessDeployment:
         """The engine is as it was before: on the floor."""
         drafts = self.testbed.engine.drafts
         assert drafts is not None
-        drafts.serve_floor()
+        drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, None))
 
     def submit(self, key: StreamKey, record: Any, num_bytes: int, /) -> None:
         """The recorder's way into the store: nobody waits here."""

@@ -31,8 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineCore:
-    """Speculative decoding over a fixed number of slots, one `step` after another. See `Engine` for the
-    arguments."""
+    """Speculative decoding over a fixed number of slots, one `step` after another."""
 
     def __init__(
         self,
@@ -40,14 +39,18 @@ class EngineCore:
         drafter: Drafter | None,
         *,
         controller: DraftLengthController,
-        costs: CostTable | None,
-        floor: Callable[[], Staged] | None,
-        ngram: LookupDrafter | None,
-        prefill_chunk_tokens: int,
-        prefix_cache: PrefixCache | None,
-        router: Router | None,
-        embedder: Runner | None,
+        costs: CostTable | None = None,
+        floor: Callable[[], Staged] | None = None,
+        ngram: LookupDrafter | None = None,
+        prefill_chunk_tokens: int = 256,
+        prefix_cache: PrefixCache | None = None,
+        router: Router | None = None,
+        embedder: Runner | None = None,
     ) -> None:
+        """`floor` stages the untrained draft, which the engine falls back to when an adapted one breaks.
+        `ngram` copies where the model drafter is absent, broken or slower. `prefix_cache` None: every prompt
+        is computed. `router` chooses the route of prompts that have none, from what `embedder` computes (see
+        `hidden_states`); embeddings of captured requests are kept too."""
         self.target = target
         self.costs = costs
         self.drafts = DraftPool(drafter, controller, floor, ngram)

@@ -16,15 +16,12 @@ from typing import Self, TypeVar
 from buffer.names import DEFAULT_ROUTE
 from serving.engine.core import EngineCore
 from serving.engine.cost_table import CostTable
-from serving.engine.draft_length import DraftLengthController
 from serving.engine.draft_pool import Staged
 from serving.engine.handle import GenerationHandle
 from serving.engine.logits_processing import check_processing
-from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPassFunction
-from serving.engine.prefill import Router
-from serving.engine.proposal import Drafter, LookupDrafter
+from serving.engine.proposal import Drafter
 from serving.engine.request import EventCallback, Generation, GenerationRequest, SamplingParams
 from serving.engine.sequence import Sequence
 from serving.engine.stats import EngineStats, SwapReport
@@ -41,39 +38,10 @@ class EngineClosedError(RuntimeError):
 class Engine:
     """Speculative decoding over a fixed number of slots."""
 
-    def __init__(
-        self,
-        target: Runner,
-        drafter: Drafter | None,
-        *,
-        controller: DraftLengthController,
-        costs: CostTable | None = None,
-        eos_token_ids: SequenceOf[int] = (),
-        floor: Callable[[], Staged] | None = None,
-        ngram: LookupDrafter | None = None,
-        prefill_chunk_tokens: int = 256,
-        prefix_cache: PrefixCache | None = None,
-        router: Router | None = None,
-        embedder: Runner | None = None,
-    ) -> None:
-        """`floor` stages the untrained draft, which the engine falls back to when an adapted one breaks.
-        `ngram` copies where the model drafter is absent, broken or slower. `prefix_cache` None: every prompt
-        is computed. `router` chooses the route of prompts that have none, from what `embedder` computes (see
-        `hidden_states`); embeddings of captured requests are kept too."""
-        self.core = EngineCore(
-            target,
-            drafter,
-            controller=controller,
-            costs=costs,
-            floor=floor,
-            ngram=ngram,
-            prefill_chunk_tokens=prefill_chunk_tokens,
-            prefix_cache=prefix_cache,
-            router=router,
-            embedder=embedder,
-        )
-        """Used by the engine's thread."""
-        self._max_seq_len, self._vocab_size = target.max_seq_len, target.vocab_size
+    def __init__(self, core: EngineCore, *, eos_token_ids: SequenceOf[int] = ()) -> None:
+        """Starts the thread that `core` belongs to from now on."""
+        self.core = core
+        self._max_seq_len, self._vocab_size = core.target.max_seq_len, core.target.vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._request_numbers = itertools.count()

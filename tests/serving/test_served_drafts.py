@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 
+from buffer.names import DEFAULT_ROUTE
 from buffer.records import AdapterManifest
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
@@ -33,7 +34,7 @@ def drafts(engine: LocalEngine) -> Iterator[ServedDrafts]:
     assert engine.drafts is not None
     yield engine.drafts
     engine.drafts.follow([])
-    engine.drafts.serve_floor()
+    engine.drafts.swap(DEFAULT_ROUTE, engine.drafts.stage(DEFAULT_ROUTE, None))
 
 
 @cache
@@ -78,7 +79,7 @@ def test_what_is_staged_is_live_after_the_swap_and_not_before(
     assert (report.draft_version, report.under_load) == (3, False)
     assert differing(drafts.default, before) == {"q_proj", "v_proj", "down_proj"}
     assert dict(drafts.versions) == {"default": 3} and versions_that_drafted(engine, "default") == {3}
-    drafts.serve_floor()
+    drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, None))
     assert differing(drafts.default, before) == set()
     assert dict(drafts.versions) == {"default": 0} and versions_that_drafted(engine, "default") == {0}
 
@@ -117,7 +118,7 @@ def test_a_route_that_opens_serves_its_floor_from_weights_of_its_own(
     assert differing(drafts.default, before) == set()
     found = {route: versions_that_drafted(engine, route) for route in ("default", "sql", "code")}
     assert found == {"default": {5}, "sql": {1}, "code": {5}}
-    drafts.serve_floor("sql")
+    drafts.swap("sql", drafts.stage("sql", None))
     assert dict(drafts.versions) == {"default": 5, "sql": 0}
 
 

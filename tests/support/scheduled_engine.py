@@ -17,6 +17,7 @@ from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import stopping_rule
 from serving.engine import Generation
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController, Lengths, Row
 from serving.engine.draft_pool import Staged
 from serving.engine.engine import Engine
@@ -126,14 +127,16 @@ class ScheduledEngine(Engine):
         self._is_seeded = False
         runner = Runner(target, num_slots=schedule.num_slots, max_seq_len=schedule.max_seq_len)
         super().__init__(
-            runner,
-            _drafter(schedule, draft, drafter_class),
-            controller=ScriptedLength(schedule.draft_lengths),
+            EngineCore(
+                runner,
+                _drafter(schedule, draft, drafter_class),
+                controller=ScriptedLength(schedule.draft_lengths),
+                floor=self._floor_of(draft),
+                ngram=_copier(schedule),
+                prefill_chunk_tokens=schedule.chunk_tokens,
+                prefix_cache=_prefix_cache(schedule, runner),
+            ),
             eos_token_ids=schedule.eos_token_ids,
-            floor=self._floor_of(draft),
-            ngram=_copier(schedule),
-            prefill_chunk_tokens=schedule.chunk_tokens,
-            prefix_cache=_prefix_cache(schedule, runner),
         )
 
     def play(self) -> dict[str, Generation]:

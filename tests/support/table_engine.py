@@ -9,6 +9,7 @@ from torch import Tensor
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.drafters.stopping import StoppingRule
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.prefix_cache import PrefixCache
@@ -45,12 +46,14 @@ def table_engine(
             stopping=stopping,
         )
     return Engine(
-        runner,
-        drafter,
-        controller=DraftLengthController(None, fixed=num_draft_tokens),
-        prefill_chunk_tokens=prefill_chunk_tokens,
-        prefix_cache=prefix_cache(runner.cache) if prefix_cache is not None else None,
-        ngram=ngram,
+        EngineCore(
+            runner,
+            drafter,
+            controller=DraftLengthController(None, fixed=num_draft_tokens),
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            prefix_cache=prefix_cache(runner.cache) if prefix_cache is not None else None,
+            ngram=ngram,
+        )
     )
 
 

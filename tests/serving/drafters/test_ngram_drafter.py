@@ -6,6 +6,7 @@ import torch
 from buffer.names import MODEL_DRAFTER, NGRAM_DRAFTER
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.cost_table import CostTable
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
@@ -155,7 +156,7 @@ def test_the_free_controller_copies_a_text_that_repeats_itself() -> None:
     target.table[:, 1] = 9.0
     costs = CostTable((1, 2), (1, 9), ((1.0, 2.0), (1.5, 3.0)), (0.0, 0.0), (0.0, 0.0))
     runner, controller = Runner(target, num_slots=2, max_seq_len=128), DraftLengthController(costs)
-    with Engine(runner, None, controller=controller, ngram=NgramDrafter(2)) as engine:
+    with Engine(EngineCore(runner, None, controller=controller, ngram=NgramDrafter(2))) as engine:
         params = SamplingParams(temperature=0.0, max_tokens=100)
         [generation] = engine.generate([[2, 0]], params)
     assert generation.output_token_ids == [1] * 100

@@ -73,11 +73,8 @@ def core_of(
         controller=DraftLengthController(None, fixed=2),
         costs=costs,
         floor=floor,
-        ngram=None,
         prefill_chunk_tokens=chunk_tokens,
         prefix_cache=prefix_cache,
-        router=None,
-        embedder=None,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from buffer.names import MODEL_DRAFTER
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.draft_pool import BrokenDraftError
 from serving.engine.engine import Engine
@@ -71,10 +72,12 @@ def routed() -> Iterator[Routed]:
         Runner(models["default"], num_slots=NUM_SLOTS, max_seq_len=MAX_LEN), chunk_tokens=3
     )
     with Engine(
-        Runner(target, num_slots=NUM_SLOTS, max_seq_len=MAX_LEN),
-        drafter,
-        controller=DraftLengthController(None, fixed=3),
-        prefill_chunk_tokens=3,
+        EngineCore(
+            Runner(target, num_slots=NUM_SLOTS, max_seq_len=MAX_LEN),
+            drafter,
+            controller=DraftLengthController(None, fixed=3),
+            prefill_chunk_tokens=3,
+        )
     ) as engine:
         yield Routed(engine, target, models)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from buffer.names import DEFAULT_ROUTE
 from serving.engine import Generation, GenerationRequest, SamplingParams, TokenEvent
 from serving.engine.stats import SwapReport
 from serving.local import LocalEngine, load_engine
@@ -114,7 +115,7 @@ def test_texts_are_what_they_were(
 ) -> None:
     assert engine.drafts is not None
     found = generations(engine, case, num_rows, staged if swaps else None)
-    engine.drafts.serve_floor()
+    engine.drafts.swap(DEFAULT_ROUTE, engine.drafts.stage(DEFAULT_ROUTE, None))
     expected = json.loads(GOLDENS.read_text())[case][:num_rows]
     assert [generation.output_token_ids for generation in found] == expected
     for generation in found:

@@ -14,6 +14,7 @@ import torch
 from serving.compiling import Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.compiled_pass import CompiledPass, agrees
@@ -181,7 +182,7 @@ def test_a_pass_that_becomes_ready_during_a_round_is_not_used_before_the_round_e
     compiling.join(joined)
     drafter = HeldDrafter(joined)
     aside.rename(package)
-    with Engine(target, drafter, controller=DraftLengthController(None, fixed=3)) as engine:
+    with Engine(EngineCore(target, drafter, controller=DraftLengthController(None, fixed=3))) as engine:
         handle = engine.submit(GenerationRequest("r", tuple(PROMPTS[0]), GREEDY))
         assert drafter.entered.wait(60)
         compiling.start(engine)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.hidden_states import HiddenStates, embedder_of
@@ -39,13 +40,15 @@ def open_engine(request: pytest.FixtureRequest) -> Iterator[OpenEngine]:
         controller = DraftLengthController(None, fixed=0)
         opened.append(
             Engine(
-                runner,
-                None,
-                controller=controller,
-                prefill_chunk_tokens=chunk_tokens,
-                prefix_cache=cache,
-                router=router,
-                embedder=embedder_of(runner),
+                EngineCore(
+                    runner,
+                    None,
+                    controller=controller,
+                    prefill_chunk_tokens=chunk_tokens,
+                    prefix_cache=cache,
+                    router=router,
+                    embedder=embedder_of(runner),
+                )
             )
         )
         return opened[-1]
@@ -167,7 +170,7 @@ def test_a_target_without_a_decoder_of_its_own_is_not_embedded() -> None:
     runner = Runner(TableModel(7, seed=1), num_slots=1, max_seq_len=48)
     controller, embedder = DraftLengthController(None, fixed=0), embedder_of(runner)
     assert embedder is None
-    with Engine(runner, None, controller=controller, router=to_sql, embedder=embedder) as engine:
+    with Engine(EngineCore(runner, None, controller=controller, router=to_sql, embedder=embedder)) as engine:
         generation = generate(engine, (1, 2, 3), capture=True)
     assert (generation.route, generation.prompt_embedding_H) == ("default", None)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.prefix_cache import PrefixCache, PrefixCacheStats
@@ -234,11 +235,13 @@ def real_engine(model: Any, num_draft_tokens: int, num_blocks: int | None) -> En
     """Drafts with itself, so that rounds cache several tokens at once."""
     target, draft = (Runner(model, num_slots=3, max_seq_len=96) for _ in range(2))
     return Engine(
-        target,
-        ModelDrafter(draft),
-        controller=DraftLengthController(None, fixed=num_draft_tokens),
-        prefill_chunk_tokens=7,
-        prefix_cache=None if num_blocks is None else pool(target.cache, num_blocks),
+        EngineCore(
+            target,
+            ModelDrafter(draft),
+            controller=DraftLengthController(None, fixed=num_draft_tokens),
+            prefill_chunk_tokens=7,
+            prefix_cache=None if num_blocks is None else pool(target.cache, num_blocks),
+        )
     )
 
 

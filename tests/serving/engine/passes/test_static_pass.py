@@ -11,6 +11,7 @@ from torch import Tensor
 
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.core import EngineCore
 from serving.engine.draft_length import DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.runner import Runner
@@ -157,10 +158,12 @@ def _engine(target: Any, draft: Any, *, static: bool, num_slots: int = 3, max_le
     for each in runners:
         each.static = static_pass_of(each) if static else None
     return Engine(
-        runners[0],
-        ModelDrafter(runners[1], chunk_tokens=16),
-        controller=DraftLengthController(None, fixed=4),
-        prefill_chunk_tokens=16,
+        EngineCore(
+            runners[0],
+            ModelDrafter(runners[1], chunk_tokens=16),
+            controller=DraftLengthController(None, fixed=4),
+            prefill_chunk_tokens=16,
+        )
     )
 
 

@@ -1,0 +1,27 @@
+"""The settings: a table for each section of the settings tree, from the models and their docstrings."""
+
+import inspect
+from collections.abc import Iterator
+from typing import cast
+
+from pydantic import BaseModel
+
+from deploy.settings import Settings
+from deploy.settings_source import ENV_PREFIX
+from docs.tables import Schema, fields, table
+
+
+def settings_lines() -> Iterator[str]:
+    """A table a section, in the order of the settings tree."""
+    schema = Settings.model_json_schema()
+    for section, field in Settings.model_fields.items():
+        model = cast(type[BaseModel], field.annotation)
+        yield f"## `{section}`\n\n{inspect.cleandoc(model.__doc__ or '')}\n"
+        rows = _settings_rows(section, model, schema["$defs"])
+        yield from table(("setting and environment variable", "type", "default", "meaning"), rows)
+
+
+def _settings_rows(section: str, model: type[BaseModel], definitions: Schema) -> Iterator[tuple[str, ...]]:
+    for name, said, shape, default in fields(model, definitions[model.__name__], definitions):
+        variable = f"{ENV_PREFIX}{section}__{name}".upper()
+        yield f"`{section}.{name}`<br>`{variable}`", shape, default, said
