@@ -160,6 +160,7 @@ def test_mlflow_knows_what_serves(system: RunningSystem) -> None:
     wait_until(lambda: "loss" in client.get_run(serving.run_id).data.metrics)
 
 
+@pytest.mark.slow
 def test_redis_killed_and_restarted_under_load_fails_no_request(
     system: RunningSystem, redis: EmbeddedRedis
 ) -> None:

@@ -46,6 +46,7 @@ def state(actor: object) -> str:
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # of a machine with much else to do
 def test_it_lives_under_its_name_pauses_and_returns_after_sigkill(cluster: None, tmp_path: Path) -> None:
     folder = str(tmp_path)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import httpx
 import openai
@@ -210,16 +211,27 @@ def test_requests_of_both_replicas_are_recorded(
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot(endpoint: str, stream: bool) -> None:
     running, aborted = "everdraft_num_requests_running", r'everdraft_request_success_total\{.*"abort"'
-    before = sum(by_replica(endpoint, aborted).values())
     body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "num_draft_tokens": 0, "stream": stream}
-    with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(5, read=0.1)) as hasty:
-        if stream:
-            with hasty.stream("POST", f"{endpoint}/v1/completions", json=body) as response:
-                next(response.iter_raw())
-                raise httpx.ReadTimeout("left after the first chunk")
-        hasty.post(f"{endpoint}/v1/completions", json=body)
-    wait_for(lambda: sum(by_replica(endpoint, aborted).values()) == before + 1, timeout_s=10)
-    wait_for(lambda: sum(by_replica(endpoint, running).values()) == 0, timeout_s=2)
+
+    def num_aborted() -> float:
+        return sum(by_replica(endpoint, aborted).values())
+
+    def leaves(patience_s: float) -> None:
+        with httpx.Client(timeout=httpx.Timeout(30, read=None if stream else patience_s)) as hasty:
+            if stream:
+                with hasty.stream("POST", f"{endpoint}/v1/completions", json=body) as response:
+                    next(response.iter_raw())
+            else:
+                with suppress(httpx.ReadTimeout):
+                    hasty.post(f"{endpoint}/v1/completions", json=body)
+
+    before = num_aborted()
+    for patience_s in (0.1, 0.2, 0.4, 0.8, 1.6):  # how long a request takes to begin is the machine's affair
+        leaves(patience_s)
+        wait_for(lambda: sum(by_replica(endpoint, running).values()) == 0)
+        if num_aborted() > before:
+            return
+    pytest.fail("none of those that left was aborted")
 
 
 def test_two_replicas_converge_on_one_version_and_back_to_the_floor(

@@ -275,7 +275,7 @@ def _p_value(asked: str, mode: str) -> float:
     return fit_p_value(outputs, _output_distribution(target, each[0]))
 
 
-@pytest.mark.parametrize("mode", ["standard", "coupled"])
+@pytest.mark.parametrize("mode", ["standard", pytest.param("coupled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked", DISTRIBUTIONS)
 def test_sampled_output_follows_the_processed_distribution(asked: str, mode: str) -> None:
     assert _p_value(asked, mode) > FALSE_ALARM_RATE
@@ -317,7 +317,7 @@ BUGS = [_without_the_drafts_before, _raw_bonus, _raw_target]
 
 
 @pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.parametrize("mode", ["standard", "coupled"])
+@pytest.mark.parametrize("mode", ["standard", pytest.param("coupled", marks=pytest.mark.slow)])
 def test_a_distribution_that_misses_a_positions_own_context_is_caught(
     monkeypatch: pytest.MonkeyPatch, bug: Apply, mode: str
 ) -> None:

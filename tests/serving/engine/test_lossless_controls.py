@@ -1,7 +1,8 @@
 """The checks of test_lossless can fail: each known way to lie, put into the engine, is caught by one of them.
 
 A control runs the same check over the same examples as the property test, with one bug, and expects its
-words. Patching our own code is what a control is; the engine under it is the real one.
+words. Patching our own code is what a control is; the engine under it is the real one. Quicker controls are
+in test_output_distribution and test_logits_processing.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from tests.support.schedules import examples, schedules
 from tests.support.table_engine import UndrawingDrafter
 from tests.support.table_model import TableModel
 
+pytestmark = pytest.mark.slow
 Patch = pytest.MonkeyPatch
 
 

@@ -50,7 +50,10 @@ def _p_value(drafter_class: type[ModelDrafter], temperature: float, num_draft_to
     return fit_p_value(outputs, target.output_distribution(PROMPT, NUM_TOKENS, temperature))
 
 
-@pytest.mark.parametrize(("temperature", "num_draft_tokens"), [(1.0, 2), (0.6, 4), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("temperature", "num_draft_tokens"),
+    [(1.0, 2), pytest.param(0.6, 4, marks=pytest.mark.slow), pytest.param(1.0, 0, marks=pytest.mark.slow)],
+)
 def test_sampled_output_follows_the_targets_distribution(temperature: float, num_draft_tokens: int) -> None:
     assert _p_value(ModelDrafter, temperature, num_draft_tokens) > FALSE_ALARM_RATE
 
@@ -83,7 +86,7 @@ def test_copied_tokens_of_any_kind_leave_the_distribution_as_it_is(name: str, se
     assert fit_p_value(outputs, target.output_distribution(PROMPT, NUM_TOKENS)) > FALSE_ALARM_RATE
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_copied_and_drawn_rows_share_a_round(temperature: float) -> None:
     assert _p_value(HalfCopyingDrafter, temperature, 3) > FALSE_ALARM_RATE
 
