@@ -185,7 +185,7 @@ def test_a_server_whose_supervisor_was_killed_starts_again_on_its_folder(tmp_pat
         supervisor = psutil.Process(server.pid).parent()
         assert supervisor is not None
         supervisor.kill()
-        supervisor.wait(10)
+        supervisor.wait(60)
         assert ping(server.start().url)
 
 

@@ -426,7 +426,7 @@ def test_it_runs_pauses_resumes_and_stops_in_a_thread(testbed: LoopTestbed, traf
         wait_until(lambda: testbed.learner.snapshot()["num_records_seen"] == 30)
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(60)
     assert not thread.is_alive()
     assert testbed.learner.snapshot()["state"] == "stopped"
 

@@ -61,6 +61,7 @@ def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
         num_threads=1,
         num_replicas=2,
         status_interval_s=0.2,
+        drain_timeout_s=300.0,  # a busy machine takes its time, and no test is about that
     )
     port = free_port()
     os.environ.update(SERVE_PROXY_ENVIRONMENT)
@@ -91,9 +92,9 @@ def client(endpoint: str) -> Iterator[openai.OpenAI]:
 def by_replica(endpoint: str, pattern: str) -> dict[str, float]:
     """A metric of both replicas; a scrape reaches only one of them."""
     found: dict[str, float] = {}
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 150
     while len(found) < 2 and time.monotonic() < deadline_s:
-        text = httpx.get(f"{endpoint}/metrics").text
+        text = httpx.get(f"{endpoint}/metrics", timeout=150).text
         [replica] = set(re.findall(r'replica="([^"]+)"', text))
         values = re.findall(rf"^{pattern}.* (\S+)$", text, re.MULTILINE)
         found[replica] = sum(map(float, values))
@@ -158,7 +159,7 @@ def test_the_official_client_reads_its_own_request_id(client: openai.OpenAI) -> 
     ],
 )
 def test_no_header_reaches_what_is_in_front_of_the_app(endpoint: str, name: bytes, value: bytes) -> None:
-    assert httpx.get(f"{endpoint}/health", headers=[(name, value)]).status_code == 200
+    assert httpx.get(f"{endpoint}/health", headers=[(name, value)], timeout=150).status_code == 200
 
 
 def test_a_body_too_large_is_refused_through_the_proxy_too(endpoint: str) -> None:
@@ -217,7 +218,7 @@ def test_a_client_that_leaves_frees_its_slot(endpoint: str, stream: bool) -> Non
         return sum(by_replica(endpoint, aborted).values())
 
     def leaves(patience_s: float) -> None:
-        with httpx.Client(timeout=httpx.Timeout(30, read=None if stream else patience_s)) as hasty:
+        with httpx.Client(timeout=httpx.Timeout(150, read=None if stream else patience_s)) as hasty:
             if stream:
                 with hasty.stream("POST", f"{endpoint}/v1/completions", json=body) as response:
                     next(response.iter_raw())
@@ -262,17 +263,17 @@ def test_two_replicas_converge_on_one_version_and_back_to_the_floor(
 def test_shutdown_waits_for_the_requests_under_way(endpoint: str) -> None:
     """Last: it takes the application down."""
     began, events = threading.Event(), []
-    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "num_draft_tokens": 0, "stream": True}
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "num_draft_tokens": 0, "stream": True}
 
     def read() -> None:
-        with httpx.stream("POST", f"{endpoint}/v1/completions", json=body, timeout=30) as response:
+        with httpx.stream("POST", f"{endpoint}/v1/completions", json=body, timeout=150) as response:
             for line in response.iter_lines():
                 events.append(line)
                 began.set()
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert began.wait(20)
+    assert began.wait(150)
     serve.delete("default")
     reader.join()
     *_, last, _, done, _ = events
