@@ -27,6 +27,7 @@ from tests.support.tiny_adapters import tiny_adapter
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.timeout(900),
     # Ray leaves sockets and files of its own to the garbage collector, and warns about its own future.
     pytest.mark.filterwarnings("default::ResourceWarning"),
     pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
