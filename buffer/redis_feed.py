@@ -8,7 +8,7 @@ except the set of targets.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
@@ -22,6 +22,8 @@ from buffer.redis_store import RedisLink
 from buffer.route_state import RouteState, promotion, turn
 from buffer.route_table import RouteTable
 
+PIECE_BYTES = 256 * 2**20
+"""Weights are kept in pieces: Redis takes no value over 512 MB, and a block of a large target is larger."""
 _NUM_READS = 5
 """Tries to read a state and what it names, while others publish and trim."""
 
@@ -36,6 +38,10 @@ def known_targets(url: str, *, prefix: str = "everdraft", timeout_s: float = 5.0
             return sorted(targets | OldKeys(link.client, prefix).targets())
     finally:
         link.close()
+
+
+def _piece(version: int, number: int) -> str:
+    return f"weights:{version}" + (f".{number}" if number else "")
 
 
 def _tag(*names: str) -> str:
@@ -59,6 +65,7 @@ class RedisAdapterFeed:
         status_ttl_s: float = 10.0,
         prefix: str = "everdraft",
         timeout_s: float = 5.0,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         self._link = RedisLink(url, timeout_s)
         self._clock = clock
@@ -67,11 +74,15 @@ class RedisAdapterFeed:
         self._status_ttl_s = status_ttl_s
         self._prefix = prefix
         self._target_revision = target_revision
+        self._piece_bytes = piece_bytes
         self._has_moved_old_keys = False
 
     def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
-        adapter = {f"manifest:{version}": encode(manifest), f"weights:{version}": weights}
+        whole, size = memoryview(weights), self._piece_bytes
+        adapter: dict[str, bytes | memoryview] = {f"manifest:{version}": encode(manifest)}
+        for number in range(max(1, -(-len(whole) // size))):
+            adapter[_piece(version, number)] = whole[number * size : (number + 1) * size]
         self._change(
             manifest.route,
             lambda state: state.published(version, parent, self._max_versions),
@@ -94,10 +105,16 @@ class RedisAdapterFeed:
             return self._state(route).last_version
 
     def manifest(self, route: str, draft_version: int) -> AdapterManifest:
-        return decode(AdapterManifest, self._part(route, "manifest", draft_version))
+        return decode(AdapterManifest, self._read(route, f"manifest:{draft_version}", draft_version))
 
     def weights(self, route: str, draft_version: int) -> bytes:
-        return self._part(route, "weights", draft_version)
+        found = [self._read(route, _piece(draft_version, 0), draft_version)]
+        while len(found[-1]) == self._piece_bytes:
+            with self._reached():
+                found.append(
+                    self._link.client.get(self._key(route, _piece(draft_version, len(found)))) or b""
+                )
+        return found[0] if len(found) == 1 else b"".join(found)
 
     def versions(self, route: str) -> list[AdapterManifest]:
         with self._reached():
@@ -206,7 +223,7 @@ class RedisAdapterFeed:
         route: str,
         rule: Callable[[RouteState], RouteState],
         event: Callable[[RouteState], AdapterEvent],
-        written: dict[str, bytes] | None = None,
+        written: Mapping[str, bytes | memoryview] | None = None,
     ) -> RouteState:
         """Apply `rule` and write its outcome, `written` and the event, all or nothing."""
 
@@ -214,11 +231,16 @@ class RedisAdapterFeed:
             before = self._state(route, pipe)
             after = rule(before)
             self._register(route)
+            gone = [
+                key
+                for version in before.parents.keys() - after.parents.keys()
+                for key in self._keys_of(pipe, route, version)
+            ]
             pipe.multi()
             for part, data in {**(written or {}), "state": encode(after)}.items():
                 pipe.set(self._key(route, part), data)
-            for version in before.parents.keys() - after.parents.keys():
-                pipe.delete(*(self._key(route, f"{part}:{version}") for part in ("manifest", "weights")))
+            if gone:
+                pipe.delete(*gone)
             self._push(pipe, event(after))
             return after
 
@@ -232,12 +254,19 @@ class RedisAdapterFeed:
         pipe.rpush(history, encode(event))
         pipe.ltrim(history, -self._max_events, -1)
 
-    def _part(self, route: str, part: str, draft_version: int) -> bytes:
+    def _keys_of(self, client: Any, route: str, version: int) -> list[str]:
+        """All that is kept of one adapter."""
+        pieces = [self._key(route, _piece(version, 0))]
+        while client.strlen(pieces[-1]) == self._piece_bytes:
+            pieces.append(self._key(route, _piece(version, len(pieces))))
+        return [self._key(route, f"manifest:{version}"), *pieces]
+
+    def _read(self, route: str, part: str, draft_version: int) -> bytes:
         with self._reached():
-            data: bytes | None = self._link.client.get(self._key(route, f"{part}:{draft_version}"))
+            data: bytes | None = self._link.client.get(self._key(route, part))
             if data is None:
                 self._state(route).require_adapter(draft_version)
-                raise self._lost(route, f"{part}:{draft_version}")
+                raise self._lost(route, part)
         return data
 
     def _lost(self, route: str, part: str) -> StoreUnavailableError:

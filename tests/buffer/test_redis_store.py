@@ -271,6 +271,18 @@ def test_trimmed_versions_leave_nothing_behind(redis_url: str) -> None:
         assert len(client.keys(f"{prefix}:*:manifest:*")) == 2
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 9, 10, 11, 20, 35])
+def test_weights_larger_than_a_value_may_be_travel_in_pieces(redis_url: str, num_bytes: int) -> None:
+    prefix, weights = uuid.uuid4().hex, bytes(range(num_bytes))
+    feed = RedisAdapterFeed(redis_url, "revision", prefix=prefix, max_versions=2, piece_bytes=10)
+    for version in range(1, 4):
+        feed.publish(make_manifest(version, version - 1), weights)
+    assert feed.weights("default", 3) == feed.weights("default", 2) == weights
+    with redis.Redis.from_url(redis_url) as client:
+        assert len(client.keys(f"{prefix}:*:weights:1*")) == 0
+        assert len(client.keys(f"{prefix}:*:weights:3*")) == max(1, -(-num_bytes // 10))
+
+
 def test_removed_records_leave_nothing_behind(redis_url: str) -> None:
     prefix = uuid.uuid4().hex
     store = open_store(redis_url, prefix, Bounds(max_records=0, max_bytes=None, max_age_s=None))
