@@ -2,6 +2,8 @@
 
 import logging
 
+from torch import nn
+
 from serving.compiling import Compiling
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.ngram_drafter import NgramDrafter
@@ -13,10 +15,12 @@ from serving.engine.engine import Engine
 from serving.engine.passes.hidden_states import embedder_of
 from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
+from serving.engine.passes.shared_slot_cache import SharedSlotCache
 from serving.free_memory import FreeMemory, free_memory
 from serving.memory_plan import MemoryPlan
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, load_pair
+from serving.models.target_part import TargetPart
 from serving.options import EngineOptions
 from serving.router import PromptRouter
 from serving.runner_check import prepare_runner
@@ -120,12 +124,19 @@ def _new_draft(pair: ModelPair, target: Runner, options: EngineOptions) -> tuple
     weights = DraftWeights(
         pair.draft, draft_revision=pair.draft_revision, target_revision=pair.target_revision
     )
-    runner = Runner(
-        weights.module,
-        num_slots=target.num_slots,
-        max_seq_len=target.max_seq_len,
-        vocab_size=target.vocab_size,
-    )
+    runner = draft_runner(weights.module, target)
     prepare_runner(runner, pair.draft_id)
     stopping = stopping_rule(options.stopping, options.stopping_threshold)
     return ModelDrafter(runner, stopping=stopping), weights
+
+
+def draft_runner(draft: nn.Module, target: Runner) -> Runner:
+    """A draft over as many slots as the target; a part of the target over the target's first layers."""
+    part = TargetPart.of(draft)
+    return Runner(
+        draft,
+        num_slots=target.num_slots,
+        max_seq_len=target.max_seq_len,
+        vocab_size=target.vocab_size,
+        cache=None if part is None else SharedSlotCache(target.cache, num_shared=part.exit_layer),
+    )

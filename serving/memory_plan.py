@@ -19,6 +19,7 @@ from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
 from serving.models.loading import ModelPair, load_outline, max_positions
+from serving.models.target_part import TargetPart, own_parameters
 from serving.options import EngineOptions
 
 _ROUND_POSITIONS = MAX_DRAFT_TOKENS + 1
@@ -43,12 +44,16 @@ class ModelSize:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
-        """The size of a model, or of its outline on the meta device."""
-        weights = [*model.parameters(), *model.buffers()]
-        shape = KvShape.of(model)
+        """The size of a model, or of its outline on the meta device; of a part of the target, what it does
+        not share with it."""
+        part, shape = TargetPart.of(model), KvShape.of(model)
+        weights = [*own_parameters(model).values(), *(model.buffers() if part is None else ())]
+        num_values = shape.num_values
+        if part is not None:
+            num_values -= num_values * part.exit_layer // shape.num_layers
         return cls(
             weights_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
-            column_bytes=shape.num_values * next(model.parameters()).element_size(),
+            column_bytes=num_values * next(model.parameters()).element_size(),
             vocab_size=shape.vocab_size,
         )
 
@@ -93,7 +98,11 @@ class MemoryPlan:
     @classmethod
     def outlined(cls, target: str, draft: str | None, options: EngineOptions, *, dtype: str) -> Self:
         """The plan of models that are not loaded yet (paths or hub ids)."""
-        models = [load_outline(name, dtype=dtype) for name in (target, draft) if name is not None]
+        models = [load_outline(target, dtype=dtype)]
+        if (part := TargetPart.named(draft)) is not None:
+            models.append(part.build(models[0]))
+        elif draft is not None:
+            models.append(load_outline(draft, dtype=dtype))
         longest = min([options.max_seq_len, *(max_positions(model) for model in models)])
         sizes = [ModelSize.of(model) for model in models]
         return cls(replace(options, max_seq_len=longest), sizes[0], sizes[1] if draft is not None else None)

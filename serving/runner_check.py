@@ -20,7 +20,7 @@ def prepare_runner(runner: Runner, name: str) -> None:
     other shapes, and finite weights whose logits are NaN. Raises UnsupportedModelError.
     """
     with refusing(name, "cannot run through the slot cache, so nothing of it can be served"):
-        _prepare_runner(runner, name)
+        _prepare_runner(runner.twin(num_slots=1), name)  # the runner's own cache may be in use
 
 
 def _prepare_runner(runner: Runner, name: str) -> None:

@@ -20,7 +20,8 @@ class ServingSettings(BaseModel):
     target: str = Field(min_length=1)
     """Path or hub id of the model that is served."""
     draft: str | None = None
-    """Path or hub id of the draft; None serves without speculation."""
+    """Path or hub id of the draft, or `self`, `self:E`, `self:E:attention`: the target drafts with its own
+    first E layers (2 unless given) and a block on top that learns. None serves without speculation."""
     model_name: str | None = None
     """The model's name for clients; None: the last part of `target`."""
     device: str = "cpu"

@@ -1,8 +1,8 @@
 """Reads adapters from bytes: validates everything, then merges into new tensors. Changes no live weight.
 
 The bytes are PEFT's `adapter_model.safetensors` and `adapter_config.json`, as any PEFT tool writes them;
-linear and embedding modules are supported. A config that says `{"everdraft": "full"}` stands for the
-draft's own weights (full_weights.py). An adapter is accepted whole or refused whole.
+linear and embedding modules are supported. A config that says `{"everdraft": "full"}` or "part" stands for
+the draft's own weights (full_weights.py). An adapter is accepted whole or refused whole.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
 from serving.models.full_weights import is_full, read_full
+from serving.models.target_part import TargetPart, own_parameters
 
 __all__ = ["AdapterRejectedError", "check_config", "merge_adapter", "sha256_of"]
 
@@ -76,6 +77,7 @@ def merge_adapter(
         merged[f"{name}.weight"] = result
     _check_targets(config, merged)
     _check_not_tied(base, merged)
+    _check_not_shared(base, merged)
     return merged
 
 
@@ -175,6 +177,16 @@ def _check_targets(config: dict[str, Any], merged: dict[str, Tensor]) -> None:
     if stray or absent:
         raise AdapterRejectedError(
             f"adapter's tensors and its target_modules disagree: without tensors {absent}, unnamed {stray}"
+        )
+
+
+def _check_not_shared(base: nn.Module, merged: dict[str, Tensor]) -> None:
+    """What a part shares with its target would change the target."""
+    part = TargetPart.of(base)
+    if part is not None and (shared := sorted(merged.keys() - own_parameters(base).keys())):
+        raise AdapterRejectedError(
+            f"adapter touches {shared[0]!r}, which {part} shares with the target; merging it would change "
+            "the target's text"
         )
 
 

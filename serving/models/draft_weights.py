@@ -2,10 +2,10 @@
 
 Staging validates and merges into fresh tensors, on the caller's thread. Applying copies every weight that
 differs between two versions into place: addresses stay (captured graphs stay valid) and no round ever sees
-weights of two versions. The floor, a whole copy of the draft as loaded, stays beside the live weights.
+weights of two versions. The floor, a copy of the draft as loaded, stays beside the live weights. What a part
+of the target shares with it exists once, and is never written.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from buffer.names import FLOOR_VERSION
 from serving.models.adapter import AdapterRejectedError, merge_adapter
+from serving.models.target_part import own_copy, own_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +38,11 @@ class DraftWeights:
         """`floor` is the draft as loaded; it is never changed."""
         self.draft_revision = draft_revision
         self.target_revision = target_revision
-        self.module = copy.deepcopy(floor)
+        self.module = own_copy(floor)
         """The module that serves."""
         self._floor_module = floor
-        self._live = dict(self.module.named_parameters())
-        self._floor = dict(self._floor_module.named_parameters())
+        self._live = own_parameters(self.module)
+        self._floor = own_parameters(self._floor_module)
         self._adapted: frozenset[str] = frozenset()
 
     def stage(

@@ -1,7 +1,8 @@
 """A draft's own weights as an adapter: for a learner that trains the whole draft instead of LoRA pairs.
 
 The bytes are safetensors by parameter name; in place of PEFT's adapter_config.json stands
-`{"everdraft": "full", "target_modules": null}`, or a list of module names where only those were trained.
+`{"everdraft": "full", "target_modules": null}`, or a list of module names where only those were trained. Of a
+part of the target only the block and the norm are its own: `{"everdraft": "part", "part": "self:2", …}`.
 Invariant: the file holds exactly the parameters that its config names, each once; tied weights go under
 their first name, and taking them in changes every module that shares them.
 """
@@ -14,23 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
+from serving.models.target_part import TargetPart, own_parameters
 
-_MARK, _FULL = "everdraft", "full"
+_MARK, _FULL, _PART = "everdraft", "full", "part"
 
 
-def full_config(target_modules: Sequence[str] | None) -> str:
+def full_config(target_modules: Sequence[str] | None, part: TargetPart | None = None) -> str:
     """Configuration that stands in for PEFT's adapter_config.json."""
-    return json.dumps({_MARK: _FULL, "target_modules": list(target_modules) if target_modules else None})
+    kind = {_MARK: _FULL} if part is None else {_MARK: _PART, _PART: str(part)}
+    return json.dumps(kind | {"target_modules": list(target_modules) if target_modules else None})
 
 
 def is_full(config: Mapping[str, Any]) -> bool:
-    return config.get(_MARK) == _FULL
+    """Whether the adapter holds weights themselves, no LoRA pairs."""
+    return config.get(_MARK) in (_FULL, _PART)
 
 
 def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Parameters by first name, each once. `target_modules` None: all; else those of modules whose names end
-    with one of them."""
-    owned = dict(module.named_parameters())
+    """The draft's own parameters by first name, each once. `target_modules` None: all; else those of modules
+    whose names end with one of them."""
+    owned = own_parameters(module)
     if not target_modules:
         return owned
     wanted = {
@@ -43,6 +47,12 @@ def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> 
 
 def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors by parameter name, in the base's dtype; `base` is not changed. Raises AdapterRejectedError."""
+    ours, theirs = TargetPart.of(base), config.get(_PART)
+    if theirs != (None if ours is None else str(ours)):
+        raise AdapterRejectedError(
+            f"adapter holds the weights of {theirs or 'a whole draft model'}, and this replica drafts with "
+            f"{ours or 'a draft model'}; they would be put where they do not belong"
+        )
     targets = config.get("target_modules")
     if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise AdapterRejectedError(f"full weights' target_modules={targets!r} are no module names")

@@ -25,6 +25,7 @@ from serving.models.refusals import (
     check_dtype,
     quantization,
 )
+from serving.models.target_part import TargetPart
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class InspectedPair:
 
     target: InspectedModel
     draft: InspectedModel | None
+    part: TargetPart | None
+    """The part of the target that is the draft; None if a model is, or nothing."""
     tokenizer: Any | None
     """The target's tokenizer; None if its folder has none (token ids only)."""
 
@@ -61,13 +64,17 @@ def inspect_model(name: str, *, dtype: str = "float32") -> InspectedModel:
 
 
 def inspect_pair(target: str, draft: str | None = None, *, dtype: str = "float32") -> InspectedPair:
-    """Check both models, and that they share a vocabulary. Raises UnsupportedModelError."""
+    """Check both models, and that they share a vocabulary; or that the target has the part that drafts.
+    Raises UnsupportedModelError."""
+    part = TargetPart.named(draft)
     its_target = inspect_model(target, dtype=dtype)
-    its_draft = inspect_model(draft, dtype=dtype) if draft else None
+    its_draft = inspect_model(draft, dtype=dtype) if draft and part is None else None
     tokenizer = load_tokenizer(its_target.files)
     if its_draft is not None:
         _check_same_vocabulary(its_target, tokenizer, its_draft)
-    return InspectedPair(its_target, its_draft, tokenizer)
+    if part is not None:
+        part.build(its_target.outline)
+    return InspectedPair(its_target, its_draft, part, tokenizer)
 
 
 def load_tokenizer(files: ModelFiles) -> Any | None:

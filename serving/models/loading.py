@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from serving.models.errors import UnsupportedModelError, first_few, refusing
 from serving.models.inspection import InspectedModel, inspect_model, inspect_pair, text_config
+from serving.models.part_fit import fitted
 from serving.models.refusals import DTYPES, check_account, check_attention, check_config, check_device
 
 __all__ = [
@@ -36,6 +37,7 @@ class ModelPair:
 
     target: nn.Module
     draft: nn.Module | None
+    """A model, or a part of the target (`TargetPart.of` tells), which shares modules with it."""
     tokenizer: Any | None
     """A transformers tokenizer; None where the target's folder has none (token ids only)."""
     target_id: str
@@ -51,13 +53,20 @@ class ModelPair:
 def load_pair(
     target: str, draft: str | None = None, *, device: str = "cpu", dtype: str = "float32"
 ) -> ModelPair:
-    """Check and load both models. Raises UnsupportedModelError."""
+    """Check and load both models; `draft` may name a part of the target, see TargetPart. Raises
+    UnsupportedModelError."""
     check_device(device)
     inspected = inspect_pair(target, draft, dtype=dtype)
     target_model = _load(inspected.target, device=device, dtype=dtype)
-    longest, draft_model = max_positions(target_model), None
-    if inspected.draft is not None:
+    longest, target_revision = max_positions(target_model), weights_revision(target_model)
+    draft_model, draft_revision = None, ""
+    if inspected.part is not None:
+        draft_model = inspected.part.build(target_model)
+        draft_revision = inspected.part.revision(target_revision)
+        fitted(draft_model, target_model, inspected.tokenizer, draft_revision)
+    elif inspected.draft is not None:
         draft_model = _load(inspected.draft, device=device, dtype=dtype)
+        draft_revision = weights_revision(draft_model)
         longest = min(longest, max_positions(draft_model))
     return ModelPair(
         target=target_model,
@@ -65,8 +74,8 @@ def load_pair(
         tokenizer=inspected.tokenizer,
         target_id=target,
         draft_id=draft or "",
-        target_revision=weights_revision(target_model),
-        draft_revision=weights_revision(draft_model) if draft_model is not None else "",
+        target_revision=target_revision,
+        draft_revision=draft_revision,
         eos_token_ids=_eos_token_ids(target_model, inspected.tokenizer),
         vocab_size=text_config(target_model).vocab_size,
         max_positions=longest,

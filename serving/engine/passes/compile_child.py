@@ -19,6 +19,7 @@ from serving.engine.passes.grouped_attention import NAME, use_grouped_attention
 from serving.engine.passes.hidden_states import hidden_states_of
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPass
+from serving.models.target_part import reshape
 
 _NUM_SLOTS = 4
 
@@ -44,6 +45,7 @@ def _compile(path: Path, spec: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, spec["dtype"]), attn_implementation="sdpa"
     ).eval()
+    reshape(model)
     if spec["attention"] == NAME:
         use_grouped_attention(model)
     if spec.get("states"):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+from serving.cache_folders import cache_folder
 from serving.engine.passes import compiled_pass, grouped_attention, slot_cache, slot_pass
 from serving.engine.passes.compiled_pass import CompiledPass, agrees
 from serving.engine.passes.hidden_states import HiddenStates
@@ -34,14 +35,6 @@ _TIMEOUT_S = 1800.0
 
 class CompileError(RuntimeError):
     """Passes could not be compiled here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/everdraft/compiled`, readable and writable by its owner alone."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "everdraft" / "compiled"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
 
 
 def compile_spec(runner: Runner) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def compile_spec(runner: Runner) -> dict[str, Any]:
 
 def package_path(spec: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_folder() / f"{digest[:32]}.pt2"
+    return cache_folder("compiled") / f"{digest[:32]}.pt2"
 
 
 def load_compiled(runner: Runner, path: Path) -> CompiledPass:

@@ -70,10 +70,13 @@ class Runner:
         self._static = static
         self._order_ways()
 
-    def twin(self) -> "Runner":
-        """The same model over a cache of its own, with the model's own code."""
+    def twin(self, num_slots: int | None = None) -> "Runner":
+        """The same model over a cache of its own, with the model's own code. `num_slots` None: as many."""
         return Runner(
-            self.model, num_slots=self.num_slots, max_seq_len=self.max_seq_len, vocab_size=self.vocab_size
+            self.model,
+            num_slots=num_slots or self.num_slots,
+            max_seq_len=self.max_seq_len,
+            vocab_size=self.vocab_size,
         )
 
     @torch.inference_mode()
