@@ -18,6 +18,7 @@ from learner.batch import TrainingBatch
 from learner.settings import LearnerSettings, TrainableName
 from learner.trainable import full_trainable, lora_trainable, output_head
 from serving.models.adapter import merge_adapter
+from serving.models.target_part import TargetPart
 
 AdapterState = Mapping[str, Tensor]
 """The trainable weights, by the key of their export; see Trainable."""
@@ -52,6 +53,7 @@ class TrainableDraft:
             )
         self.rank, self.alpha = learnt.rank, learnt.alpha
         self.target_modules, self.config_json = learnt.target_modules, learnt.config_json
+        self.export_dtype = learnt.export_dtype
         self._model, self._weights, self._floor = learnt.model, learnt.weights, learnt.floor
         self._model.eval()
         self._gather: tuple[Tensor, Tensor] | None = None
@@ -176,7 +178,7 @@ def build_draft(
         alpha=settings.lora_alpha,
         target_modules=settings.target_modules,
         seed=settings.seed,
-        trainable=settings.trainable,
+        trainable=settings.trainable or ("lora" if TargetPart.of(base) is None else "full"),
     )
 
 

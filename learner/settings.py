@@ -29,10 +29,11 @@ class LearnerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # the trainable draft
-    trainable: TrainableName = "lora"
+    trainable: TrainableName | None = None
     """`full`: the draft's own weights are trained, or only those of `target_modules`. A version is then as
-    large as the draft, in float32, in Redis and in every checkpoint (there five times, with moments and
-    mean)."""
+    large as these, in Redis (of a part of the target in bfloat16, else in float32) and in every checkpoint
+    (there five times, with moments and mean). None: `full` for a part of the target, whose own weights are
+    one block, `lora` for a draft model."""
     lora_rank: int = Field(32, ge=1)
     """Of every LoRA pair."""
     lora_alpha: float = Field(64.0, gt=0)

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 
 from serving.models.full_weights import full_config, full_parameters
+from serving.models.target_part import TargetPart, own_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class Trainable:
     """Empty: every weight."""
     config_json: str
     """The configuration that is exported with `weights`."""
+    export_dtype: torch.dtype = torch.float32
+    """In which a candidate is judged, exported and served."""
 
 
 def lora_trainable(
@@ -78,12 +81,19 @@ def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -
     floor = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    return Trainable(base, weights, floor, 0, 0.0, target_modules or (), full_config(target_modules))
+    part = TargetPart.of(base)
+    config_json = full_config(target_modules, part)
+    export_dtype = torch.float32 if part is None else torch.bfloat16
+    return Trainable(base, weights, floor, 0, 0.0, target_modules or (), config_json, export_dtype)
 
 
 def adapted_module_names(base: Any) -> tuple[str, ...]:
-    """Last name parts of the modules that LoRA adapts by default: attention, MLP and, unless they are tied,
-    embedding and head, which a draft needs for tokens that were rare in its own training."""
+    """Names, or their last parts, of the modules that LoRA adapts by default: attention, MLP and, unless they
+    are tied, embedding and head, which a draft needs for tokens that were rare in its own training; of a part
+    of the target, the linear layers of its block."""
+    if TargetPart.of(base) is not None:
+        own = {name.rpartition(".")[0] for name in own_parameters(base)}
+        return tuple(sorted(name for name in own if isinstance(base.get_submodule(name), nn.Linear)))
     head, embedding = output_head(base), base.get_input_embeddings()
     ends = (head, embedding)
     tied = head.weight is embedding.weight

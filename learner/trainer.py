@@ -173,10 +173,11 @@ class Trainer:
                 mean.lerp_(parameter.detach(), share)
 
     def _mean(self) -> AdapterState:
-        """The running mean of every weight; the weight itself before the first step."""
+        """The running mean of every weight, the weight itself before the first step, in the precision in
+        which it is exported: what is judged is what would serve."""
         moments = {key: self._optimizer.state.get(each, {}) for key, each in self.draft.parameters.items()}
         return {
-            key: moments[key].get(MEAN, parameter).detach().cpu().clone()
+            key: moments[key].get(MEAN, parameter).detach().cpu().to(self.draft.export_dtype, copy=True)
             for key, parameter in self.draft.parameters.items()
         }
 
