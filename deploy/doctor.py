@@ -178,9 +178,11 @@ def _plan(subject: Subject, pair: "ModelPair") -> Check:
 
 
 def _models(pair: "ModelPair") -> Check:
+    from serving.models.target_part import own_parameters
+
     sizes = [("target", pair.target), ("draft", pair.draft)]
     found = ", ".join(
-        f"{role} of {sum(weights.numel() for weights in model.parameters()) / 1e6:.1f} M parameters"
+        f"{role} of {sum(weight.numel() for weight in own_parameters(model).values()) / 1e6:.1f} M parameters"
         for role, model in sizes
         if model is not None
     )

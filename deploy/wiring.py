@@ -169,11 +169,14 @@ def check_memory(settings: Settings) -> "MemoryPlan":
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """Models given as folders, made absolute: replicas and learner may have another working directory."""
+    """Models given as folders, made absolute: replicas and learner may have another working directory. A
+    draft called `self` is the target's part, also beside a folder of that name."""
     serving = settings.serving
     names = {"target": serving.target, "draft": serving.draft}
     folders = {
-        role: str(Path(name).resolve()) for role, name in names.items() if name and Path(name).is_dir()
+        role: str(Path(name).resolve())
+        for role, name in names.items()
+        if name and Path(name).is_dir() and (role, name) != ("draft", "self")
     }
     return settings.model_copy(update={"serving": serving.model_copy(update=folders)})
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def learn(
     target: Annotated[str | None, typer.Option(help="The model that the replicas serve.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Its small companion, which is to learn.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Its draft, which is to learn, or self.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="Where the replicas leave their records.")] = None,
     config: ConfigOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default cpu.")] = None,

@@ -11,7 +11,7 @@ from deploy.commands.console import ConfigOption, errors, output, plain_faults
 
 def serve(
     target: Annotated[str | None, typer.Option(help="Path or hub id of the model to serve.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Path or hub id of its small companion.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Path or hub id of its draft, or self.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the endpoint; default 8000.")] = None,
     config: ConfigOption = None,
