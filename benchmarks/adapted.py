@@ -31,6 +31,7 @@ from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.local import LocalEngine, build_engine
 from serving.models.adapter import merge_adapter, sha256_of
 from serving.models.loading import ModelPair
+from serving.models.target_part import own_copy
 from serving.options import EngineOptions, Speculation
 from serving.recorder import Recorder
 
@@ -72,7 +73,7 @@ class Adapter:
     def merged(self, draft: nn.Module) -> nn.Module:
         """A copy of the draft with these weights in it. Raises AdapterRejectedError if they do not fit."""
         merged = merge_adapter(draft, self.weights, self.config_json, sha256_of(self.weights))
-        adapted = copy.deepcopy(draft)
+        adapted = own_copy(draft)
         parameters = dict(adapted.named_parameters())
         for name, weight in merged.items():
             parameters[name].data.copy_(weight)

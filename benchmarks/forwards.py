@@ -6,7 +6,6 @@ cache as it would; nothing of the engine's own work is in these figures.
 B sequences, G draft tokens.
 """
 
-import copy
 import statistics
 from dataclasses import dataclass
 
@@ -15,7 +14,9 @@ from serving.engine.cost_measurement import pass_s
 from serving.engine.cost_table import interpolate
 from serving.engine.passes.pass_compiler import CompileError
 from serving.engine.passes.runner import Runner
+from serving.local import draft_runner
 from serving.models.loading import ModelPair
+from serving.models.target_part import own_copy
 from serving.runner_check import prepare_runner
 
 LENGTHS = (0, 1, 2, 4, 8)
@@ -61,7 +62,7 @@ def pass_runners(pair: ModelPair, *, num_slots: int, max_seq_len: int, compile: 
     """Waits for the compiler; engines of the same shape then find what it left."""
     assert pair.draft is not None
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
-    draft = Runner(copy.deepcopy(pair.draft), num_slots=num_slots, max_seq_len=max_seq_len)
+    draft = draft_runner(own_copy(pair.draft), target)
     prepare_runner(target, pair.target_id)
     prepare_runner(draft, pair.draft_id)
     try:

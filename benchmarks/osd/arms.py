@@ -63,6 +63,8 @@ class ArmOutcome:
     attempted: list[int] = field(default_factory=list)
     held_out: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """By domain: (requests so far, acceptance on held-out prompts)."""
+    looks_s: list[float] = field(default_factory=list)
+    """Learner seconds at each look at held-out prompts."""
     swaps: list[int] = field(default_factory=list)
     """Requests so far when another draft began to serve."""
     learner_s: float = 0.0
@@ -76,8 +78,12 @@ class ArmOutcome:
         self.attempted += [one.num_attempted for one in replayed]
 
     def evaluate(self, held_out: Mapping[str, HeldOut], draft: TrainableDraft) -> None:
-        for domain, prompts in held_out.items():
-            value = prompts.acceptance(draft)
+        self.looked({domain: prompts.acceptance(draft) for domain, prompts in held_out.items()})
+
+    def looked(self, acceptance: Mapping[str, float]) -> None:
+        """A look at held-out prompts, by domain."""
+        self.looks_s.append(self.learner_s)
+        for domain, value in acceptance.items():
             self.held_out.setdefault(domain, []).append((len(self.accepted), value))
 
 
@@ -184,10 +190,11 @@ class _Serving:
 
     def evaluate(self, outcome: ArmOutcome, material: Material) -> None:
         """Each domain with the draft that most of its requests would meet."""
+        found = {}
         for domain, prompts in material.held_out.items():
             ((route, _),) = self.routes_of(prompts.recorded).most_common(1)
-            value = prompts.acceptance(self.draft_of(route))
-            outcome.held_out.setdefault(domain, []).append((len(outcome.accepted), value))
+            found[domain] = prompts.acceptance(self.draft_of(route))
+        outcome.looked(found)
 
     def answering(self, route: str) -> str:
         """The route whose draft it is."""

@@ -49,7 +49,7 @@ def pair(
 
 def osd(
     experiment: Annotated[
-        Literal["domain", "shift", "mixture", "ablations", "cost", "deployed"],
+        Literal["domain", "shift", "mixture", "ablations", "parts", "cost", "deployed"],
         typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
     ] = "domain",
     domain: Annotated[
@@ -63,6 +63,7 @@ def osd(
     data: DataOption = None,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
     draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    part: Annotated[str, typer.Option(help="The target's part that the arm `self` drafts with.")] = "self:2",
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
@@ -91,7 +92,8 @@ def osd(
         target, draft = str(home / "target"), str(home / "draft")
     cache = ExperimentCache(target, draft, folder, cache_folder())
     temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
-    plan = ExperimentPlan(cache, tuple(domain or DOMAINS), records, seeds, jobs, errors().print, temperatures)
+    wanted = tuple(domain or DOMAINS)
+    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, errors().print, temperatures, part)
     report = report or RESULTS / f"osd_{experiment}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     run_experiment(experiment, plan, report, output(), turns=turns)

@@ -14,6 +14,7 @@ from benchmarks.osd import views
 from benchmarks.osd.ablations import ablations
 from benchmarks.osd.changing_traffic import mixture, shift
 from benchmarks.osd.deployed import measure_deployed
+from benchmarks.osd.parts import parts
 from benchmarks.osd.per_domain import per_domain
 from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
 from benchmarks.osd.speed import measure_speed
@@ -48,6 +49,9 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
     elif name == "ablations":
         metrics, series = ablations(plan)
         views.plot_ablations(metrics, picture)
+    elif name == "parts":
+        metrics, series = parts(plan)
+        console.print(views.nested_table("parts of the target", metrics["parts"]))
     elif name == "cost":
         metrics, series = costs.measure(plan), {}
     else:
@@ -62,6 +66,8 @@ def _needed(name: str, plan: ExperimentPlan) -> ExperimentPlan:
     """No more is asked of the target than the experiment looks at."""
     if name in ("shift", "mixture", "cost"):
         return replace(plan, temperatures=(0.0,))
+    if name == "parts":
+        return replace(plan, temperatures=(0.0,), domains=plan.domains[:1])
     return replace(plan, domains=plan.domains[:1]) if name == "ablations" else plan
 
 
@@ -69,7 +75,7 @@ def _speed(plan: ExperimentPlan, adapters: dict[str, dict[str, str]], turns: int
     """By domain and arm, on held-out prompts."""
     return {
         domain: measure_speed(
-            plan.cache.pair(),
+            {arm: plan.pair_of(arm) for arm in folders},
             folders,
             plan.cache.held_out(domain, 0.0)[:SPEED_PROMPTS],
             turns=turns,

@@ -7,7 +7,7 @@ experiment may take what another worked out.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
 from multiprocessing import get_context
@@ -47,6 +47,8 @@ class Job:
     routing: Routing = "none"
     num_kept: int = TOP_K
     """Entries of the target's rows that records keep."""
+    draft: str = ""
+    """What drafts in place of the cache's draft, as `self:2`."""
 
     @property
     def learner(self) -> LearnerSettings:
@@ -62,7 +64,8 @@ class Job:
     def __str__(self) -> str:
         changes = ", ".join(f"{name}={value}" for name, value in self.settings)
         where = "+".join(self.domains) + (f"@{self.temperature:g}" if self.temperature else "")
-        return f"{self.arm} on {where}, seed {self.seed}" + (f" ({changes})" if changes else "")
+        by = f" by {self.draft}" if self.draft else ""
+        return f"{self.arm}{by} on {where}, seed {self.seed}" + (f" ({changes})" if changes else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Result:
     accepted: list[int]
     attempted: list[int]
     held_out: dict[str, list[tuple[int, float]]]
+    looks_s: list[float]
+    """Learner seconds at each look at held-out prompts."""
     swaps: list[int]
     learner_s: float
     num_steps: int
@@ -93,7 +98,7 @@ def run(job: Job, cache: ExperimentCache) -> Result:
     folder = cache.folder() / "runs" / job.key
     if (folder / "result.json").exists():
         return Result.read(folder)
-    pair, settings = cache.pair(), job.learner
+    pair, settings = replace(cache, draft=job.draft or cache.draft).pair(), job.learner
     replay = cache.replay(NUM_DRAFT_TOKENS)
     held_out = {
         domain: HeldOut(cache.held_out(domain, job.temperature), replay)
@@ -168,6 +173,7 @@ def _keep(
         accepted=outcome.accepted,
         attempted=outcome.attempted,
         held_out=outcome.held_out,
+        looks_s=outcome.looks_s,
         swaps=outcome.swaps,
         learner_s=outcome.learner_s,
         num_steps=outcome.num_steps,

@@ -1,4 +1,5 @@
-"""One domain at a time: floor, the paper's setting, ours and the ceiling. Read `per_domain` first.
+"""One domain at a time: floor, the paper's setting, ours, the target's own part, and the ceiling. Read
+`per_domain` first.
 
 Invariant: figures are medians over seeds, and every arm saw the same requests in the same order.
 """
@@ -9,21 +10,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import Changes, ExperimentPlan, Metrics, Series, label, moving_acceptance
+from benchmarks.osd.plan import SELF, Changes, ExperimentPlan, Metrics, Series, label, moving_acceptance
 
 PAPER_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
-    """Floor, the paper's setting at its best rate, ours, and the ceiling, on every domain. The last value:
-    by domain and arm, the folder of the first seed's greedy adapter."""
+    """Floor, the paper's setting at its best rate, ours with the draft and with a part of the target, and the
+    ceiling, on every domain. The last value: by domain and arm, the folder of the first seed's greedy
+    adapter."""
     rates = paper_rates(plan)
     lives = {
         (domain, temperature, arm): [
             _life(plan, domain, temperature, arm, rates[domain], seed) for seed in _seeds(plan, temperature)
         ]
         for temperature in plan.temperatures
-        for arm in ("floor", "ours", "paper", "offline", "offline_full")
+        for arm in ("floor", "ours", SELF, "paper", "offline", "offline_full")
         for domain in plan.domains
         if arm != "offline_full" or not temperature
     }
@@ -38,9 +40,13 @@ def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[st
         if not temperature:
             adapters.setdefault(domain, {})[arm] = found[0].adapter
         for seed, result in enumerate(found):
-            if arm in ("floor", "paper", "ours"):
+            if arm in ("floor", "paper", "ours", SELF):
                 series[f"{name}/{arm}/{seed}"] = moving_acceptance(result.accepted, result.attempted)
+                curve = [value for _, value in result.held_out[domain]]
                 series[f"{name}/{arm}/{seed}/held_out"] = [list(point) for point in result.held_out[domain]]
+                series[f"{name}/{arm}/{seed}/learner_s"] = [
+                    list(point) for point in zip(result.looks_s, curve, strict=True)
+                ]
     _compare(metrics, series)
     return metrics, series, adapters
 
@@ -69,8 +75,8 @@ def _life(plan: ExperimentPlan, domain: str, temperature: float, arm: str, rate:
         return Job("floor", (domain,), temperature, 0, count)
     if arm == "paper":
         return Job("paper", (domain,), temperature, seed, count, settings=(("learning_rate", rate),))
-    if arm == "ours":
-        return Job("ours", (domain,), temperature, seed, count)
+    if arm in ("ours", SELF):
+        return Job("ours", (domain,), temperature, seed, count, draft=plan.draft_of(arm))
     full: Changes = (("trainable", "full"),) if arm == "offline_full" else ()
     return Job("offline", (domain,), temperature, 0, count, settings=full)
 
@@ -102,18 +108,26 @@ def _compare(metrics: Metrics, series: Series) -> None:
         metrics.setdefault("share_of_ceiling", {})[name] = lift["ours"] / ceiling if ceiling > 0 else None
         reached = metrics.setdefault("records_to_reach", {}).setdefault(name, {})
         for arm in ("paper", "ours"):
-            curves = [value for key, value in series.items() if _is_curve(key, name, arm)]
-            counts = [records_to_reach(curve, rates["paper"]) for curve in curves]
-            middle = statistics.median(math.inf if count is None else count for count in counts)
-            reached[arm] = None if math.isinf(middle) else middle
+            reached[arm] = _middle(series, f"{name}/{arm}/", "/held_out", rates["paper"])
+        metrics.setdefault("to_reach_ours", {})[name] = {
+            axis: {
+                arm: _middle(series, f"{name}/{arm}/", f"/{axis}", rates["ours"]) for arm in ("ours", SELF)
+            }
+            for axis in ("held_out", "learner_s")
+        }
 
 
-def _is_curve(key: str, name: str, arm: str) -> bool:
-    return key.startswith(f"{name}/{arm}/") and key.endswith("/held_out")
+def _middle(series: Series, begin: str, end: str, value: float) -> float | None:
+    """Median over seeds of where the curves named so reach `value`; None: most never do."""
+    curves = [curve for key, curve in series.items() if key.startswith(begin) and key.endswith(end)]
+    found = [first_at(curve, value) for curve in curves]
+    middle = statistics.median(math.inf if one is None else one for one in found)
+    return None if math.isinf(middle) else middle
 
 
-def records_to_reach(curve: Sequence[Sequence[float]], value: float) -> float | None:
-    """Records until held-out acceptance is at `value`, between two looks on a straight line; None: never."""
+def first_at(curve: Sequence[Sequence[float]], value: float) -> float | None:
+    """Records, or learner seconds, until held-out acceptance is at `value`, between two looks on a straight
+    line; None: never."""
     for (count, before), (later, after) in pairwise(curve):
         if after >= value:
             share = 0.0 if before >= value else (value - before) / (after - before)

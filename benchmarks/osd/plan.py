@@ -10,9 +10,12 @@ from typing import Any
 from benchmarks.osd.experiment_cache import ExperimentCache, Report
 from benchmarks.osd.jobs import Job, Result, record_all, run_all
 from serving.engine.counters import acceptance_rate
+from serving.models.loading import ModelPair
 
 WINDOW = 50
 """Records of the moving average, as in the paper."""
+SELF = "self"
+"""The arm of our loop with a part of the target in the draft's place."""
 THINNING = 10
 """Every so many records a point of a series."""
 
@@ -32,6 +35,19 @@ class ExperimentPlan:
     num_processes: int
     report: Report
     temperatures: tuple[float, ...] = (0.0, 1.0)
+    part: str = "self:2"
+    """Of the target, which the arm `self` drafts with."""
+
+    def draft_of(self, arm: str) -> str:
+        """What the arm drafts with; empty: the pair's draft."""
+        return self.part if arm == SELF else ""
+
+    def pair_of(self, arm: str) -> ModelPair:
+        return self.pair_with(self.draft_of(arm))
+
+    def pair_with(self, draft: str) -> ModelPair:
+        """The target with another draft; empty: its own."""
+        return replace(self.cache, draft=draft or self.cache.draft).pair()
 
     def record_answers(self) -> None:
         """Ask the target for everything at once, so that every process finds it."""

@@ -4,10 +4,9 @@ Speed-ups are medians of ratios within a turn, over the same engine without spec
 cost model's: tokens a round, and how long the passes themselves take.
 """
 
-import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from benchmarks.adapted import Adapter
 from benchmarks.engine_modes import EngineMode
-from benchmarks.forwards import measure_forwards, pass_runners
+from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import Mode, ModeOutcome, Rounds
 from benchmarks.osd.experiment_cache import Report
@@ -24,6 +23,7 @@ from serving.compiling import CompileChoice
 from serving.engine.counters import acceptance_rate, block_efficiency
 from serving.local import build_engine
 from serving.models.loading import ModelPair
+from serving.models.target_part import own_copy
 from serving.options import EngineOptions
 
 OFF = "off"
@@ -32,7 +32,7 @@ NUM_TOKENS = 64
 
 
 def measure_speed(
-    pair: ModelPair,
+    pairs: Mapping[str, ModelPair],
     adapters: Mapping[str, str],
     asked: Sequence[RecordedAnswer],
     *,
@@ -40,11 +40,12 @@ def measure_speed(
     compile: CompileChoice,
     report: Report,
 ) -> dict[str, dict[str, Any]]:
-    """By arm. `adapters`: the folder of each arm's adapter, empty for the floor."""
+    """By arm. `pairs`: each arm's, of the same target. `adapters`: the folder of each arm's adapter, empty
+    for the floor."""
     prompts = [one.prompt_token_ids.tolist() for one in asked]
     room = max(map(len, prompts)) + NUM_TOKENS + 16
-    makers = {arm: _maker(pair, folder, room, compile, None) for arm, folder in adapters.items()}
-    lineup = Lineup({OFF: _maker(pair, "", room, compile, 0), **makers})
+    makers = {arm: _maker(pairs[arm], folder, room, compile, None) for arm, folder in adapters.items()}
+    lineup = Lineup({OFF: _maker(next(iter(pairs.values())), "", room, compile, 0), **makers})
     outcomes: dict[str, list[ModeOutcome]] = {arm: [] for arm in (OFF, *makers)}
     try:
         for turn in range(turns + 1):
@@ -57,9 +58,12 @@ def measure_speed(
                     kept.append(outcome)
     finally:
         lineup.close()
-    runners = pass_runners(pair, num_slots=1, max_seq_len=room, compile=compile)
-    forwards = measure_forwards(runners, batch_size=1, context_tokens=room // 2)
-    found: dict[str, dict[str, Any]] = {"passes": {"by": runners.passes}}
+    forwards, found = dict[str, ForwardTimes](), dict[str, dict[str, Any]]()
+    for pair in dict.fromkeys(pairs.values()):
+        runners = pass_runners(pair, num_slots=1, max_seq_len=room, compile=compile)
+        times = measure_forwards(runners, batch_size=1, context_tokens=room // 2)
+        forwards |= {arm: times for arm in adapters if pairs[arm] is pair}
+        found.setdefault("passes", {})[pair.draft_id] = {"by": runners.passes, **asdict(times)}
     for arm, own in outcomes.items():
         identical = all(
             one.output_token_ids == other.output_token_ids
@@ -69,7 +73,7 @@ def measure_speed(
         rounds = sum((outcome.rounds or Rounds() for outcome in own), Rounds())
         efficiency = block_efficiency(sum(outcome.num_tokens for outcome in own), rounds.num_rounds)
         drafted = rounds.num_drafted / max(1, rounds.num_rounds)
-        predicted = forwards.predicted_speedup(efficiency, drafted, drafted)
+        predicted = 1.0 if arm == OFF else forwards[arm].predicted_speedup(efficiency, drafted, drafted)
         found[arm] = {
             "tokens_per_s": statistics.median(outcome.tokens_per_s for outcome in own),
             "speedup": statistics.median(ratios),
@@ -100,5 +104,5 @@ def adapted(pair: ModelPair, folder: str) -> nn.Module:
     """The draft with the adapter of a folder in it; the floor for none."""
     assert pair.draft is not None
     if not folder:
-        return copy.deepcopy(pair.draft)
+        return own_copy(pair.draft)
     return Adapter.load(Path(folder)).merged(pair.draft)

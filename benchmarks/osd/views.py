@@ -7,20 +7,21 @@ from typing import Any
 import matplotlib
 from rich.table import Table
 
-COLOURS = {"floor": "#7f8c8d", "paper": "#c0392b", "ours": "#1b4f72", "offline": "#117a65"}
+COLOURS = {"floor": "#7f8c8d", "paper": "#c0392b", "ours": "#1b4f72", "self": "#b9770e", "offline": "#117a65"}
 
 
 def domain_table(metrics: Mapping[str, Any]) -> Table:
     """Acceptance by domain and arm, what ours gained, and how fast."""
     table = Table(title="acceptance on held-out prompts, medians over seeds")
-    for column in ("domain", "floor", "paper", "ours", "offline", "full offline", "of ceiling", "records"):
+    columns = "domain", "floor", "paper", "ours", "self", "offline", "full offline", "of ceiling", "records"
+    for column in columns:
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, rates in metrics["acceptance_rate"].items():
         reached = metrics["records_to_reach"][name]
         share = metrics["share_of_ceiling"][name]
         table.add_row(
             name,
-            *(_cell(rates.get(arm)) for arm in ("floor", "paper", "ours", "offline", "offline_full")),
+            *(_cell(rates.get(arm)) for arm in ("floor", "paper", "ours", "self", "offline", "offline_full")),
             "" if share is None else f"{share:.2f}",
             f"{_count(reached['ours'])} / {_count(reached['paper'])}",
         )

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.forwards import ForwardTimes
 from benchmarks.osd import views
 from benchmarks.osd.changing_traffic import purity, shift
 from benchmarks.osd.experiment_cache import ExperimentCache
 from benchmarks.osd.jobs import Job, Result, run
-from benchmarks.osd.per_domain import per_domain, records_to_reach
+from benchmarks.osd.parts import LORA, at, best_length, parts
+from benchmarks.osd.per_domain import first_at, per_domain
 from benchmarks.osd.plan import ExperimentPlan, moving_acceptance
 from benchmarks.osd.recorded_answers import Asking
 from deploy.commands.demo import PAIR
@@ -25,11 +27,23 @@ def cache(tmp_path: Path) -> ExperimentCache:
     )
 
 
-def test_records_to_reach_is_read_between_two_looks() -> None:
+def test_where_a_curve_reaches_a_value_is_read_between_two_looks() -> None:
     curve = [(0, 0.1), (100, 0.3), (200, 0.5)]
-    assert records_to_reach(curve, 0.4) == pytest.approx(150)
-    assert records_to_reach(curve, 0.05) == 0
-    assert records_to_reach(curve, 0.6) is None
+    assert first_at(curve, 0.4) == pytest.approx(150)
+    assert first_at(curve, 0.05) == 0
+    assert first_at(curve, 0.6) is None
+
+
+def test_acceptance_at_some_learner_seconds_is_that_of_the_last_look_before() -> None:
+    looks_s, values = [0.0, 5.0, 12.0], [0.1, 0.4, 0.6]
+    assert at(looks_s, values, 10.0) == 0.4 and at(looks_s, values, 12.0) == 0.6
+    assert at(looks_s, values, 30.0) is None
+
+
+def test_the_best_draft_length_is_longer_for_a_better_draft() -> None:
+    times = ForwardTimes((0, 1, 4, 8), (0.004, 0.0042, 0.005, 0.006), (0.0, 0.001, 0.001, 0.001))
+    (short, slow), (long, fast) = best_length(times, 0.3), best_length(times, 0.95)
+    assert short < long and slow < fast
 
 
 def test_purity_is_one_where_every_route_is_of_one_domain_alone() -> None:
@@ -63,6 +77,8 @@ def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cach
     rates = metrics["acceptance_rate"]["gsm8k"]
     assert rates["offline"] > rates["floor"] + 0.1
     assert rates["paper"] > rates["floor"] and rates["ours"] > rates["floor"]
+    assert rates["self"] > rates["floor"]
+    assert metrics["to_reach_ours"]["gsm8k"].keys() == {"held_out", "learner_s"}
     assert adapters["gsm8k"]["floor"] == "" and Path(adapters["gsm8k"]["ours"]).is_dir()
     assert series["gsm8k/ours/0"]
     views.plot_domains(metrics, series, plan.cache.cache / "domains.png")
@@ -77,3 +93,16 @@ def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) ->
     metrics, series = shift(plan)
     assert metrics["replay"]["forgotten_of_first"] == pytest.approx(0.0)
     views.plot_phases(metrics, series, plan.domains, plan.cache.cache / "shift.png")
+
+
+@pytest.mark.slow
+def test_every_part_learns_and_is_priced(cache: ExperimentCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.osd.parts.EXIT_LAYERS", (1,))
+    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
+    plan.record_answers()
+    metrics, series = parts(plan)
+    assert metrics["parts"].keys() == {LORA, "self:1", "self:1:attention"}
+    for row in metrics["parts"].values():
+        assert row["acceptance_rate"] > row["acceptance_at_start"] and row["predicted_speedup"] > 0
+    assert metrics["parts"]["self:1"]["own_weights"] > metrics["parts"]["self:1:attention"]["own_weights"]
+    json.dumps([metrics, series])
