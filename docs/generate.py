@@ -1,4 +1,4 @@
-"""Writes the generated half of the pages in `docs/`, map, settings, metrics and API, from the sources.
+"""Writes the generated half of some pages in `docs/`, the map and the settings among them, from the sources.
 
 `python -m docs.generate` renews the pages, `--check` only says which are stale. Everything above a page's
 marker line is written by hand and kept; everything below it comes from docstrings, the pydantic models, the
@@ -13,6 +13,7 @@ from pathlib import Path
 from docs.api_page import api_lines
 from docs.map_page import map_lines
 from docs.metrics_page import metrics_lines
+from docs.self_drafting_page import self_drafting_lines
 from docs.settings_page import settings_lines
 
 DOCS = Path(__file__).resolve().parent
@@ -22,6 +23,7 @@ PAGES: dict[str, Callable[[], Iterable[str]]] = {
     "settings.md": settings_lines,
     "metrics.md": metrics_lines,
     "api.md": api_lines,
+    "self-drafting.md": self_drafting_lines,
 }
 
 
