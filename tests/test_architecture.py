@@ -26,10 +26,15 @@ LEARNER_DOORS = ("serving.models", "serving.engine.sampling", "serving.engine.co
 prices a round as the engine does."""
 
 PURE_ROOMS = {
-    "serving/engine/passes/": ("serving.engine.passes",),
-    "serving/engine/": ("serving.engine", "buffer.names"),
+    "serving/engine/passes/": ("serving.engine.passes", "serving.cache_folders"),
+    "serving/engine/": ("serving.engine", "buffer.names", "serving.cache_folders"),
     "serving/drafters/": ("serving.drafters", "serving.engine", "serving.models", "buffer.names"),
-    "serving/models/": ("serving.models", "serving.engine.sampling", "buffer.names"),
+    "serving/models/": (
+        "serving.models",
+        "serving.engine.sampling",
+        "buffer.names",
+        "serving.cache_folders",
+    ),
 }
 """Rooms of serving, and the only modules of ours that each may import."""
 

@@ -10,7 +10,7 @@ import pytest
 from docs import generate, map_page
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ("map.md", "settings.md", "metrics.md", "api.md")
+PAGES = tuple(generate.PAGES)
 
 
 def checked(seed: str) -> subprocess.CompletedProcess[str]:

@@ -121,7 +121,7 @@ class PassCompiler:
     def _compile_in_child(self, spec: dict[str, Any], path: Path) -> None:
         if self._closed.is_set():
             raise CompileError("the engine was closed")
-        command = [sys.executable, "-m", "serving.engine.passes.compile_child", str(path)]
+        command = [sys.executable, "-m", "serving.compile_child", str(path)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._child = subprocess.Popen(
             command,

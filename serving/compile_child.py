@@ -1,4 +1,4 @@
-"""Compiles one package and exits: `python -m serving.engine.passes.compile_child PATH < spec.json`.
+"""Compiles one package and exits: `python -m serving.compile_child PATH < spec.json`.
 
 The model has the shape of the spec and random weights. A lock beside the package lets only one process
 compile it; the package is written atomically.
