@@ -11,6 +11,7 @@ from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.osd.jobs import Job, Result
 from benchmarks.osd.per_domain import first_at
 from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
+from serving.compiling import CompileChoice
 from serving.engine.counters import expected_block_efficiency
 from serving.engine.draft_length import MAX_DRAFT_TOKENS
 from serving.engine.passes.kv_shape import KvShape
@@ -23,7 +24,7 @@ LORA = "draft model"
 CONTEXT_TOKENS = 128
 
 
-def parts(plan: ExperimentPlan) -> tuple[Metrics, Series]:
+def parts(plan: ExperimentPlan, compile: CompileChoice = "auto") -> tuple[Metrics, Series]:
     """By part: acceptance at the start, after some learner seconds and at the end; milliseconds of a pass;
     the best draft length at the final acceptance, and the speed predicted for it."""
     domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
@@ -40,7 +41,7 @@ def parts(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     series: Series = {}
     for name, job in jobs.items():
         plan.report(f"what a pass of {name} costs")
-        metrics["parts"][name] = _row(plan, job, results[job], domain)
+        metrics["parts"][name] = _row(plan, job, results[job], domain, compile)
         curve = [
             list(point) for point in zip(results[job].looks_s, _values(results[job], domain), strict=True)
         ]
@@ -53,9 +54,11 @@ def parts(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     return metrics, series
 
 
-def _row(plan: ExperimentPlan, job: Job, result: Result, domain: str) -> dict[str, Any]:
+def _row(
+    plan: ExperimentPlan, job: Job, result: Result, domain: str, compile: CompileChoice
+) -> dict[str, Any]:
     pair = plan.pair_with(job.draft)
-    runners = pass_runners(pair, num_slots=1, max_seq_len=2 * CONTEXT_TOKENS, compile="auto")
+    runners = pass_runners(pair, num_slots=1, max_seq_len=2 * CONTEXT_TOKENS, compile=compile)
     times = measure_forwards(runners, batch_size=1, context_tokens=CONTEXT_TOKENS)
     values, final = _values(result, domain), result.final[domain].acceptance
     length, speed = best_length(times, final)
