@@ -118,6 +118,10 @@ def _replicas_and_learner(
         narrate("starting Ray" if cluster.ray_address is None else f"joining Ray at {cluster.ray_address}")
         parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings), locks=locks))
         narrate("loading the models and measuring what a pass costs")
+        if (settings.serving.draft or "").split(":")[0] == "self":
+            narrate(
+                "a draft of the target's own layers is fitted to it at the first start, which takes minutes"
+            )
         application = build_deployment(settings.serving, redis_url)
         revision = parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
         learner = None

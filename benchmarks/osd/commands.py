@@ -76,6 +76,7 @@ def osd(
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
     from benchmarks.osd.plan import ExperimentPlan
+    from serving.models.target_part import TargetPart
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -87,6 +88,8 @@ def osd(
             raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
+        if TargetPart.named(part) is None:
+            raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
     if target is None or draft is None:
         home = _trained_pair(data)
         target, draft = str(home / "target"), str(home / "draft")

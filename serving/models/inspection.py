@@ -24,6 +24,7 @@ from serving.models.refusals import (
     check_config,
     check_dtype,
     quantization,
+    text_part,
 )
 from serving.models.target_part import TargetPart
 
@@ -88,8 +89,7 @@ def load_tokenizer(files: ModelFiles) -> Any | None:
 
 def text_config(model: nn.Module) -> Any:
     """The part of a model's configuration that is about text."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text_part(model.config)
 
 
 def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> nn.Module:

@@ -4,6 +4,7 @@ The map of the fit is folded into the head, which therefore is a weight of its o
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from serving.models.loading import load_model
 from serving.models.model_files import find_model
 from serving.models.part_fit import TEXT_TOKENS, fit_map, generic_texts
 from serving.models.target_part import TargetPart, plain_config, plain_weights
+
+_log = logging.getLogger(__name__)
 
 
 def write_draft(
@@ -44,6 +47,7 @@ def write_draft(
 def _token_ids(tokenizer: Any | None, texts: Sequence[str] | None) -> list[list[int]]:
     """Empty without a tokenizer: the map stays the identity."""
     if tokenizer is None:
+        _log.warning("no tokenizer, so no text to fit the draft to: its head is the target's as it is")
         return []
     wanted = generic_texts() if texts is None else texts
     ids = [tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS] for text in wanted]

@@ -90,12 +90,13 @@ def fit_map(part: nn.Module, target: nn.Module, texts: Sequence[Sequence[int]]) 
     identity_HH = torch.eye(len(square_HH), dtype=torch.float64)
     scale = float(square_HH.diagonal().mean()) or 1.0
     head: Any = target.get_output_embeddings()  # type: ignore[operator]
-    best, best_map_HH = _agreement(head, identity_HH.float(), held_out), identity_HH.float()
-    at_first = best
+    chosen = [(own_TH, _choices(head, target_TH)) for own_TH, target_TH in held_out]
+    best_map_HH = identity_HH.float()
+    best = at_first = _agreement(head, best_map_HH, chosen)
     for ridge in _RIDGES:
         change_HH = torch.linalg.solve(square_HH + ridge * scale * identity_HH, cross_HH)
         map_HH = (identity_HH + change_HH.T).float()
-        agreement = _agreement(head, map_HH, held_out)
+        agreement = _agreement(head, map_HH, chosen)
         if agreement > best:
             best, best_map_HH = agreement, map_HH
     _log.info(
@@ -103,7 +104,7 @@ def fit_map(part: nn.Module, target: nn.Module, texts: Sequence[Sequence[int]]) 
         "(%.0f %% before)",
         time.monotonic() - began_s,
         100 * best,
-        sum(len(own_TH) for own_TH, _ in held_out),
+        sum(len(choice_T) for _, choice_T in chosen),
         100 * at_first,
     )
     return best_map_HH
@@ -119,14 +120,16 @@ def _states(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
 
 
 def _agreement(head: Any, map_HH: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Share of positions at which the mapped state's likeliest token is the target's."""
-    weight = head.weight
-    num_hits = num_seen = 0
-    for own_TH, target_TH in pairs:
-        mapped_TH = (own_TH @ map_HH.T).to(weight.device, weight.dtype)
-        hits_T = head(mapped_TH).argmax(-1) == head(target_TH.to(weight.device, weight.dtype)).argmax(-1)
-        num_hits, num_seen = num_hits + int(hits_T.sum()), num_seen + len(hits_T)
-    return num_hits / max(1, num_seen)
+    """Share of positions at which the mapped state's likeliest token is the target's; `pairs`: states and the
+    target's tokens."""
+    hits = [_choices(head, own_TH @ map_HH.T) == choice_T for own_TH, choice_T in pairs]
+    return float(torch.cat(hits).float().mean()) if hits else 0.0
+
+
+def _choices(head: Any, states_TH: Tensor) -> Tensor:
+    """The likeliest token [T] after each state."""
+    choice_T: Tensor = head(states_TH.to(head.weight.device, head.weight.dtype)).argmax(-1)
+    return choice_T
 
 
 def _read(file: Path, into: nn.Linear) -> Tensor | None:

@@ -65,9 +65,14 @@ def check_code(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def text_part(config: Any) -> Any:
+    """The part of a configuration that is about text."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def check_config(name: str, config: Any) -> None:
     """Refuse a model whose state is more than keys and values at absolute positions."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_part(config)
     for check in _CONFIG_CHECKS:
         if (reason := check(config, text)) is not None:
             raise UnsupportedModelError(f"model {name!r} {reason}")
@@ -185,7 +190,7 @@ def _layer_types(text: Any) -> set[str]:
 
 def quantization(config: Any) -> Any:
     """How the weights are packed; None for plain ones."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_part(config)
     return getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
 
 
@@ -203,7 +208,7 @@ def check_quantization(name: str, config: Any, text: Any) -> None:
 def check_attention(name: str, model: nn.Module) -> None:
     """Refuse any attention but sdpa, e.g. eager, which would add the boolean mask."""
     config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_part(config)
     implementation = getattr(text, "_attn_implementation", None)
     if implementation != "sdpa":
         raise UnsupportedModelError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.models.errors import UnsupportedModelError
+from serving.models.refusals import text_part
 
 Block = Literal["whole", "attention"]
 
@@ -94,7 +95,7 @@ class TargetPart:
     def _config(self, target: nn.Module) -> Any:
         """The target's, with fewer layers, and what part it is."""
         config: Any = copy.deepcopy(target.config)
-        text = _text(config)
+        text = text_part(config)
         num_layers = text.num_hidden_layers
         for key, value in vars(text).items():
             if "layer" in key and isinstance(value, list) and len(value) == num_layers:
@@ -145,7 +146,7 @@ def plain_config(part: nn.Module) -> Any:
     """Of an ordinary model of the target's class with the part's layers, and a head of its own."""
     config: Any = copy.deepcopy(part.config)
     delattr(config, _CONFIG_KEY)
-    config.tie_word_embeddings = _text(config).tie_word_embeddings = False
+    config.tie_word_embeddings = text_part(config).tie_word_embeddings = False
     return config
 
 
@@ -216,11 +217,6 @@ class _Anatomy:
                 "them, not one of each, so no part of it can be told from the rest. Give a draft model"
             )
         return cls(decoder, layers[0], norms[0])
-
-
-def _text(config: Any) -> Any:
-    """The part of a configuration that is about text."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _own_modules(part: nn.Module) -> Iterator[nn.Module]:

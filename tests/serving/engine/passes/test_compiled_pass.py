@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,25 @@ def test_compiled_passes_embed_prompts_and_serve_drafts_of_further_routes(model:
     eager_H, compiled_H = embeddings
     assert eager_H is not None and compiled_H is not None
     assert np.abs(eager_H - compiled_H).max() <= 2e-3 * np.abs(eager_H).max()
+
+
+@pytest.mark.slow
+def test_a_part_of_the_target_is_compiled_in_its_own_shape(model: str, package: Path) -> None:
+    """Without feed-forward, with the map; over the target's slot cache, which the target reads after it."""
+    options = EngineOptions(**SHAPE, num_draft_tokens=3, speculation="model")
+    with (
+        load_engine(model, "self:0:attention", replace(options, compile="on")) as compiled,
+        load_engine(model, options=EngineOptions(**SHAPE)) as alone,
+        load_engine(model, "self:0:attention", options) as eager,
+    ):
+        drafter = compiled.core.drafts.drafter
+        assert isinstance(drafter, ModelDrafter) and drafter.runner.compiled is not None
+        assert texts(compiled) == texts(alone) == texts(eager)
+        accepted = [
+            sum(generation.num_accepted for generation in engine.generate(PROMPTS, GREEDY))
+            for engine in (compiled, eager)
+        ]
+        assert accepted[0] == pytest.approx(accepted[1], rel=0.1)  # draft ties may round either way
 
 
 @pytest.mark.slow
