@@ -81,7 +81,9 @@ class EverdraftProcess:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
+        """SIGKILL, until the kernel is done with it: before, the process still counts as running."""
         self.process.kill()
+        self.process.wait()
 
     def wait_until_gone(self, timeout_s: float) -> None:
         """Until no process of this run is left; the survivors are named otherwise."""

@@ -83,7 +83,7 @@ def test_a_qwen3_pair_is_served_and_sigkill_of_the_parent_ends_every_process(tmp
         wait_for(lambda: "ray::LearnerActor" in names(everdraft), timeout_s=300)
         everdraft.kill()
         lock = take_lock(everdraft.state_dir / SERVICE_LOCK, leftovers_s=GONE_S)
-        assert isinstance(lock, int), lock
+        assert isinstance(lock, int), str(lock)
         assert not [process for process in everdraft.census() if is_of_ray(process)]
         os.close(lock)
         everdraft.wait_until_gone(GONE_S)
