@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from learner.batch import TrainingBatch
-from learner.divergences import partition
+from learner.divergences import NOTHING, partition
 from serving.engine.sampling import SamplingMetadata
 
 NEAR_GREEDY_TEMPERATURE = 0.3
@@ -66,10 +66,12 @@ def _open_log_mass(batch: TrainingBatch, tempered_NK: Tensor, sampling: Sampling
 
 def training_logprobs(
     batch: TrainingBatch, logits_NV: Tensor, greedy_temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(target_NP, draft_NP): log-partitions at each position's training temperature.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(target_NP, draft_NP, coverage_N): log-partitions at each position's training temperature.
 
-    Differentiable in `logits_NV` [N, V], the draft's.
+    Tokens that the draft's head cannot propose are left out of the target, which is normalised over the
+    others; `coverage_N` is the probability of those, 1 for a head over all tokens. Differentiable in
+    `logits_NV` [N, V], the draft's.
     """
     temperature_N = torch.tensor([sampling[0] for sampling in batch.samplings], device=logits_NV.device)
     greedy_N = temperature_N < NEAR_GREEDY_TEMPERATURE
@@ -82,7 +84,20 @@ def training_logprobs(
     target_NP = partition(warm_NK + retemper_N[:, None])
 
     draft_NV = torch.log_softmax(logits_NV / temperature_N[:, None], -1)
-    return target_NP, partition(kept_entries(draft_NV, batch))
+    draft_NK = kept_entries(draft_NV, batch)
+    outside_NK = (draft_NK == -torch.inf) & (batch.topk_token_ids_NK >= 0)
+    if not bool(outside_NK.any()):
+        return target_NP, partition(draft_NK), torch.ones_like(temperature_N)
+    target_NP = target_NP.masked_fill(_with_tail(outside_NK), -torch.inf)
+    log_coverage_N = torch.logsumexp(target_NP, -1)
+    # A row that is -inf throughout would have no gradient but NaN.
+    draft_NK = draft_NK.masked_fill(outside_NK, NOTHING)
+    return target_NP - log_coverage_N[:, None], partition(draft_NK), log_coverage_N.exp()
+
+
+def _with_tail(mask_NK: Tensor) -> Tensor:
+    """[N, P], False at the tail."""
+    return torch.nn.functional.pad(mask_NK, (0, 1))
 
 
 def kept_entries(logprobs_NV: Tensor, batch: TrainingBatch) -> Tensor:

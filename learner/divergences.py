@@ -21,7 +21,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 MIN_TAIL_MASS = 1e-6
 """Float32 computes 1 - mass no more precisely than this; a smaller tail is rounded up to it."""
 
-_NOTHING = -100.0
+NOTHING = -100.0
 """A log-probability whose probability is 0 in float32 sums."""
 
 
@@ -56,7 +56,7 @@ def reverse_kl(target_NP: Tensor, draft_NP: Tensor) -> Tensor:
 def jensen_shannon(target_NP: Tensor, draft_NP: Tensor, beta: float = 0.5) -> Tensor:
     """beta KL(target || m) + (1 - beta) KL(draft || m), m = beta target + (1 - beta) draft."""
     # Padded cells are -inf on both sides, where logaddexp has no gradient.
-    target_NP, draft_NP = target_NP.clamp(min=_NOTHING), draft_NP.clamp(min=_NOTHING)
+    target_NP, draft_NP = target_NP.clamp(min=NOTHING), draft_NP.clamp(min=NOTHING)
     mixture_NP = torch.logaddexp(target_NP + math.log(beta), draft_NP + math.log1p(-beta))
     return beta * _kl(target_NP, mixture_NP) + (1 - beta) * _kl(draft_NP, mixture_NP)
 

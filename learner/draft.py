@@ -18,6 +18,7 @@ from learner.batch import TrainingBatch
 from learner.settings import LearnerSettings, TrainableName
 from learner.trainable import full_trainable, lora_trainable, output_head
 from serving.models.adapter import merge_adapter
+from serving.models.kept_head import IDS, kept_head, most_used
 from serving.models.target_part import TargetPart
 
 AdapterState = Mapping[str, Tensor]
@@ -55,6 +56,8 @@ class TrainableDraft:
         self.target_modules, self.config_json = learnt.target_modules, learnt.config_json
         self.export_dtype = learnt.export_dtype
         self._model, self._weights, self._floor = learnt.model, learnt.weights, learnt.floor
+        self._kept = None if self.rank else kept_head(base)
+        self._floor |= self._kept_ids()
         self._model.eval()
         self._gather: tuple[Tensor, Tensor] | None = None
         output_head(self._model).register_forward_pre_hook(self._keep_positions)
@@ -71,6 +74,19 @@ class TrainableDraft:
     def num_parameters(self) -> int:
         """Number of trainable parameters."""
         return sum(weight.numel() for weight in self._weights.values())
+
+    @property
+    def num_kept_tokens(self) -> int | None:
+        """How many tokens the draft's head keeps, which training may choose; None if there is no choice."""
+        return None if self._kept is None else len(self._kept[1].token_ids)
+
+    def keep_tokens(self, counts_V: Tensor) -> None:
+        """Let the head keep the tokens of the largest counts [V]; of equal ones, those that it keeps now."""
+        assert self._kept is not None and self.num_kept_tokens is not None
+        _, head = self._kept
+        preferred_V = counts_V.clone()
+        preferred_V[head.token_ids.cpu()] += 0.5
+        head.keep(most_used(preferred_V, self.num_kept_tokens))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -102,8 +118,12 @@ class TrainableDraft:
         return logits.float()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the trainable weights, on the CPU."""
-        return {key: weight.detach().cpu().clone() for key, weight in self._weights.items()}
+        """A copy of the trainable weights, and of the ids of kept tokens, on the CPU."""
+        return self.settled({key: weight.detach().cpu().clone() for key, weight in self._weights.items()})
+
+    def settled(self, weights: AdapterState) -> dict[str, Tensor]:
+        """These weights as a whole state, with what the draft now has beside weights."""
+        return {**weights, **self._kept_ids()}
 
     def load(self, state: AdapterState | None) -> None:
         """Load these weights; None: the floor. Raises ValueError, with nothing changed, for a state that does
@@ -114,8 +134,10 @@ class TrainableDraft:
 
     def fault(self, state: AdapterState) -> str:
         """Why these weights must not serve: keys, shapes or values that are not finite. Empty: none."""
-        if missing := sorted(self._weights.keys() ^ state.keys()):
+        if missing := sorted((self._weights.keys() | self._kept_ids().keys()) ^ state.keys()):
             return f"keys differ, first {missing[0]!r}"
+        if self._kept is not None and (fault := self._kept[1].fault(state[self._kept_key])):
+            return f"{self._kept_key} holds {fault}"
         for key, weight in self._weights.items():
             if state[key].shape != weight.shape:
                 return f"{key} has shape {tuple(state[key].shape)}, not {tuple(weight.shape)}"
@@ -134,7 +156,7 @@ class TrainableDraft:
         if not self.rank:
             with self.with_weights(None):
                 merged = merge_adapter(self._model, weights, manifest.adapter_config_json, manifest.sha256)
-                state = self.state() | merged
+                state = self.state() | {key: merged[key] for key in self.state().keys() & merged.keys()}
         elif manifest.rank and manifest.alpha != self.alpha:
             raise ValueError(f"its alpha is {manifest.alpha:g}, not {self.alpha:g}")
         if fault := self.fault(state):
@@ -155,8 +177,21 @@ class TrainableDraft:
     def load_unchecked(self, state: AdapterState) -> None:
         """Like `load`, but accepts values that are not finite: used to restore previous weights."""
         with torch.no_grad():
-            for key, weight in state.items():
-                self._weights[key].copy_(weight)
+            for key, weight in self._weights.items():
+                if key in state:
+                    weight.copy_(state[key])
+        if self._kept is not None:
+            self._kept[1].keep(state[self._kept_key])
+
+    @property
+    def _kept_key(self) -> str:
+        """Of the kept tokens' ids in a state."""
+        assert self._kept is not None
+        return f"{self._kept[0]}.{IDS}"
+
+    def _kept_ids(self) -> dict[str, Tensor]:
+        """Empty where the head keeps all tokens, or those of the floor."""
+        return {} if self._kept is None else {self._kept_key: self._kept[1].token_ids.cpu().clone()}
 
     def _keep_positions(self, _head: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Passes only the wanted positions to the head, [1, N, H], because logits over the vocabulary are

@@ -19,6 +19,7 @@ from learner.checkpoint import load_optimizer_state, optimizer_state
 from learner.distill import Objective, StepMetrics, build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft
 from learner.draw import fresh_draws, num_steps
+from learner.kept_tokens import KeptTokens
 from learner.judging.evaluation import RecordScore, score_records
 from learner.rows import TrainingRow, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
@@ -63,6 +64,7 @@ class Trainer:
         self._settings = settings
         self._optimizer = build_optimizer(draft)
         self._objective = objective_of(settings)
+        self.tokens = KeptTokens(draft)
 
     def plan(self, num_fresh: int, stretch: int = 1) -> tuple[int, int]:
         """(steps, replayed records wanted) for a cycle over so many fresh records; at most `stretch` times
@@ -82,6 +84,7 @@ class Trainer:
         """One step for each draw; `rest(step_s)` sleeps between steps and says whether to continue."""
         report = TrainingReport()
         self.draft.load_unchecked(self.trained)
+        self.tokens.count(fresh)
         steps, _ = self.plan(len(fresh), stretch)
         shares = np.array_split(np.arange(len(replayed)), max(1, steps))
         draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
@@ -145,8 +148,8 @@ class Trainer:
         self._optimizer.state.clear()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's moments, including the running mean."""
-        return optimizer_state(self._optimizer, self.draft.parameters)
+        """The optimizer's moments, including the running mean, and counts of tokens that choose the head's."""
+        return optimizer_state(self._optimizer, self.draft.parameters) | self.tokens.state()
 
     def restore(
         self,
@@ -157,7 +160,7 @@ class Trainer:
     ) -> None:
         """Continue from a checkpoint. Raises ValueError for an adapter of another shape."""
         self.draft.load(adapter)
-        load_optimizer_state(self._optimizer, self.draft.parameters, optimizer)
+        load_optimizer_state(self._optimizer, self.draft.parameters, self.tokens.restored(optimizer))
         self.trained, self.candidate = self.draft.state(), self._mean()
         self.rng.bit_generator.state = dict(generator_state)
         self.num_steps = num_steps
@@ -176,10 +179,12 @@ class Trainer:
         """The running mean of every weight, the weight itself before the first step, in the precision in
         which it is exported: what is judged is what would serve."""
         moments = {key: self._optimizer.state.get(each, {}) for key, each in self.draft.parameters.items()}
-        return {
-            key: moments[key].get(MEAN, parameter).detach().cpu().to(self.draft.export_dtype, copy=True)
-            for key, parameter in self.draft.parameters.items()
-        }
+        return self.draft.settled(
+            {
+                key: moments[key].get(MEAN, parameter).detach().cpu().to(self.draft.export_dtype, copy=True)
+                for key, parameter in self.draft.parameters.items()
+            }
+        )
 
     @property
     def _fresh_per_step(self) -> int:

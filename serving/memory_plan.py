@@ -19,7 +19,7 @@ from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
 from serving.models.loading import ModelPair, load_outline, max_positions
-from serving.models.target_part import TargetPart, own_parameters
+from serving.models.target_part import TargetPart, own_tensors
 from serving.options import EngineOptions
 
 _ROUND_POSITIONS = MAX_DRAFT_TOKENS + 1
@@ -47,7 +47,7 @@ class ModelSize:
         """The size of a model, or of its outline on the meta device; of a part of the target, what it does
         not share with it."""
         part, shape = TargetPart.of(model), KvShape.of(model)
-        weights = [*own_parameters(model).values(), *(model.buffers() if part is None else ())]
+        weights = [*own_tensors(model).values(), *(model.buffers() if part is None else ())]
         num_values = shape.num_values
         if part is not None:
             num_values -= num_values * part.exit_layer // shape.num_layers

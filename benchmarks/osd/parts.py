@@ -18,6 +18,8 @@ from serving.engine.passes.kv_shape import KvShape
 from serving.models.target_part import own_parameters
 
 EXIT_LAYERS = (0, 1, 2, 4, 7)
+KEPT_OF = 4
+"""A head over some tokens keeps one in so many."""
 NUM_RECORDS = 600
 LEARNER_S = (10.0, 30.0)
 LORA = "draft model"
@@ -28,9 +30,13 @@ def parts(plan: ExperimentPlan, compile: CompileChoice = "auto") -> tuple[Metric
     """By part: acceptance at the start, after some learner seconds and at the end; milliseconds of a pass;
     the best draft length at the final acceptance, and the speed predicted for it."""
     domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
-    num_layers = KvShape.of(plan.cache.pair().target).num_layers
+    shape = KvShape.of(plan.cache.pair().target)
     names = [
-        f"self:{layer}{block}" for layer in EXIT_LAYERS if layer < num_layers for block in ("", ":attention")
+        f"self:{layer}{block}{head}"
+        for head in ("", f":{shape.vocab_size // KEPT_OF}")
+        for layer in EXIT_LAYERS
+        if layer < shape.num_layers
+        for block in ("", ":attention")
     ]
     jobs = {
         name: Job("ours", (domain,), num_records=count, evaluate_every=50, draft="" if name == LORA else name)

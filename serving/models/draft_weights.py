@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from buffer.names import FLOOR_VERSION
 from serving.models.adapter import AdapterRejectedError, merge_adapter
-from serving.models.target_part import own_copy, own_parameters
+from serving.models.target_part import own_copy, own_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class StagedWeights:
     draft_version: int
     owner: "DraftWeights"
     merged: Mapping[str, Tensor]
-    """Changed weights by parameter name; every other parameter is the floor's."""
+    """Changed tensors by name; every other one is the floor's."""
 
     def apply(self) -> None:
         """Make this version live. Call only between two rounds, on the thread that runs them."""
@@ -41,8 +41,8 @@ class DraftWeights:
         self.module = own_copy(floor)
         """The module that serves."""
         self._floor_module = floor
-        self._live = own_parameters(self.module)
-        self._floor = own_parameters(self._floor_module)
+        self._live = own_tensors(self.module)
+        self._floor = own_tensors(self._floor_module)
         self._adapted: frozenset[str] = frozenset()
 
     def stage(

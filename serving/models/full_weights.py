@@ -2,7 +2,8 @@
 
 The bytes are safetensors by parameter name; in place of PEFT's adapter_config.json stands
 `{"everdraft": "full", "target_modules": null}`, or a list of module names where only those were trained. Of a
-part of the target only the block and the norm are its own: `{"everdraft": "part", "part": "self:2", …}`.
+part of the target only the block and the norm are its own: `{"everdraft": "part", "part": "self:2", …}`, and
+which tokens its head keeps, if not all.
 Invariant: the file holds exactly the parameters that its config names, each once; tied weights go under
 their first name, and taking them in changes every module that shares them.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.models.adapter_tensors import AdapterRejectedError, read_tensors
+from serving.models.kept_head import read_kept
 from serving.models.target_part import TargetPart, own_parameters
 
 _MARK, _FULL, _PART = "everdraft", "full", "part"
@@ -46,7 +48,7 @@ def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> 
 
 
 def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by parameter name, in the base's dtype; `base` is not changed. Raises AdapterRejectedError."""
+    """Tensors by name, in the base's dtype, with what belongs to kept tokens; `base` is not changed. Raises AdapterRejectedError."""
     ours, theirs = TargetPart.of(base), config.get(_PART)
     if theirs != (None if ours is None else str(ours)):
         raise AdapterRejectedError(
@@ -56,14 +58,15 @@ def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dic
     targets = config.get("target_modules")
     if targets is not None and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         raise AdapterRejectedError(f"full weights' target_modules={targets!r} are no module names")
-    tensors, parameters = read_tensors(weights), full_parameters(base, targets)
+    tensors, parameters = dict(read_tensors(weights)), full_parameters(base, targets)
+    kept = read_kept(base, tensors)
     absent, stray = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if absent or stray or not parameters:
         raise AdapterRejectedError(
             f"full weights and the draft disagree: of the draft's parameters {absent[:3]} are missing, "
             f"and {stray[:3]} are none that target_modules={targets} names"
         )
-    return {name: _fitted(name, tensors[name], parameter) for name, parameter in parameters.items()}
+    return kept | {name: _fitted(name, tensors[name], parameter) for name, parameter in parameters.items()}
 
 
 def _fitted(name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serving.cache_folders import cache_folder
+from serving.models.kept_head import count_tokens, kept_head, most_used
 from serving.models.target_part import map_of
 
 _log = logging.getLogger(__name__)
@@ -49,24 +50,28 @@ def generic_texts(count: int = NUM_TEXTS) -> list[str]:
 
 
 def fitted(part: nn.Module, target: nn.Module, tokenizer: Any | None, revision: str) -> bool:
-    """Set the part's map, from the cache or by a fit. False, and the map stays the identity, for a target
+    """Set the part's map, from the cache or by a fit, and the tokens that its head keeps to those of the same
+    texts. False, and the map stays the identity, for a target
     without a tokenizer, which can read no text. `revision`: the part's."""
     if tokenizer is None:
         _log.info(
             "no tokenizer, so no text to fit the draft to: it starts from the target's layers as they are"
         )
         return False
+    texts = [tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS] for text in generic_texts()]
     file = cache_folder("parts") / f"{revision[:32]}.safetensors"
     with _locked(file):
         found = _read(file, map_of(part))
         if found is None:
-            ids = [tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS] for text in generic_texts()]
-            found = fit_map(part, target, ids)
+            found = fit_map(part, target, texts)
             aside = file.with_suffix(".part")
             save_file({_KEY: found}, aside)
             aside.replace(file)
     with torch.no_grad():
         map_of(part).weight.copy_(found)
+    if (kept := kept_head(part)) is not None:
+        _, head = kept
+        head.keep(most_used(count_tokens(texts, head.whole.out_features), len(head.token_ids)))
     return True
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.models.errors import UnsupportedModelError
+from serving.models.kept_head import first_tokens, kept_buffers, kept_head
 from serving.models.refusals import text_part
 
 Block = Literal["whole", "attention"]
@@ -30,27 +31,32 @@ _MADE = 1
 
 @dataclass(frozen=True)
 class TargetPart:
-    """Which part. `exit_layer`: number of the target's layers in it, which the block follows."""
+    """Which part. `exit_layer`: number of the target's layers in it, which the block follows. `kept_tokens`:
+    so many tokens its head can propose; None: all."""
 
     exit_layer: int = DEFAULT_EXIT_LAYER
     block: Block = "whole"
+    kept_tokens: int | None = None
 
     @classmethod
     def named(cls, name: str | None) -> Self | None:
-        """The part that `self`, `self:E` or `self:E:attention` names; None for any other name.
+        """The part that a name such as `self`, `self:E`, `self:E:attention`, `self:E:M` or
+        `self:E:attention:M` means; None for a name of anything else.
 
         Raises UnsupportedModelError for a name that begins like one of a part and is none."""
         kind, *details = (name or "").split(":")
         if kind != SELF:
             return None
-        layer, block = [*details, *("", "")][:2]
-        layer, block = layer or str(DEFAULT_EXIT_LAYER), block or "whole"
-        if len(details) > 2 or not layer.isdecimal() or block not in get_args(Block):
+        layer = details.pop(0) if details else str(DEFAULT_EXIT_LAYER)
+        block = details.pop(0) if details and details[0] in get_args(Block) else "whole"
+        kept = details.pop(0) if details else None
+        if details or not layer.isdecimal() or not (kept is None or (kept.isdecimal() and int(kept))):
             raise UnsupportedModelError(
-                f"draft {name!r} names no part of the target: `self`, `self:E` or `self:E:attention`, where "
-                "E is the number of the target's layers in it; nothing is drafted with it"
+                f"draft {name!r} names no part of the target: `self`, `self:E`, `self:E:attention`, `self:E:M` "
+                "or `self:E:attention:M`, where E is the number of the target's layers in it and M how many "
+                "tokens its head can propose; nothing is drafted with it"
             )
-        return cls(int(layer), block)  # type: ignore[arg-type]  # checked above
+        return cls(int(layer), block, None if kept is None else int(kept))  # type: ignore[arg-type]  # checked
 
     @classmethod
     def of(cls, model: nn.Module) -> Self | None:
@@ -59,7 +65,8 @@ class TargetPart:
         return None if described is None else cls(**described)
 
     def __str__(self) -> str:
-        return f"{SELF}:{self.exit_layer}" + ("" if self.block == "whole" else f":{self.block}")
+        block = "" if self.block == "whole" else f":{self.block}"
+        return f"{SELF}:{self.exit_layer}{block}" + (f":{self.kept_tokens}" if self.kept_tokens else "")
 
     def revision(self, target_revision: str) -> str:
         """Of the part as it starts, which follows from the target and the fit."""
@@ -77,11 +84,18 @@ class TargetPart:
                 f"draft {str(self)!r} takes {self.exit_layer} of the target's layers and copies the next "
                 f"one; the target has {num_layers} layers, so E must be below {num_layers}"
             )
+        num_tokens = text_part(target.config).vocab_size
+        if self.kept_tokens is not None and self.kept_tokens >= num_tokens:
+            raise UnsupportedModelError(
+                f"draft {str(self)!r} has a head over {self.kept_tokens} of the target's {num_tokens} tokens, "
+                f"so M must be below {num_tokens}; leave it out for a head over all"
+            )
         with torch.device("meta"):
-            part: nn.Module = type(target)(self._config(target))
-        reshape(part)
+            part: Any = type(target)(self._config(target))
+        _reshape_decoder(part, self)
         own = _Anatomy.of(part)
         _share(part, target, {source.layers, source.norm})
+        _reshape_head(part, self)
         for number in range(self.exit_layer):
             own.layers[number] = source.layers[number]
         _fill(own.layers[self.exit_layer], source.layers[self.exit_layer])
@@ -90,7 +104,8 @@ class TargetPart:
         weight = next(source.norm.parameters())
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         own.norm.map.weight = nn.Parameter(identity)
-        return part.eval().requires_grad_(False)
+        module: nn.Module = part.eval().requires_grad_(False)
+        return module
 
     def _config(self, target: nn.Module) -> Any:
         """The target's, with fewer layers, and what part it is."""
@@ -109,8 +124,12 @@ def reshape(model: nn.Module) -> None:
     """Make a model of the target's class, with few layers, the part that its configuration says; no other
     model changes. Raises UnsupportedModelError."""
     part = TargetPart.of(model)
-    if part is None:
-        return
+    if part is not None:
+        _reshape_decoder(model, part)
+        _reshape_head(model, part)
+
+
+def _reshape_decoder(model: nn.Module, part: TargetPart) -> None:
     anatomy = _Anatomy.of(model)
     setattr(anatomy.decoder, anatomy.norm_name, MappedNorm(anatomy.norm))
     if part.block == "whole":
@@ -124,6 +143,18 @@ def reshape(model: nn.Module) -> None:
     block.mlp = NoUpdate()
 
 
+def _reshape_head(model: Any, part: TargetPart) -> None:
+    if part.kept_tokens is None:
+        return
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UnsupportedModelError(
+            f"draft {str(part)!r} needs a linear head; that of {type(model).__name__} is a "
+            f"{type(head).__name__}. Leave out M"
+        )
+    model.set_output_embeddings(first_tokens(head, part.kept_tokens))
+
+
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """By first name, each once: those of a part's block, norm and map; all parameters of any other model."""
     named = dict(model.named_parameters())
@@ -133,11 +164,18 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in named.items() if id(weight) in own}
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """By name, what a swap may change: `own_parameters`, and which tokens a part's head keeps."""
+    return {**own_parameters(model), **kept_buffers(model)}
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """A copy with weights of its own, which shares with a part's target what the part shares with it."""
     if TargetPart.of(model) is None:
         return copy.deepcopy(model)
     own = {id(module) for each in _own_modules(model) for module in each.modules()}
+    if head := kept_head(model):
+        own.add(id(head[1]))
     shared = [module for module in model.modules() if own.isdisjoint(map(id, module.modules()))]
     return copy.deepcopy(model, {id(module): module for module in shared})
 

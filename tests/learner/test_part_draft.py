@@ -1,6 +1,7 @@
 """A part of the target learns its block from records without hidden states, and serves what it learnt."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from buffer.memory_store import MemoryAdapterFeed
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import GenerationRecord, ServingStatus
+from learner.distill import Objective, weighted_loss
 from learner.draft import TrainableDraft, build_draft, export_weights
 from learner.incumbent import Incumbent
 from learner.trainer import Trainer
@@ -100,17 +102,18 @@ def test_lora_on_the_block_learns_too_and_is_smaller(
     assert draft.num_parameters < num_weights
 
 
-@pytest.mark.parametrize("trainable", [None, "lora"])
+@pytest.mark.parametrize(("part", "trainable"), [(PART, None), (PART, "lora"), ("self:1:200", None)])
 def test_an_engine_swaps_the_learnt_block_in_and_says_the_same_text(
-    target: str, pair: ModelPair, records: list[GenerationRecord], trainable: str | None
+    target: str, records: list[GenerationRecord], part: str, trainable: str | None
 ) -> None:
+    pair = load_pair(target, part)
     greedy = SamplingParams(temperature=0.0, max_tokens=24)
     options = EngineOptions(num_slots=2, max_seq_len=64, num_draft_tokens=3, speculation="model")
     draft = part_draft(pair, trainable=trainable, learning_rate=3e-3)
     trainer = Trainer(draft, quick_settings(learning_rate=3e-3))
     for _ in range(4):
         trainer.train(records, [], rest=lambda _: True)
-    with load_engine(target, PART, options) as engine:
+    with load_engine(target, part, options) as engine:
         prompts = [list(record.prompt_token_ids) for record in records[:4]]
         before = engine.generate(prompts, greedy)
         shared = weights_of(engine.pair.target)
@@ -140,3 +143,84 @@ def test_an_engine_swaps_the_learnt_block_in_and_says_the_same_text(
         assert engine.draft_version == 0
         again = engine.generate(prompts, greedy)
         assert [one.num_accepted for one in again] == [one.num_accepted for one in before]
+
+
+# -- a head over the tokens that traffic uses -------------------------------------------------------
+
+
+KEPT_PART = "self:1:40"
+
+
+@pytest.fixture
+def kept_pair(target: str) -> ModelPair:
+    return load_pair(target, KEPT_PART)
+
+
+def used(records: list[GenerationRecord]) -> set[int]:
+    return {token for record in records for token in record.output_token_ids.tolist()}
+
+
+def test_the_head_keeps_what_traffic_uses_and_learns_on_it(
+    kept_pair: ModelPair, records: list[GenerationRecord]
+) -> None:
+    """The start keeps tokens of generic text, which this random target hardly says."""
+    few = records[:3]
+    draft = part_draft(kept_pair, learning_rate=3e-3)
+    trainer = Trainer(draft, quick_settings(learning_rate=3e-3))
+    at_first = acceptance(trainer, few)
+    trainer.train(few, [], rest=lambda _: True)
+    kept = set(trainer.candidate["lm_head.token_ids"].tolist())
+    assert len(used(few)) <= 40 == len(kept) and used(few) <= kept
+    for _ in range(6):
+        report = trainer.train(few, [], rest=lambda _: True)
+        assert not report.num_skipped
+    assert acceptance(trainer, few) > at_first + 0.1
+    assert load(export_weights(trainer.candidate))["lm_head.token_ids"].dtype == torch.int64
+
+
+def test_a_restored_trainer_chooses_the_same_tokens(
+    target: str, kept_pair: ModelPair, records: list[GenerationRecord]
+) -> None:
+    first = Trainer(part_draft(kept_pair), quick_settings())
+    first.train(records[:12], [], rest=lambda _: True)
+    second = Trainer(part_draft(load_pair(target, KEPT_PART)), quick_settings())
+    second.restore(
+        first.trained, first.optimizer_state(), first.rng.bit_generator.state, first.num_steps
+    )
+    for trainer in (first, second):
+        trainer.train(records[12:], [], rest=lambda _: True)
+    assert first.candidate.keys() == second.candidate.keys()
+    assert all(torch.equal(first.candidate[key], second.candidate[key]) for key in first.candidate)
+
+
+def test_tokens_outside_the_head_are_no_part_of_what_is_learnt(
+    kept_pair: ModelPair, records: list[GenerationRecord]
+) -> None:
+    """Against the sum over single positions, in probabilities."""
+    draft = part_draft(kept_pair)
+    [batch] = Trainer(draft, quick_settings(max_tokens_per_pass=10_000)).batches(records[:2])
+    objective = Objective(greedy_temperature=1.0)
+    logits_NV = draft.logits(batch)
+    got = weighted_loss(batch, logits_NV, objective)
+    kept = set(draft.state()["lm_head.token_ids"].tolist())
+    expected, num_outside = 0.0, 0
+    for index in range(batch.num_positions):
+        target = {
+            int(token): math.exp(logprob)
+            for token, logprob in zip(
+                batch.topk_token_ids_NK[index], batch.topk_logprobs_NK[index].tolist(), strict=True
+            )
+        }
+        tail = max(1.0 - sum(target.values()), 1e-6)
+        probs_V = logits_NV[index].detach().softmax(-1)
+        inside = {token: prob for token, prob in target.items() if token in kept}
+        num_outside += len(target) - len(inside)
+        covered = sum(inside.values()) + tail
+        own_tail = max(1.0 - sum(float(probs_V[token]) for token in inside), 1e-6)
+        expected += sum(
+            prob * math.log(prob / covered / float(probs_V[token])) for token, prob in inside.items()
+        ) + tail * math.log(tail / covered / own_tail)
+    assert num_outside > 0
+    assert float(got.detach()) == pytest.approx(expected, rel=1e-3)
+    got.backward()
+    assert all(bool(torch.isfinite(weight.grad).all()) for weight in draft.parameters.values())

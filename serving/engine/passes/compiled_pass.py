@@ -113,7 +113,10 @@ def _distance(
         keys_and_values = [kv.clone() for kv in context]
         logits_BEV = run(tokens_BT, columns_BT, mask_B1TK, keep_E, keys_and_values)
         outcomes.append([logits_BEV, *keys_and_values])
-    return max(
-        float((one - other).abs().max() / one.abs().max().clamp(min=1.0))
-        for one, other in zip(*outcomes, strict=True)
-    )
+    return max(_relative(one, other) for one, other in zip(*outcomes, strict=True))
+
+
+def _relative(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest number; -inf in the same places differs by nothing."""
+    difference = torch.where(one == other, 0.0, (one - other).abs())
+    return float(difference.max() / one.masked_fill(one.isinf(), 0.0).abs().max().clamp(min=1.0))

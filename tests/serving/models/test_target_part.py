@@ -126,7 +126,7 @@ def test_names_of_parts(name: str | None, part: TargetPart | None) -> None:
     assert part is None or TargetPart.named(str(part)) == part
 
 
-@pytest.mark.parametrize("name", ["self:two", "self:-1", "self:1:mlp", "self:1:whole:2"])
+@pytest.mark.parametrize("name", ["self:two", "self:-1", "self:1:mlp", "self:1:whole:2:3"])
 def test_names_that_are_none_say_what_is_one(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"`self:E`") as raised:
         TargetPart.named(name)

@@ -104,12 +104,13 @@ def test_compiled_passes_embed_prompts_and_serve_drafts_of_further_routes(model:
 
 @pytest.mark.slow
 def test_a_part_of_the_target_is_compiled_in_its_own_shape(model: str, package: Path) -> None:
-    """Without feed-forward, with the map; over the target's slot cache, which the target reads after it."""
+    """Without feed-forward, with the map and a head over some tokens; over the target's slot cache, which the
+    target reads after it."""
     options = EngineOptions(**SHAPE, num_draft_tokens=3, speculation="model")
     with (
-        load_engine(model, "self:0:attention", replace(options, compile="on")) as compiled,
+        load_engine(model, "self:0:attention:40", replace(options, compile="on")) as compiled,
         load_engine(model, options=EngineOptions(**SHAPE)) as alone,
-        load_engine(model, "self:0:attention", options) as eager,
+        load_engine(model, "self:0:attention:40", options) as eager,
     ):
         drafter = compiled.core.drafts.drafter
         assert isinstance(drafter, ModelDrafter) and drafter.runner.compiled is not None

@@ -131,7 +131,7 @@ def check_text(target: str, draft: str, alone: list[list[int]]) -> None:
         assert not stats.draft_disabled_reason and stats.num_draft_tokens > 0
 
 
-@pytest.mark.parametrize("draft", ["self:0", "self:1", "self:2", "self:1:attention"])
+@pytest.mark.parametrize("draft", ["self:0", "self:1", "self:2", "self:1:attention", "self:1:40"])
 def test_greedy_text_is_the_targets_own(
     tiny_pair: tuple[str, str], draft: str, alone: list[list[int]]
 ) -> None:
@@ -158,15 +158,19 @@ def test_a_route_that_opens_while_others_run_leaves_their_context_alone(
         assert engine.drafts.routes == ["default", "19"]
 
 
-def test_sampled_text_follows_the_targets_distribution() -> None:
-    """Enumerated on a vocabulary of five; false alarms: FALSE_ALARM_RATE."""
-    check_distribution(SharedSlotCache)
+@pytest.mark.parametrize("kept_tokens", [None, 3])
+def test_sampled_text_follows_the_targets_distribution(kept_tokens: int | None) -> None:
+    """Enumerated on a vocabulary of five; false alarms: FALSE_ALARM_RATE. A draft that can propose but three
+    tokens changes nothing."""
+    check_distribution(SharedSlotCache, kept_tokens)
 
 
-def check_distribution(cache_class: type[SharedSlotCache], rows: int = 16) -> None:
+def check_distribution(
+    cache_class: type[SharedSlotCache], kept_tokens: int | None = None, rows: int = 16
+) -> None:
     torch.manual_seed(3)
     target = tiny_model("llama", 3, 5).eval().requires_grad_(False)
-    part = TargetPart(1).build(target)
+    part = TargetPart(1, kept_tokens=kept_tokens).build(target)
     runner = Runner(target, num_slots=rows, max_seq_len=16)
     cache = cache_class(runner.cache, num_shared=1)
     drafter = ModelDrafter(Runner(part, num_slots=rows, max_seq_len=16, cache=cache))

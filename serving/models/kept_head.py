@@ -1,0 +1,114 @@
+"""A draft's head over the tokens that traffic uses: logits of M tokens, and -inf for every other.
+
+With a large vocabulary the head is most of a small draft's pass, and few tokens are most of any traffic (as
+FR-Spec, arXiv 2502.14856, has it). A token outside has probability zero, which verification allows: the
+output's distribution is the target's as ever. Which tokens are kept is part of a draft's version and travels
+in its adapter; their rows are copies of the target's. Legend: M kept tokens, V vocabulary, H width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serving.models.adapter_tensors import AdapterRejectedError
+
+IDS = "token_ids"
+_ROWS = ("weight", "bias")
+
+
+class KeptHead(nn.Module):
+    """Stands where the model has its head, and gives logits of the same shape [..., V]."""
+
+    token_ids: Tensor
+    """[M] int64, strictly increasing; a buffer, as the rows are."""
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, whole: nn.Linear, token_ids_M: Tensor) -> None:
+        """`whole`: the head of the target, which stays the target's."""
+        super().__init__()
+        self.whole = whole
+        self.register_buffer(IDS, token_ids_M.to(whole.weight.device), persistent=False)
+        for name, rows in self.rows(self.token_ids).items():
+            self.register_buffer(name, rows, persistent=False)
+        if whole.bias is None:
+            self.bias = None
+
+    def forward(self, states_BTH: Tensor) -> Tensor:
+        """[..., H] to [..., V]."""
+        kept_BTM = nn.functional.linear(states_BTH, self.weight, self.bias)
+        nothing_BTV = kept_BTM.new_full((*kept_BTM.shape[:-1], self.whole.out_features), -torch.inf)
+        return nothing_BTV.index_copy(-1, self.token_ids, kept_BTM)
+
+    def rows(self, token_ids_M: Tensor) -> dict[str, Tensor]:
+        """What belongs to these tokens, by the name of its buffer: copies of rows of the target's head."""
+        found = {name: getattr(self.whole, name) for name in _ROWS}
+        return {name: rows.detach()[token_ids_M] for name, rows in found.items() if rows is not None}
+
+    @torch.no_grad()
+    def keep(self, token_ids_M: Tensor) -> None:
+        """Keep these tokens from now on, as many as before, in place."""
+        self.token_ids.copy_(token_ids_M)
+        for name, rows in self.rows(self.token_ids).items():
+            getattr(self, name).copy_(rows)
+
+    def fault(self, token_ids_M: Tensor) -> str:
+        """Why these tokens cannot be kept; empty if they can."""
+        if token_ids_M.shape != self.token_ids.shape or token_ids_M.dtype != torch.int64:
+            return (
+                f"{tuple(token_ids_M.shape)} ids of {token_ids_M.dtype}, not "
+                f"{tuple(self.token_ids.shape)} of torch.int64"
+            )
+        size = self.whole.out_features
+        in_order = bool((token_ids_M[1:] > token_ids_M[:-1]).all())
+        if not (in_order and token_ids_M[0] >= 0 and token_ids_M[-1] < size):
+            return f"ids that are not different ones in order within 0..{size - 1}"
+        return ""
+
+
+def kept_head(model: nn.Module) -> tuple[str, KeptHead] | None:
+    """Name and module of a model's head over kept tokens; None if it has another."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, KeptHead)]
+    return found[0] if found else None
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """By name: the ids, and what belongs to them; empty for a model with another head."""
+    if (found := kept_head(model)) is None:
+        return {}
+    name, head = found
+    return {f"{name}.{key}": buffer for key, buffer in head.named_buffers(recurse=False)}
+
+
+def read_kept(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the ids out of an adapter's tensors; returns them with what belongs to them, as `kept_buffers`
+    names it. Empty for a model with another head. Raises AdapterRejectedError."""
+    if (found := kept_head(model)) is None:
+        return {}
+    name, head = found
+    ids_M = tensors.pop(f"{name}.{IDS}", None)
+    if ids_M is None or (fault := head.fault(ids_M)):
+        said = "no ids" if ids_M is None else fault
+        raise AdapterRejectedError(
+            f"adapter's kept tokens {f'{name}.{IDS}'!r} are {said}; drafted tokens would be other words"
+        )
+    ids_M = ids_M.to(head.token_ids.device)
+    return {f"{name}.{key}": rows for key, rows in ({IDS: ids_M} | head.rows(ids_M)).items()}
+
+
+def count_tokens(texts: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
+    """[V] float64: how often each id occurs."""
+    ids = torch.tensor([token_id for text in texts for token_id in text], dtype=torch.int64)
+    return torch.bincount(ids, minlength=vocab_size).double()
+
+
+def most_used(counts_V: Tensor, count: int) -> Tensor:
+    """The ids [count], in order, of the largest counts; of equal ones the lowest."""
+    return counts_V.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def first_tokens(head: Any, count: int) -> KeptHead:
+    """A head over the first `count` ids, until others are kept."""
+    return KeptHead(head, torch.arange(count, device="cpu"))
