@@ -25,7 +25,13 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
 
     The target is needed only for its revision; its weights are let go at once.
     """
-    pair = load_pair(serving.target, serving.draft, device=serving.device, dtype=serving.dtype)
+    pair = load_pair(
+        serving.target,
+        serving.draft,
+        device=serving.device,
+        dtype=serving.dtype,
+        untie_draft=serving.untie_draft,
+    )
     assert pair.draft is not None, "a learner is wired only where there is a draft"
     draft = build_draft(
         pair.draft.float(), learner, draft_id=pair.draft_id, draft_revision=pair.draft_revision

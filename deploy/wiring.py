@@ -21,6 +21,7 @@ from buffer.redis_store import RedisRecordStore
 from buffer.store import AdapterFeed, RecordStore
 from deploy.environment import quieten_libraries
 from deploy.errors import ClusterError, ModelPairError, SettingsError
+from deploy.part_choice import as_if_chosen, with_chosen_part
 from deploy.ports import require_free_port
 from deploy.running import RunningNote, claimed_folder, own_note, write_learner_snapshot, write_note
 from deploy.settings import Settings
@@ -93,10 +94,11 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         url, learns = _url(cluster.host, cluster.port), cluster.learn and settings.serving.draft is not None
         locks = parts.enter_context(claimed_folder(settings.state_dir, url=url, learns=learns))
         require_free_port(cluster.host, cluster.port)
-        check_models(settings)
-        for line in check_memory(settings).lines():
+        check_models(as_if_chosen(settings))
+        for line in check_memory(as_if_chosen(settings)).lines():
             narrate(line)
         redis_url = parts.enter_context(_redis(settings, narrate))
+        settings = with_chosen_part(settings, redis_url, narrate)
         learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, locks, narrate))
         system = RunningSystem(settings, url, redis_url, learner, revision)
         write_note(settings.state_dir, _note(system))
@@ -163,7 +165,9 @@ def check_memory(settings: Settings) -> "MemoryPlan":
 
     serving = settings.serving
     options = EngineOptions.of(serving, export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0)
-    plan = MemoryPlan.outlined(serving.target, serving.draft, options, dtype=serving.dtype)
+    plan = MemoryPlan.outlined(
+        serving.target, serving.draft, options, dtype=serving.dtype, untie_draft=serving.untie_draft
+    )
     if settings.cluster.ray_address is None and torch.device(serving.device).type != "cuda":
         try:
             plan.require_fit(FreeMemory(host_free_bytes() // serving.num_replicas))

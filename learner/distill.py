@@ -72,8 +72,8 @@ def distill_step(
 
 
 def weighted_loss(batch: TrainingBatch, logits_NV: Tensor, objective: Objective) -> Tensor:
-    """Sum over positions of weight times divergence, a scalar. Where the draft's head lacks tokens, a position
-    counts by the probability of those that it has."""
+    """Sum over positions of weight times divergence, a scalar. Where the draft's head lacks tokens, a
+    position counts by the probability of those that it has."""
     target_NP, draft_NP, coverage_N = training_logprobs(batch, logits_NV, objective.greedy_temperature)
     divergence = named_divergence(objective.divergence, objective.jensen_shannon_beta)
     return (_weights(batch, objective) * coverage_N * divergence(target_NP, draft_NP)).sum()

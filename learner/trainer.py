@@ -19,8 +19,8 @@ from learner.checkpoint import load_optimizer_state, optimizer_state
 from learner.distill import Objective, StepMetrics, build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft
 from learner.draw import fresh_draws, num_steps
-from learner.kept_tokens import KeptTokens
 from learner.judging.evaluation import RecordScore, score_records
+from learner.kept_tokens import KeptTokens
 from learner.rows import TrainingRow, rejected_suffix_rows, trajectory_row
 from learner.settings import LearnerSettings
 
@@ -148,7 +148,7 @@ class Trainer:
         self._optimizer.state.clear()
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's moments, including the running mean, and counts of tokens that choose the head's."""
+        """The optimizer's moments, including the running mean, and the counts that choose kept tokens."""
         return optimizer_state(self._optimizer, self.draft.parameters) | self.tokens.state()
 
     def restore(

@@ -55,10 +55,12 @@ def load_engine(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    untie_draft: bool = False,
 ) -> LocalEngine:
     """Load a pair (paths or hub ids) and start an engine on it. Raises UnsupportedModelError for models that
     cannot be served, and MemoryPlanError for sizes that do not fit."""
-    return build_engine(load_pair(target, draft, device=device, dtype=dtype), options)
+    pair = load_pair(target, draft, device=device, dtype=dtype, untie_draft=untie_draft)
+    return build_engine(pair, options)
 
 
 def build_engine(

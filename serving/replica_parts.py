@@ -166,6 +166,7 @@ def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
         EngineOptions.of(settings, export_queue_bytes=export_queue_bytes),
         device=settings.device,
         dtype=settings.dtype,
+        untie_draft=settings.untie_draft,
     )
     if engine.pair.tokenizer is None:
         engine.close()

@@ -21,7 +21,11 @@ class ServingSettings(BaseModel):
     """Path or hub id of the model that is served."""
     draft: str | None = None
     """Path or hub id of the draft, or `self`, `self:E`, `self:E:attention`: the target drafts with its own
-    first E layers (2 unless given) and a block on top that learns. None serves without speculation."""
+    first E layers (2 unless given) and a block on top that learns; `:M` behind it gives it a head over M
+    tokens. `self:auto` chooses at start. None serves without speculation."""
+    untie_draft: bool = False
+    """Give a draft whose head is tied to its embedding a head of its own, so that LoRA can adapt both; it
+    takes the head's memory once more. A part of the target needs none: it has a map before the head."""
     model_name: str | None = None
     """The model's name for clients; None: the last part of `target`."""
     device: str = "cpu"

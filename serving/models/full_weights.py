@@ -48,7 +48,8 @@ def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> 
 
 
 def read_full(base: nn.Module, weights: bytes, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name, in the base's dtype, with what belongs to kept tokens; `base` is not changed. Raises AdapterRejectedError."""
+    """Tensors by name, in the base's dtype, with what belongs to kept tokens; `base` is not changed. Raises
+    AdapterRejectedError."""
     ours, theirs = TargetPart.of(base), config.get(_PART)
     if theirs != (None if ours is None else str(ours)):
         raise AdapterRejectedError(

@@ -27,6 +27,7 @@ __all__ = [
     "load_outline",
     "load_pair",
     "max_positions",
+    "untie",
     "weights_revision",
 ]
 
@@ -51,10 +52,15 @@ class ModelPair:
 
 
 def load_pair(
-    target: str, draft: str | None = None, *, device: str = "cpu", dtype: str = "float32"
+    target: str,
+    draft: str | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    untie_draft: bool = False,
 ) -> ModelPair:
-    """Check and load both models; `draft` may name a part of the target, see TargetPart. Raises
-    UnsupportedModelError."""
+    """Check and load both models; `draft` may name a part of the target, see TargetPart. `untie_draft`: see
+    `untie`. Raises UnsupportedModelError."""
     check_device(device)
     inspected = inspect_pair(target, draft, dtype=dtype)
     target_model = _load(inspected.target, device=device, dtype=dtype)
@@ -67,6 +73,8 @@ def load_pair(
     elif inspected.draft is not None:
         draft_model = _load(inspected.draft, device=device, dtype=dtype)
         draft_revision = weights_revision(draft_model)
+        if untie_draft and untie(draft_model):
+            draft_revision = hashlib.sha256(f"{draft_revision} untied".encode()).hexdigest()
         longest = min(longest, max_positions(draft_model))
     return ModelPair(
         target=target_model,
@@ -96,6 +104,18 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> nn.
 def load_outline(name: str, *, dtype: str = "float32") -> nn.Module:
     """The model's shapes without its weights, on the meta device. Raises UnsupportedModelError."""
     return inspect_model(name, dtype=dtype).outline
+
+
+def untie(model: nn.Module) -> bool:
+    """Give a model whose head is its embedding a head of its own, a copy, so that each can learn: LoRA on
+    what is tied would change both. False where they are two already."""
+    model_: Any = model
+    head, embedding = model_.get_output_embeddings(), model_.get_input_embeddings()
+    if head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model_.config.tie_word_embeddings = text_config(model).tie_word_embeddings = False
+    return True
 
 
 def _load(inspected: InspectedModel, *, device: str, dtype: str) -> nn.Module:

@@ -184,9 +184,7 @@ def test_a_restored_trainer_chooses_the_same_tokens(
     first = Trainer(part_draft(kept_pair), quick_settings())
     first.train(records[:12], [], rest=lambda _: True)
     second = Trainer(part_draft(load_pair(target, KEPT_PART)), quick_settings())
-    second.restore(
-        first.trained, first.optimizer_state(), first.rng.bit_generator.state, first.num_steps
-    )
+    second.restore(first.trained, first.optimizer_state(), first.rng.bit_generator.state, first.num_steps)
     for trainer in (first, second):
         trainer.train(records[12:], [], rest=lambda _: True)
     assert first.candidate.keys() == second.candidate.keys()

@@ -210,17 +210,22 @@ def test_ids_where_weights_belong_are_refused(serving: DraftWeights) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_allows_no_kept_token_is_served_and_breaks_no_draft(
-    tmp_path, temperature: float  # type: ignore[no-untyped-def]
+    tmp_path,
+    temperature: float,  # type: ignore[no-untyped-def]
 ) -> None:
     target, _ = save_tiny_pair(tmp_path)
     options = EngineOptions(num_slots=2, max_seq_len=64, num_draft_tokens=3, speculation="model")
     with load_engine(target, "self:1:20", options) as engine:
         allowed = tuple(range(250, 300))
-        strict = SamplingParams(temperature=temperature, max_tokens=8, allowed_token_ids=allowed, ignore_eos=True)
+        strict = SamplingParams(
+            temperature=temperature, max_tokens=8, allowed_token_ids=allowed, ignore_eos=True
+        )
         [generation] = engine.generate([[1, 2, 3]], strict)
         assert set(generation.output_token_ids) <= set(allowed)
         assert not engine.stats().draft_disabled_reason
         [plain] = engine.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
     with load_engine(target, None, EngineOptions(num_slots=2, max_seq_len=64)) as alone:
-        [expected] = alone.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+        [expected] = alone.generate(
+            [[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        )
     assert plain.output_token_ids == expected.output_token_ids

@@ -1,0 +1,161 @@
+"""Chooses the part of a target that drafts, where the operator says `self:auto`.
+
+The speed of a part follows from what its passes cost here, which is measured, and from its acceptance once it
+has learnt: what learning has shown for this target's parts, or, of parts that have not learnt yet, what it
+showed on another model. The choice is made once, at start: another part is another draft, with a floor and
+adapters of its own. Run as a program it answers one question on stdin, so that the memory of the target that
+it loads is gone afterwards.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from buffer.names import DEFAULT_ROUTE
+from buffer.redis_feed import RedisAdapterFeed
+from buffer.store import AdapterFeed
+from serving.engine.cost_measurement import measure_costs
+from serving.engine.counters import expected_block_efficiency
+from serving.engine.draft_length import MAX_DRAFT_TOKENS
+from serving.engine.passes.kv_shape import KvShape
+from serving.engine.passes.runner import Runner
+from serving.local import draft_runner
+from serving.models.loading import load_model, weights_revision
+from serving.models.target_part import TargetPart
+from serving.runner_check import prepare_runner
+
+LEARNT = {0: 0.64, 1: 0.68, 2: 0.70, 4: 0.72, 7: 0.74}
+"""Acceptance by exit layer after learning, of whole blocks; measured, see docs/self-drafting.md."""
+ACCEPTANCE = "acceptance_candidate"
+"""Of the evidence that a draft was promoted for."""
+COVERED = 0.96
+"""Of that, what a head over a quarter of the tokens keeps."""
+_KEPT_OF = 4
+_LEAST_KEPT = 2048
+"""A smaller head costs so little that there is nothing to save."""
+_CONTEXT_TOKENS = 128
+_REPEATS = 15
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A part, and what is expected of it: one request, greedy."""
+
+    part: str
+    draft_pass_share: float
+    """Of the time that a pass of the target over one token takes."""
+    acceptance: float
+    num_draft_tokens: int
+    """The draft length of the greatest speed."""
+    speedup: float
+    """Over no speculation."""
+
+
+def candidates(target: nn.Module) -> Iterator[TargetPart]:
+    """Whole blocks, which learn more a second than attention alone at little more cost; with the whole head,
+    and, where the vocabulary is large, with one over a quarter of it."""
+    shape = KvShape.of(target)
+    kept = shape.vocab_size // _KEPT_OF
+    heads = (None, kept) if kept >= _LEAST_KEPT else (None,)
+    for exit_layer in LEARNT:
+        if exit_layer < shape.num_layers:
+            yield from (TargetPart(exit_layer, kept_tokens=head) for head in heads)
+
+
+def choose(target: nn.Module, shown: Mapping[str, float]) -> list[Candidate]:
+    """Every part that was looked at, the best first. `shown`: acceptance that learning has shown, by part.
+    Raises UnsupportedModelError.
+
+    A pass is measured of the shallowest part, of the deepest, and of one with a smaller head; between them
+    its time is linear in the layers."""
+    parts = list(candidates(target))
+    deepest = max(parts, key=lambda part: part.exit_layer)
+    smaller = next((part for part in parts if part.kept_tokens is not None), parts[0])
+    runner = Runner(target, num_slots=1, max_seq_len=2 * _CONTEXT_TOKENS)
+    prepare_runner(runner, "target")
+    target_s, shallow_s = _seconds(runner, parts[0])
+    layer_s = (_seconds(runner, deepest)[1] - shallow_s) / max(1, deepest.exit_layer)
+    saved_s = shallow_s - _seconds(runner, smaller)[1]
+    found = []
+    for part in parts:
+        draft_s = shallow_s + part.exit_layer * layer_s - (saved_s if part.kept_tokens else 0.0)
+        found.append(_candidate(part, target_s, draft_s, expected_acceptance(part, shown)))
+    return sorted(found, key=lambda candidate: -candidate.speedup)
+
+
+def _seconds(target: Runner, part: TargetPart) -> tuple[list[float], float]:
+    """Of a pass of the target that verifies 0, 1, … draft tokens, and of a pass of the part."""
+    draft = draft_runner(part.build(target.model), target)
+    prepare_runner(draft, str(part))
+    costs = measure_costs(
+        target,
+        draft,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
+        context_tokens=_CONTEXT_TOKENS,
+        repeats=_REPEATS,
+    )
+    return costs.seconds_by_length(1, MAX_DRAFT_TOKENS)[0], costs.draft_pass_s[0]
+
+
+def expected_acceptance(part: TargetPart, shown: Mapping[str, float]) -> float:
+    """What learning has shown for the part itself; else what it showed elsewhere, moved, in log-odds, by as
+    much as this target's other parts differ from there."""
+    if str(part) in shown:
+        return shown[str(part)]
+    offsets = [
+        _log_odds(acceptance) - _log_odds(_elsewhere(other))
+        for name, acceptance in shown.items()
+        if (other := TargetPart.named(name)) is not None
+    ]
+    offset = sum(offsets) / len(offsets) if offsets else 0.0
+    return 1.0 / (1.0 + math.exp(-_log_odds(_elsewhere(part)) - offset))
+
+
+def _candidate(part: TargetPart, target_s: Sequence[float], draft_s: float, acceptance: float) -> Candidate:
+    speeds = {
+        length: expected_block_efficiency([acceptance] * length)
+        * target_s[0]
+        / (target_s[length] + length * draft_s)
+        for length in range(1, MAX_DRAFT_TOKENS + 1)
+    }
+    best = max(speeds, key=lambda length: speeds[length])
+    return Candidate(str(part), draft_s / target_s[0], acceptance, best, speeds[best])
+
+
+def _elsewhere(part: TargetPart) -> float:
+    """Between the exits that were measured, the next one below."""
+    exit_layer = max(layer for layer in LEARNT if layer <= part.exit_layer)
+    return LEARNT[exit_layer] * (1.0 if part.kept_tokens is None else COVERED)
+
+
+def _log_odds(share: float) -> float:
+    share = min(0.99, max(0.01, share))
+    return math.log(share / (1.0 - share))
+
+
+def shown_by(feed: AdapterFeed) -> dict[str, float]:
+    """By part, the acceptance for which its newest kept draft of the default route was promoted."""
+    return {
+        manifest.draft_id: manifest.evidence[ACCEPTANCE]
+        for manifest in feed.versions(DEFAULT_ROUTE)
+        if ACCEPTANCE in manifest.evidence
+    }
+
+
+def main(question: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`question`: target, device, dtype, redis_url. The answer: candidates as plain data."""
+    target = load_model(question["target"], device=question["device"], dtype=question["dtype"])
+    with closing(RedisAdapterFeed(question["redis_url"], weights_revision(target))) as feed:
+        shown = shown_by(feed)
+    return [asdict(candidate) for candidate in choose(target, shown)]
+
+
+if __name__ == "__main__":
+    answer = main(json.load(sys.stdin))
+    print(json.dumps(answer))
