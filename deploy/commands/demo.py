@@ -54,7 +54,7 @@ def demo(
     from deploy.demo.summary import summarise
     from deploy.settings_source import load_settings
     from deploy.signals import wait_for_stop
-    from deploy.wiring import open_feed, running_system
+    from deploy.wiring import open_feed, open_store, running_system
 
     fresh = DEFAULT_STATE_DIR / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     overrides: dict[str, dict[str, Any]] = {
@@ -66,9 +66,12 @@ def demo(
     with plain_faults():
         settings = load_settings(config, os.environ, overrides)
         with running_system(settings, errors().print) as system:
-            with closing(open_feed(system.redis_url, system.target_revision)) as feed:
+            with (
+                closing(open_feed(system.redis_url, system.target_revision)) as feed,
+                closing(open_store(system.redis_url)) as store,
+            ):
                 with DemoScreen(console) as screen:
-                    result = DemoSession(system, feed, screen, DemoPlan(), Timekeeper()).run()
+                    result = DemoSession(system, feed, screen, DemoPlan(), Timekeeper(), store).run()
                 metrics = metrics_of(result, feed, wall_s=time.monotonic() - began_s)
             summarise(console, screen, result, metrics)
             save_plot(result, plot)

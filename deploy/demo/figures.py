@@ -11,6 +11,7 @@ from buffer.store import AdapterFeed
 from deploy.demo.comparison import ARMS, Comparison
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.plot import moving_acceptance, plot_acceptance, swaps
+from deploy.demo.self_draft import SelfDraft
 from deploy.demo.session import DemoResult
 
 
@@ -34,10 +35,21 @@ def metrics_of(result: DemoResult, feed: AdapterFeed, *, wall_s: float) -> dict[
         "loads": {name: asdict(load) for name, load in result.loads.items()},
         "caveats": result.caveats,
         "demo_wall_s": wall_s,
+        "draft_model": None if result.draft_costs is None else asdict(result.draft_costs),
+        "self_draft": _self_draft(result.self_draft),
     }
     for num_clients, comparison in result.comparisons.items():
         metrics |= _measured(comparison, "" if num_clients == 1 else f"_{num_clients}_clients")
     return metrics
+
+
+def _self_draft(arm: SelfDraft | None) -> dict[str, Any] | None:
+    """Without its curve, which is in the series."""
+    if arm is None:
+        return None
+    figures = asdict(arm)
+    del figures["acceptance"]
+    return figures | {"num_records": len(arm.acceptance), "speed_up": arm.speed_up}
 
 
 def _replica_figures(statuses: Sequence[ServingStatus]) -> dict[str, Any]:
@@ -77,8 +89,14 @@ def series(result: DemoResult) -> dict[str, list[Any]]:
         "draft_version": [outcome.draft_version for outcome in result.traffic],
         "swaps": [list(swap) for swap in swaps(result.traffic)],
         "phases": [[phase.name, phase.num_requests] for phase in result.phases],
+        "self_draft": [[number, round(rate, 4)] for number, rate in _curve(result)],
     }
 
 
+def _curve(result: DemoResult) -> list[tuple[int, float]]:
+    return [] if result.self_draft is None else result.self_draft.acceptance
+
+
 def save_plot(result: DemoResult, file: Path) -> None:
-    plot_acceptance(result.traffic, [(phase.name, phase.num_requests) for phase in result.phases], file)
+    phases = [(phase.name, phase.num_requests) for phase in result.phases]
+    plot_acceptance(result.traffic, phases, file, _curve(result))

@@ -14,9 +14,13 @@ LEAST_ATTEMPTED = 10
 
 
 def plot_acceptance(
-    outcomes: Sequence[RequestOutcome], phases: Sequence[tuple[str, int]], file: Path
+    outcomes: Sequence[RequestOutcome],
+    phases: Sequence[tuple[str, int]],
+    file: Path,
+    self_draft: Sequence[tuple[int, float]] = (),
 ) -> None:
-    """`phases`: (name, number of requests) in the order of `outcomes`; one without any is not shown."""
+    """`phases`: (name, number of requests) in the order of `outcomes`; one without any is not shown.
+    `self_draft`: (number of the record, acceptance) of the part of the target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,7 +34,11 @@ def plot_acceptance(
         axes.text(start + count / 2, 1.015, name, ha="center", va="bottom", fontsize=10)
         start += count
     rates = [math.nan if rate is None else rate for rate in moving_acceptance(outcomes)]
-    axes.plot(rates, color="#1b4f72", lw=1.8, label=f"acceptance, mean of {WINDOW} requests")
+    axes.plot(rates, color="#1b4f72", lw=1.8, label=f"the draft model, mean of {WINDOW} requests")
+    if self_draft:
+        numbers, means = zip(*_mean_of(self_draft, WINDOW // 3), strict=True)
+        name = f"a part of the target, from some of the records, mean of {WINDOW // 3}"
+        axes.plot(numbers, means, color="#b9770e", lw=1.8, label=name)
     for number, (request, version) in enumerate(swaps(outcomes)):
         label = "a new draft answers" if number == 0 else None
         axes.axvline(request, color="#c0392b", lw=0.9, ls="--", alpha=0.7, label=label)
@@ -45,6 +53,15 @@ def plot_acceptance(
     axes.legend(loc="upper left", frameon=True, fontsize=9)
     figure.savefig(file, dpi=140)
     pyplot.close(figure)
+
+
+def _mean_of(points: Sequence[tuple[int, float]], window: int) -> list[tuple[int, float]]:
+    """At each point the mean of the last `window`."""
+    means = []
+    for end in range(1, len(points) + 1):
+        values = [value for _, value in points[max(0, end - window) : end]]
+        means.append((points[end - 1][0], sum(values) / len(values)))
+    return means
 
 
 def moving_acceptance(outcomes: Sequence[RequestOutcome]) -> list[float | None]:

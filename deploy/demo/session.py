@@ -16,15 +16,19 @@ from itertools import islice
 from buffer.errors import StoreUnavailableError
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import ServingStatus
-from buffer.store import AdapterFeed
+from buffer.store import AdapterFeed, RecordStore
 from deploy.demo.comparison import Comparison, Identity, compare, identity
 from deploy.demo.corpus import DOMAINS, Prompt, prompts
 from deploy.demo.load import Load, load_between, processor_times
 from deploy.demo.plan import DemoPlan, MeasuringPlan, Timekeeper, TimeLimit, TrafficPlan
 from deploy.demo.screen import DemoScreen
+from deploy.demo.self_draft import DraftCosts, SelfDraft, learn_and_measure, records_in
 from deploy.demo.traffic import Ask, Clients, RequestOutcome, top_two_gap
 from deploy.wiring import RunningSystem
+from learner.trainer import limit_threads
 from serving.compiling import COMPILING
+from serving.models.loading import load_outline
+from serving.options import EngineOptions
 
 SEED = 0
 NUM_CLIENTS = 8
@@ -58,6 +62,9 @@ class DemoResult:
     """What ran the models' passes when measuring began, and when it ended."""
     loads: dict[str, Load] = field(default_factory=dict)
     """What the processor did while `learning` and while `measuring`."""
+    self_draft: SelfDraft | None = None
+    draft_costs: DraftCosts | None = None
+    """Of the draft model."""
     caveats: list[str] = field(default_factory=list)
     """What did not go as planned, in sentences."""
 
@@ -78,8 +85,10 @@ class DemoSession:
         screen: DemoScreen,
         plan: DemoPlan,
         timekeeper: Timekeeper,
+        store: RecordStore | None = None,
     ) -> None:
-        self._system, self._feed, self._screen = system, feed, screen
+        """`store`: the records that the traffic leaves; None: the arm `self` is left out."""
+        self._system, self._feed, self._screen, self._store = system, feed, screen, store
         self._plan, self._timekeeper = plan, timekeeper
         self.result = DemoResult()
         if joined := system.settings.cluster.ray_address:
@@ -99,6 +108,7 @@ class DemoSession:
             self.result.passes.append(await_compiled_passes(self._feed, limit, self._screen.narrate))
             self._measure()
             self.result.passes.append(passes_of(self._feed.statuses()))
+            self._learn_self_draft()
         finally:
             if self._system.learner is not None:
                 self._system.learner.resume()
@@ -173,6 +183,28 @@ class DemoSession:
         outcomes = [outcome for part in self.result.comparisons.values() for outcome in part.outcomes]
         limit = self._timekeeper.begin(self._plan.near_ties_s)
         self.result.identity = identity(outcomes, partial(top_two_gap, self._system.url), limit)
+
+    def _learn_self_draft(self) -> None:
+        """From the records of the traffic, which is over."""
+        plan, settings = self._plan.self_draft, self._system.settings
+        if plan is None or self._store is None or self._system.learner is None:
+            return
+        self._screen.narrate(f"a part of the target, {plan.part}, learns from records of the same traffic")
+        limit_threads(settings.serving.num_threads or 1)
+        latest = self._feed.latest(DEFAULT_ROUTE)
+        outline = load_outline(str(settings.serving.draft), dtype=settings.serving.dtype)
+        learner_s = float(self._system.learner.snapshot().get("learner_s", 0.0))
+        self.result.draft_costs = DraftCosts.of(outline, latest, learner_s)
+        self.result.self_draft = learn_and_measure(
+            settings.serving.target,
+            records_in(self._store, self._system.target_revision),
+            {domain: prompts(domain, "heldout", seed=SEED + 1) for domain in DOMAINS},
+            settings.learner,
+            EngineOptions.of(settings.serving, export_queue_bytes=0),
+            plan,
+            self._timekeeper.begin(plan.learning_s),
+            max_tokens=self._plan.max_tokens,
+        )
 
     def _compare(self, plan: MeasuringPlan, held_out: dict[str, Iterator[Prompt]]) -> Comparison:
         clients = "1 client" if plan.num_clients == 1 else f"{plan.num_clients} clients"

@@ -10,6 +10,7 @@ from rich.text import Text
 from deploy.demo.comparison import ARMS, Comparison, verdict
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.screen import DemoScreen
+from deploy.demo.self_draft import DraftCosts
 from deploy.demo.session import DemoResult, Phase
 
 NONE = "-"
@@ -22,6 +23,8 @@ def summarise(console: Console, screen: DemoScreen, result: DemoResult, metrics:
         console.print(comparison_table(_title(num_clients, comparison), comparison))
         for sentence in (*gaps(comparison), speed_sentence(comparison), ""):
             console.print(sentence)
+    for sentence in self_sentences(result):
+        console.print(sentence)
     for sentence in (*conditions(result), *unpromoted(result.phases), *totals(metrics)):
         console.print(sentence)
 
@@ -78,6 +81,39 @@ def speed_sentence(comparison: Comparison) -> str:
     won = f"more tokens a second in {sum(ratio > 1.0 for ratio in ratios)} of {len(ratios)} pairs"
     median = comparison.speed_up(*DOMAINS)
     return f"adapted against no speculation: {verdict(ratios)} ({won}, {median:.2f}x in the median one)"
+
+
+def self_sentences(result: DemoResult) -> list[str]:
+    """What a part of the target made of the same traffic, and what each draft costs."""
+    arm, model = result.self_draft, result.draft_costs
+    if arm is None:
+        return []
+    sentences = [
+        f"{arm.part}, a part of the target, from nothing: {len(arm.acceptance)} of the traffic's "
+        f"{arm.num_kept} records, {arm.num_promotions} drafts promoted"
+    ]
+    if arm.speed_up is None:
+        sentences.append(f"{arm.part} against no speculation was not measured")
+    else:
+        rates = ", ".join(f"{domain} {rate:.2f}" for domain, rate in arm.rates.items())
+        ratios = [ratio for domain in arm.ratios.values() for ratio in domain]
+        sentences.append(
+            f"  accepted on held-out prompts: {rates or NONE}; against no speculation in this process "
+            f"({arm.passes}): {verdict(ratios)}, {arm.speed_up:.2f}x in the median of {len(ratios)} pairs; "
+            f"{arm.num_identical} of {arm.num_compared} answers equal the target's own"
+        )
+    for name, costs in (("the draft model", model), (arm.part, arm.costs)):
+        if costs is not None:
+            sentences.append(f"  {name} costs {_costs(costs)}")
+    return [*sentences, ""]
+
+
+def _costs(costs: DraftCosts) -> str:
+    return (
+        f"{costs.learner_s:.0f} learner seconds, {2 * costs.weights_bytes / 1e6:.1f} MB of weights a "
+        f"replica, {costs.column_bytes / 1e3:.1f} kB of keys and values a token, "
+        f"{costs.adapter_bytes / 1e6:.2f} MB a version"
+    )
 
 
 def conditions(result: DemoResult) -> list[str]:

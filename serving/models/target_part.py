@@ -53,8 +53,8 @@ class TargetPart:
         if details or not layer.isdecimal() or not (kept is None or (kept.isdecimal() and int(kept))):
             raise UnsupportedModelError(
                 f"draft {name!r} names no part of the target: `self`, `self:E`, `self:E:attention`, "
-                "`self:E:M` or `self:E:attention:M`, where E is the number of the target's layers in it and M how many "
-                "tokens its head can propose; nothing is drafted with it"
+                "`self:E:M` or `self:E:attention:M`, where E is the number of the target's layers in it "
+                "and M how many tokens its head can propose; nothing is drafted with it"
             )
         return cls(int(layer), block, None if kept is None else int(kept))  # type: ignore[arg-type]  # checked
 
@@ -87,8 +87,8 @@ class TargetPart:
         num_tokens = text_part(target.config).vocab_size
         if self.kept_tokens is not None and self.kept_tokens >= num_tokens:
             raise UnsupportedModelError(
-                f"draft {str(self)!r} has a head over {self.kept_tokens} tokens of the target's {num_tokens}, "
-                f"so M must be below {num_tokens}; leave it out for a head over all"
+                f"draft {str(self)!r} has a head over {self.kept_tokens} tokens, and the target has "
+                f"{num_tokens}, so M must be below {num_tokens}; leave it out for a head over all"
             )
         with torch.device("meta"):
             part: Any = type(target)(self._config(target))
