@@ -76,7 +76,7 @@ def build_engine(
     prepare_runner(target, pair.target_id)
 
     def new_draft() -> tuple[ModelDrafter, DraftWeights]:
-        return _new_draft(pair, target, options)
+        return _new_draft(pair, target, plan)
 
     def new_route_draft() -> tuple[ModelDrafter, DraftWeights]:
         drafter, weights = new_draft()
@@ -119,7 +119,7 @@ def new_prefix_cache(target: Runner, plan: MemoryPlan) -> PrefixCache | None:
     return PrefixCache(target.cache, max_bytes=max_bytes) if max_bytes else None
 
 
-def _new_draft(pair: ModelPair, target: Runner, options: EngineOptions) -> tuple[ModelDrafter, DraftWeights]:
+def _new_draft(pair: ModelPair, target: Runner, plan: MemoryPlan) -> tuple[ModelDrafter, DraftWeights]:
     """The pair's draft as loaded, in memory of its own, with as many slots as the target. Raises
     UnsupportedModelError."""
     assert pair.draft is not None
@@ -128,8 +128,10 @@ def _new_draft(pair: ModelPair, target: Runner, options: EngineOptions) -> tuple
     )
     runner = draft_runner(weights.module, target)
     prepare_runner(runner, pair.draft_id)
-    stopping = stopping_rule(options.stopping, options.stopping_threshold)
-    return ModelDrafter(runner, stopping=stopping), weights
+    stopping = stopping_rule(plan.options.stopping, plan.options.stopping_threshold)
+    max_bytes = plan.draft_prefix_cache_bytes
+    prefix_cache = PrefixCache(runner.cache, max_bytes=max_bytes) if max_bytes else None
+    return ModelDrafter(runner, stopping=stopping, prefix_cache=prefix_cache), weights
 
 
 def draft_runner(draft: nn.Module, target: Runner) -> Runner:

@@ -131,6 +131,13 @@ class MemoryPlan:
         return int(self.options.prefix_cache_mib * 2**20) // block_bytes * block_bytes
 
     @property
+    def draft_prefix_cache_bytes(self) -> int:
+        """Bytes of a draft's own prefix cache, which has as many blocks as the target's."""
+        if self.draft is None:
+            return 0
+        return self.prefix_cache_bytes // self.target.column_bytes * self.draft.column_bytes
+
+    @property
     def capture_bytes(self) -> int:
         """Bytes of captured rounds in the worst case: a round for every token, each with the longest
         draft."""
@@ -153,6 +160,7 @@ class MemoryPlan:
                 Part("weights of the draft as shipped (floor)", self.draft.weights_bytes, is_held=held),
                 Part("weights of the live draft", self.draft.weights_bytes),
                 Part("keys and values of the draft", self._kv_bytes(self.draft)),
+                Part("cached prefixes of the draft", self.draft_prefix_cache_bytes),
                 Part(
                     f"drafts of {self.options.max_route_drafts} more routes",
                     self._route_drafts_bytes(self.draft),
@@ -223,7 +231,8 @@ class MemoryPlan:
 
     def _route_drafts_bytes(self, draft: ModelSize) -> int:
         """Bytes of all route drafts that may be open; each is allocated when its route opens."""
-        return self.options.max_route_drafts * (draft.weights_bytes + self._kv_bytes(draft))
+        each = draft.weights_bytes + self._kv_bytes(draft) + self.draft_prefix_cache_bytes
+        return self.options.max_route_drafts * each
 
     def _to_come(self) -> tuple[int, int]:
         """(bytes always on the host, bytes where the models run), without what is allocated already."""

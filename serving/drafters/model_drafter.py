@@ -3,7 +3,8 @@
 Its cache may lag behind the sequence: `cached[slot]` tokens are in it, at most n - 1. Missing tokens are fed
 at the next proposal: usually one or two, at first the whole prompt. A row too far behind catches up by one
 chunk, alone, and drafts nothing in that round. After a swap the columns of the old weights remain valid (the
-distribution drawn from is the distribution verified) and are recomputed one slot a round.
+distribution drawn from is the distribution verified) and are recomputed one slot a round. Beginnings of
+prompts that these weights have read before are copied from a prefix cache of the draft's own.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from buffer.names import MODEL_DRAFTER
 from serving.drafters.stopping import LimitOnly, StoppingRule
+from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.transfer import to_device
 from serving.engine.proposal import Proposal
@@ -39,9 +41,12 @@ class ModelDrafter:
         draft_version: int = 0,
         chunk_tokens: int = 256,
         stopping: StoppingRule | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
-        """`stopping` None: always drafts the number of tokens asked for."""
+        """`stopping` None: always drafts the number of tokens asked for. `prefix_cache`: over the runner's
+        cache; None: every prompt is computed."""
         self.runner = runner
+        self.prefix_cache = prefix_cache
         self._stopping = stopping or LimitOnly()
         self.draft_version = draft_version
         self._chunk_tokens = chunk_tokens
@@ -120,9 +125,13 @@ class ModelDrafter:
         self._cached = [0] * self.runner.num_slots
         self._stale.clear()
         self.runner.cache.clear_all()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def refresh(self, draft_version: int) -> None:
         self.draft_version = draft_version
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
         self._stale = {slot for slot, cached in enumerate(self._cached) if cached}
 
     def _refresh_one(self, num_rows: int) -> None:
@@ -137,6 +146,9 @@ class ModelDrafter:
     def _catch_up(self, batch: Batch, row: int) -> bool:
         """Feed a row that lags far behind at most one chunk. Returns whether it can draft in this round."""
         target_len = self._lengths[row] - 1
+        token_ids = batch.sequences[row].token_ids
+        if self.prefix_cache is not None and self._cached[row] == 0:
+            self._cached[row] = self.prefix_cache.load(row, token_ids[:target_len])
         if target_len - self._cached[row] < _MAX_SHARED_LAG:
             return True
         if self._chunks_left == 0:
@@ -144,8 +156,10 @@ class ModelDrafter:
         self._chunks_left -= 1
         start = self._cached[row]
         end = min(target_len, start + self._chunk_tokens)
-        self.runner.prefill(row, batch.sequences[row].token_ids[start:end], start)
+        self.runner.prefill(row, token_ids[start:end], start)
         self._cached[row] = end
+        if self.prefix_cache is not None and row not in self._stale:
+            self.prefix_cache.store(row, token_ids[:end])
         return end == target_len
 
     def _first_pass(self, batch: Batch, wanted: list[int]) -> tuple[Tensor, Tensor]:

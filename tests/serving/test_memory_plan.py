@@ -60,6 +60,8 @@ def test_the_plan_is_what_the_engine_took(engine: LocalEngine) -> None:
     assert planned(plan, "keys and values of the target") == engine.core.target.cache.num_bytes
     assert planned(plan, "keys and values of the draft") == drafter.runner.cache.num_bytes
     assert planned(plan, "prefix cache") == engine.core.prefix_cache.num_bytes > 0
+    assert drafter.prefix_cache is not None
+    assert planned(plan, "cached prefixes of the draft") == drafter.prefix_cache.num_bytes > 0
     assert planned(plan, "weights of the target") == weights_bytes(engine.pair.target)
     assert planned(plan, "weights of the draft as") == weights_bytes(engine.pair.draft)
     assert planned(plan, "weights of the live") == weights_bytes(engine.drafts.default.module)
@@ -82,7 +84,10 @@ def test_drafts_of_routes_are_planned_for_and_may_be_what_does_not_fit(engine: L
     plan = engine.memory_plan
     assert plan.draft is not None and planned(plan, "drafts of") == 0
     routed = with_options(plan, max_route_drafts=3)
-    of_one = planned(plan, "weights of the live") + planned(plan, "keys and values of the draft")
+    of_one = sum(
+        planned(plan, name)
+        for name in ("weights of the live", "keys and values of the draft", "cached prefixes of the draft")
+    )
     assert planned(routed, "drafts of 3 more routes") == 3 * of_one
     there = sum(part.num_bytes for part in plan.parts() if not part.is_held)
     with pytest.raises(MemoryPlanError, match="or max_route_drafts=2 at both fits"):

@@ -2,7 +2,7 @@
 
 A prefix is a chain of blocks, each found by its parent block and its own tokens: an exact key, no hash that
 could collide. Chains share their common blocks; the least recently used block is evicted. Knows no sequences
-and no draft (the target's weights never change, a draft's do). Invariants: a parent is always marked as used
+and no weights: a draft, whose weights change, clears its own. Invariants: a parent is always marked as used
 after its children, so that it is never evicted before them; values that are not finite are never kept. Copied
 values may have been computed in chunks of another shape: equal up to the last bits, as chunked prefill is in
 any case. Requests of different API keys share blocks: the time to the first token shows that a prompt's

@@ -11,6 +11,7 @@ from torch import Tensor
 from serving.drafters.model_drafter import ModelDrafter
 from serving.drafters.stopping import StoppingRule
 from serving.engine import GenerationRequest, SamplingParams
+from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.proposal import Proposal
 from serving.engine.sequence import Batch, Sequence
@@ -384,3 +385,61 @@ def test_a_draft_that_gives_no_allowed_token_is_sound_and_says_so(model: Watched
     only = SamplingParams(temperature=0.0, max_tokens=40, allowed_token_ids=(2,))
     proposal = propose(drafter_of(model), [sequence(SHORT, only), sequence(OTHER)], [1, 1])
     assert proposal.token_logprobs_BG[:, 0].tolist() == [-torch.inf, 0.0]
+
+
+# -- beginnings of prompts that were read before ----------------------------------------------------
+
+
+LONG_PROMPT = [1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0]
+
+
+def remembering(model: torch.nn.Module, **options: Any) -> ModelDrafter:
+    runner = Runner(model, num_slots=NUM_SLOTS, max_seq_len=MAX_LEN)
+    prefixes = PrefixCache(runner.cache, max_bytes=10**6, block_tokens=4)
+    return ModelDrafter(runner, prefix_cache=prefixes, **options)
+
+
+def test_a_prompt_read_before_is_not_read_again_in_any_slot(model: WatchedTable) -> None:
+    drafter = remembering(model)
+    first, second = sequence(LONG_PROMPT), sequence([*LONG_PROMPT, 1, 1])
+    expected = model.greedy(second.token_ids, 3)
+    play_round(drafter, [first], [3], [0])
+    drafter.clear(1)
+    model.passes.clear()
+    proposal = propose(drafter, [first, second], [0, 3])
+    assert drafts_of(proposal)[1] == expected
+    num_fed = sum(len(row) for fed_rows in model.passes for row in fed_rows)
+    assert num_fed < len(LONG_PROMPT), "16 of its 19 tokens were copied"
+
+
+def test_no_prompt_of_other_weights_is_reused(model: WatchedTable) -> None:
+    drafter = remembering(model)
+    play_round(drafter, [sequence(LONG_PROMPT)], [3], [0])
+    for forget in (lambda: drafter.refresh(7), drafter.reset):
+        assert drafter.prefix_cache is not None and drafter.prefix_cache.stats().num_bytes > 0
+        forget()
+        assert drafter.prefix_cache.stats().num_bytes == 0
+        drafter.clear(0)
+        play_round(drafter, [sequence(LONG_PROMPT)], [3], [0])
+
+
+def caught_up(drafter: ModelDrafter, text: list[int]) -> list[int]:
+    """Its first drafts, after as many rounds as its chunks take."""
+    for _ in range(20):
+        if drafts := drafts_of(propose(drafter, [sequence(text)], [4]))[0]:
+            return drafts
+    raise AssertionError("nothing was drafted")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_reused_prompts_give_a_transformer_the_drafts_it_gives_anyway(arch: str) -> None:
+    torch.manual_seed(1)
+    llama = tiny_model(arch, 2, 32).eval()  # type: ignore[arg-type]
+    plain, drafter = drafter_of(llama, chunk_tokens=6), remembering(llama, chunk_tokens=6)
+    for turn in range(3):
+        text = [token % 32 for token in range(20 + 7 * turn)]
+        for each in (plain, drafter):
+            each.clear(0)
+        drafted = [caught_up(each, text) for each in (plain, drafter)]
+        assert drafted[0] == drafted[1]
+    assert drafter.prefix_cache is not None and drafter.prefix_cache.stats().num_hit_tokens > 0
