@@ -100,7 +100,8 @@ def adapted_module_names(base: Any) -> tuple[str, ...]:
     names = {
         name.split(".")[-1]
         for name, module in base.named_modules()
-        if (isinstance(module, nn.Linear) and module is not head) or (not tied and module in ends)
+        if isinstance(module, nn.Linear | nn.Embedding)
+        and ((isinstance(module, nn.Linear) and module is not head) or (not tied and module in ends))
     }
     return tuple(sorted(names))
 

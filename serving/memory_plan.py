@@ -47,7 +47,7 @@ class ModelSize:
         """The size of a model, or of its outline on the meta device; of a part of the target, what it does
         not share with it."""
         part, shape = TargetPart.of(model), KvShape.of(model)
-        weights = [*own_tensors(model).values(), *(model.buffers() if part is None else ())]
+        weights = [*model.parameters(), *model.buffers()] if part is None else own_tensors(model).values()
         num_values = shape.num_values
         if part is not None:
             num_values -= num_values * part.exit_layer // shape.num_layers

@@ -20,6 +20,14 @@ def init(
     target: Annotated[str, typer.Option(help="Path or hub id of the model that the draft is for.")],
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
     layers: Annotated[int, typer.Option(min=1, help="How many of the target's first layers.")] = 2,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of its head, for the tokens that the texts use most; such a draft runs in everdraft. "
+            "Default: all tokens, as any engine needs.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Text file, a text a line; default: texts that come with Python."),
@@ -38,7 +46,15 @@ def init(
     with plain_faults():
         errors().print("loading the target")
         try:
-            draft = write_draft(target, out, num_layers=layers, texts=texts, device=device, dtype=dtype)
+            draft = write_draft(
+                target,
+                out,
+                num_layers=layers,
+                num_tokens=vocab,
+                texts=texts,
+                device=device,
+                dtype=dtype,
+            )
         except FileExistsError as error:
             fail(f"--out {error}")
     size = sum(weight.numel() for weight in draft.parameters())

@@ -4,7 +4,7 @@ Read `inspect_model` for the order of the checks. Invariant: no weight is read a
 interactively; a model that passes can still be refused at load, for values that are not finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging
 
 from serving.models.errors import UnsupportedModelError, refusing
+from serving.models.kept_head import num_rows, shrink_head
 from serving.models.model_files import ModelFiles, find_model
 from serving.models.refusals import (
     DTYPES,
@@ -111,8 +112,26 @@ def _outline(name: str, config: Any, dtype: str, tensors: dict[str, Tensor]) -> 
             output_loading_info=True,
             **how,
         )
-        check_account(name, outline, account)
+        check_account(name, outline, without_small_head(outline, account))
+        shrink_head(outline, text_config(outline), {})
     return outline
+
+
+def without_small_head(model: nn.Module, account: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' account of loading, without the head that it found too small where the configuration says
+    so (`draft_vocab_size`)."""
+    found = dict(account)
+    if num_rows(text_config(model)) is not None:
+        found["mismatched_keys"] = {each for each in account["mismatched_keys"] if each[0] != head_key(model)}
+    return found
+
+
+def head_key(model: nn.Module) -> str:
+    """Under which a checkpoint has the head's weight."""
+    model_: Any = model
+    head = model_.get_output_embeddings()
+    [name] = [name for name, module in model.named_modules() if module is head]
+    return f"{name}.weight"
 
 
 @contextmanager

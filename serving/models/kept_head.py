@@ -6,8 +6,8 @@ output's distribution is the target's as ever. Which tokens are kept is part of 
 in its adapter; their rows are copies of the target's. Legend: M kept tokens, V vocabulary, H width.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from serving.models.adapter_tensors import AdapterRejectedError
 
 IDS = "token_ids"
+D2T = "d2t"
 _ROWS = ("weight", "bias")
 
 
@@ -27,23 +28,35 @@ class KeptHead(nn.Module):
     bias: Tensor | None
 
     def __init__(self, whole: nn.Linear, token_ids_M: Tensor) -> None:
-        """`whole`: the head of the target, which stays the target's."""
+        """`whole`: the head of the target, which stays the target's; its rows are copied."""
         super().__init__()
-        self.whole = whole
+        self.whole: nn.Linear | None = whole
+        self.vocab_size = whole.out_features
         self.register_buffer(IDS, token_ids_M.to(whole.weight.device), persistent=False)
         for name, rows in self.rows(self.token_ids).items():
             self.register_buffer(name, rows, persistent=False)
         if whole.bias is None:
             self.bias = None
 
+    @classmethod
+    def alone(cls, weight_MH: Tensor, token_ids_M: Tensor, vocab_size: int) -> Self:
+        """Of a draft model whose checkpoint has but these rows: its tokens are what they are."""
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.whole, head.bias, head.vocab_size = None, None, vocab_size
+        head.register_buffer(IDS, token_ids_M)
+        head.register_buffer("weight", weight_MH)
+        return head
+
     def forward(self, states_BTH: Tensor) -> Tensor:
         """[..., H] to [..., V]."""
         kept_BTM = nn.functional.linear(states_BTH, self.weight, self.bias)
-        nothing_BTV = kept_BTM.new_full((*kept_BTM.shape[:-1], self.whole.out_features), -torch.inf)
+        nothing_BTV = kept_BTM.new_full((*kept_BTM.shape[:-1], self.vocab_size), -torch.inf)
         return nothing_BTV.index_copy(-1, self.token_ids, kept_BTM)
 
     def rows(self, token_ids_M: Tensor) -> dict[str, Tensor]:
         """What belongs to these tokens, by the name of its buffer: copies of rows of the target's head."""
+        assert self.whole is not None, "a head without the target's has no other rows"
         found = {name: getattr(self.whole, name) for name in _ROWS}
         return {name: rows.detach()[token_ids_M] for name, rows in found.items() if rows is not None}
 
@@ -61,7 +74,7 @@ class KeptHead(nn.Module):
                 f"{tuple(token_ids_M.shape)} ids of {token_ids_M.dtype}, not "
                 f"{tuple(self.token_ids.shape)} of torch.int64"
             )
-        size = self.whole.out_features
+        size = self.vocab_size
         in_order = bool((token_ids_M[1:] > token_ids_M[:-1]).all())
         if not (in_order and token_ids_M[0] >= 0 and token_ids_M[-1] < size):
             return f"ids that are not different ones in order within 0..{size - 1}"
@@ -69,9 +82,34 @@ class KeptHead(nn.Module):
 
 
 def kept_head(model: nn.Module) -> tuple[str, KeptHead] | None:
-    """Name and module of a model's head over kept tokens; None if it has another."""
+    """Name and module of a model's head over kept tokens, if others may be kept in their place; None if it
+    has no such head."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, KeptHead)]
-    return found[0] if found else None
+    return found[0] if found and found[0][1].whole is not None else None
+
+
+def num_rows(config: Any) -> int | None:
+    """Of the head of a draft model's checkpoint, where that is less than the vocabulary."""
+    rows = getattr(config, "draft_vocab_size", None)
+    return None if rows is None or rows >= config.vocab_size else int(rows)
+
+
+def shrink_head(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model the head that its checkpoint has: `weight` [M, H] and `d2t` [M], by which a row's token is
+    its number plus what stands there (as drafts of EAGLE-3, arXiv 2503.01840, are written). Without tensors,
+    as on the meta device, only their shapes. Raises ValueError for others."""
+    if (rows := num_rows(config)) is None:
+        return
+    whole: nn.Linear = model.get_output_embeddings()
+    device, dtype = whole.weight.device, whole.weight.dtype
+    weight_MH = tensors.get("weight", torch.empty(rows, whole.in_features, device=device))
+    ids_M = tensors.get(D2T, torch.zeros(rows, dtype=torch.int64)) + torch.arange(rows)
+    head = KeptHead.alone(weight_MH.to(device, dtype), ids_M.to(device), whole.out_features)
+    if fault := "" if weight_MH.shape == (rows, whole.in_features) else f"{tuple(weight_MH.shape)} rows":
+        raise ValueError(f"its head has {fault}, draft_vocab_size={rows}")
+    if ids_M.device.type != "meta" and (fault := head.fault(ids_M)):
+        raise ValueError(f"its {D2T} gives {fault}")
+    model.set_output_embeddings(head)
 
 
 def kept_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from serving.models.errors import UnsupportedModelError, first_few, refusing
-from serving.models.inspection import InspectedModel, inspect_model, inspect_pair, text_config
+from serving.models.inspection import (
+    InspectedModel,
+    head_key,
+    inspect_model,
+    inspect_pair,
+    text_config,
+    without_small_head,
+)
+from serving.models.kept_head import D2T, num_rows, shrink_head
 from serving.models.part_fit import fitted
 from serving.models.refusals import DTYPES, check_account, check_attention, check_config, check_device
 
@@ -130,7 +138,13 @@ def _load(inspected: InspectedModel, *, device: str, dtype: str) -> nn.Module:
             output_loading_info=True,
         )
         model, account = found
-        check_account(name, model, account)
+        check_account(name, model, without_small_head(model, account))
+        if num_rows(text_config(model)) is not None:
+            key = head_key(model)
+            tensors = inspected.files.tensors((key, D2T))
+            if tensors.keys() != {key, D2T}:
+                raise ValueError(f"draft_vocab_size is set, and {key} or {D2T} is not in its files here")
+            shrink_head(model, text_config(model), {"weight": tensors[key], D2T: tensors[D2T]})
         loaded: nn.Module = model.to(device).eval().requires_grad_(False)
     check_attention(name, loaded)
     _check_finite(name, loaded, dtype)

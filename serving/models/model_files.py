@@ -6,7 +6,7 @@ Invariant: a file that is truncated, missing or only a placeholder is refused by
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,16 @@ class ModelFiles:
             with refusing(self.name, f"cannot be loaded, {file.name} is cut short or no file of weights"):
                 outlined.update(_safetensors(file) if file.suffix == ".safetensors" else _pickled(file))
         return outlined
+
+    def tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """These tensors, as far as files of safetensors hold them. Raises UnsupportedModelError."""
+        found: dict[str, Tensor] = {}
+        for file in self._weight_files():
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    there = set(opened.keys()).intersection(names)
+                    found |= {name: opened.get_tensor(name) for name in there}
+        return found
 
     def _weight_files(self) -> list[Path]:
         weights_file = next((self.folder / name for name in _WEIGHTS if (self.folder / name).is_file()), None)

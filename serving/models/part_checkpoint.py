@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.models.inspection import load_tokenizer
+from serving.models.errors import UnsupportedModelError
+from serving.models.inspection import head_key, load_tokenizer, text_config
+from serving.models.kept_head import D2T, count_tokens, most_used
 from serving.models.loading import load_model
 from serving.models.model_files import find_model
 from serving.models.part_fit import TEXT_TOKENS, fit_map, generic_texts
@@ -26,18 +28,32 @@ def write_draft(
     out: Path,
     *,
     num_layers: int = 2,
+    num_tokens: int | None = None,
     texts: Sequence[str] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> nn.Module:
     """Write the target's first `num_layers` layers to the folder `out`, which must not exist or be empty.
-    `texts` None: generic ones. Returns the draft. Raises UnsupportedModelError, FileExistsError."""
+    `num_tokens`: rows of the head, for the tokens that the texts use most; None: for all. `texts` None:
+    generic ones. Returns the draft. Raises UnsupportedModelError, FileExistsError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not an empty folder; nothing was written")
     model, tokenizer = load_model(target, device=device, dtype=dtype), load_tokenizer(find_model(target))
     part = TargetPart(num_layers - 1).build(model)
-    draft: Any = _ordinary(model, part, _token_ids(tokenizer, texts))
-    draft.save_pretrained(out)
+    vocab_size = text_config(model).vocab_size
+    if num_tokens is not None and num_tokens >= vocab_size:
+        raise UnsupportedModelError(
+            f"a head of {num_tokens} rows is no smaller than the target's of {vocab_size}; nothing was "
+            "written: ask for fewer, or leave the number out"
+        )
+    ids = _token_ids(tokenizer, texts)
+    draft: Any = _ordinary(model, part, ids)
+    weights = dict(draft.state_dict())
+    if num_tokens is not None:
+        token_ids_M = most_used(count_tokens(ids, vocab_size), num_tokens)
+        text_config(draft).draft_vocab_size, key = num_tokens, head_key(draft)
+        weights |= {key: weights[key][token_ids_M], D2T: token_ids_M - torch.arange(num_tokens)}
+    draft.save_pretrained(out, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     ordinary: nn.Module = draft

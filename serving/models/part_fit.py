@@ -71,7 +71,7 @@ def fitted(part: nn.Module, target: nn.Module, tokenizer: Any | None, revision: 
         map_of(part).weight.copy_(found)
     if (kept := kept_head(part)) is not None:
         _, head = kept
-        head.keep(most_used(count_tokens(texts, head.whole.out_features), len(head.token_ids)))
+        head.keep(most_used(count_tokens(texts, head.vocab_size), len(head.token_ids)))
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.models.errors import UnsupportedModelError
-from serving.models.kept_head import first_tokens, kept_buffers, kept_head
+from serving.models.kept_head import first_tokens, kept_buffers, kept_head, shrink_head
 from serving.models.refusals import text_part
 
 Block = Literal["whole", "attention"]
@@ -121,8 +121,9 @@ class TargetPart:
 
 
 def reshape(model: nn.Module) -> None:
-    """Make a model of the target's class, with few layers, the part that its configuration says; no other
-    model changes. Raises UnsupportedModelError."""
+    """Make a model of its class, with few layers, the part that its configuration says, or give it the small
+    head that it says; no other model changes. Raises UnsupportedModelError."""
+    shrink_head(model, text_part(model.config), {})
     part = TargetPart.of(model)
     if part is not None:
         _reshape_decoder(model, part)

@@ -1,10 +1,12 @@
 """`everdraft draft init`: what it writes is an ordinary draft model, here and for others."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 from typer.testing import CliRunner
@@ -12,9 +14,11 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.commands.demo import PAIR
 from deploy.demo.corpus import prompts
+from learner.trainable import adapted_module_names
 from serving.engine import SamplingParams
 from serving.local import load_engine
-from serving.models.loading import load_model
+from serving.models.errors import UnsupportedModelError
+from serving.models.loading import load_model, weights_revision
 from serving.models.part_checkpoint import write_draft
 from serving.models.part_fit import TEXT_TOKENS, fit_map, generic_texts
 from serving.models.target_part import TargetPart, map_of
@@ -127,3 +131,77 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["draft", "init", "--target", TARGET, "--out", str(tmp_path)])
     assert result.exit_code == 2 and "is not an empty folder" in result.output.replace("\n", " ")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+# -- a head over the tokens that the texts use ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "texts").write_text("\n".join(TEXTS))
+    files = ["--out", str(folder / "init"), "--data", str(folder / "texts")]
+    result = CliRunner().invoke(app, ["draft", "init", "--target", TARGET, *files, "--vocab", "300"])
+    assert result.exit_code == 0, result.output
+    return folder / "init"
+
+
+def test_a_small_head_computes_its_tokens_as_the_whole_one_does(draft: Path, small: Path) -> None:
+    ids = torch.arange(40, 80)[None]
+    with torch.no_grad():
+        whole_BTV, small_BTV = (load_model(str(name))(input_ids=ids).logits for name in (draft, small))
+    kept_V = small_BTV[0, 0] > -torch.inf
+    assert int(kept_V.sum()) == 300 < whole_BTV.shape[-1] == small_BTV.shape[-1]
+    assert torch.allclose(small_BTV[..., kept_V], whole_BTV[..., kept_V], atol=1e-4), "other words"
+    written = load_file(small / "model.safetensors")
+    assert len(written["lm_head.weight"]) == len(written["d2t"]) == 300
+    assert (written["d2t"] + torch.arange(300)).tolist() == kept_V.nonzero()[:, 0].tolist()
+
+
+def test_rows_of_other_words_are_noticed(draft: Path, small: Path, tmp_path: Path) -> None:
+    """The control: ids that a row too far would give."""
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    written = load_file(other / "model.safetensors")
+    written["lm_head.weight"] = written["lm_head.weight"].roll(1, 0)
+    save_file(written, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match="other words"):
+        test_a_small_head_computes_its_tokens_as_the_whole_one_does(draft, other)
+
+
+def test_a_draft_with_a_small_head_serves_learns_by_lora_and_changes_no_text(small: Path) -> None:
+    options = EngineOptions(num_slots=1, max_seq_len=128, num_draft_tokens=3, speculation="model")
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    with load_engine(TARGET, str(small), options) as engine, load_engine(TARGET) as alone:
+        assert engine.generate([[5, 6, 7]], params)[0].num_attempted > 0
+        texts = [each.generate([[5, 6, 7]], params)[0].output_token_ids for each in (engine, alone)]
+        assert texts[0] == texts[1]
+        draft = engine.pair.draft
+        assert "lm_head" not in adapted_module_names(draft) and "q_proj" in adapted_module_names(draft)
+        assert weights_revision(draft) != weights_revision(load_model(TARGET))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"d2t": None}, "draft_vocab_size is set, and lm_head.weight or d2t is not in its files"),
+        ({"d2t": torch.zeros(300, dtype=torch.int64) + 10**6}, "d2t gives ids that are not"),
+        ({"lm_head.weight": torch.zeros(299, 192)}, "draft_vocab_size=300"),
+    ],
+)
+def test_a_head_that_is_not_what_it_says_is_refused(
+    small: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    written = load_file(other / "model.safetensors") | change
+    kept = {name: tensor for name, tensor in written.items() if tensor is not None}
+    save_file(kept, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=said):
+        load_model(str(other))
+
+
+def test_a_head_no_smaller_than_the_targets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no smaller than the target's"):
+        write_draft(TARGET, tmp_path / "draft", num_tokens=10**6, texts=TEXTS)
+    assert not (tmp_path / "draft").exists()
