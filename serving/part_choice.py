@@ -35,10 +35,9 @@ LEARNT = {0: 0.64, 1: 0.68, 2: 0.70, 4: 0.72, 7: 0.74}
 ACCEPTANCE = "acceptance_candidate"
 """Of the evidence that a draft was promoted for."""
 COVERED = 0.96
-"""Of that, what a head over a quarter of the tokens keeps."""
-_KEPT_OF = 4
-_LEAST_KEPT = 2048
-"""A smaller head costs so little that there is nothing to save."""
+"""Of that, what a smaller head keeps."""
+_KEPT_OF, _LEAST_KEPT = 4, 4096
+"""Fewer tokens cover too little of what any traffic says."""
 _CONTEXT_TOKENS = 128
 _REPEATS = 15
 
@@ -59,13 +58,19 @@ class Candidate:
 
 def candidates(target: nn.Module) -> Iterator[TargetPart]:
     """Whole blocks, which learn more a second than attention alone at little more cost; with the whole head,
-    and, where the vocabulary is large, with one over a quarter of it."""
+    and, where the vocabulary is large, with a smaller one."""
     shape = KvShape.of(target)
-    kept = shape.vocab_size // _KEPT_OF
-    heads = (None, kept) if kept >= _LEAST_KEPT else (None,)
+    heads = dict.fromkeys((None, smaller_head(shape.vocab_size)))
     for exit_layer in LEARNT:
         if exit_layer < shape.num_layers:
             yield from (TargetPart(exit_layer, kept_tokens=head) for head in heads)
+
+
+def smaller_head(vocab_size: int) -> int | None:
+    """How many tokens a smaller head keeps: a quarter, or what covers most of an answer; None where that
+    saves nothing."""
+    kept = max(vocab_size // _KEPT_OF, _LEAST_KEPT)
+    return kept if 2 * kept <= vocab_size else None
 
 
 def choose(target: nn.Module, shown: Mapping[str, float]) -> list[Candidate]:

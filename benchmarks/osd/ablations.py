@@ -13,7 +13,7 @@ from benchmarks.adapted import Adapter
 from benchmarks.osd.arms import NUM_DRAFT_TOKENS, settings_of, trainable
 from benchmarks.osd.jobs import Job
 from benchmarks.osd.kept_rows import acceptance_from, bytes_per_token
-from benchmarks.osd.plan import Changes, ExperimentPlan, Metrics, Series, label
+from benchmarks.osd.plan import SELF, Changes, ExperimentPlan, Metrics, Series, label
 from benchmarks.osd.recorded_answers import Asking, RecordedAnswer
 from benchmarks.osd.speed import adapted
 from learner.draft import import_weights
@@ -47,12 +47,14 @@ ABLATIONS: Mapping[str, Mapping[str, Changes]] = {
         str(count): (("min_records_per_cycle", count),) for count in (4, 8, 16, 32, 64)
     },
 }
+PART_ABLATIONS = ("learning_rate", "mean_over_steps", "passes_over_fresh")
+"""Tried with the target's part too, which learns more weights from the start."""
 
 
 def ablations(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
     domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
-    jobs = _ablation_jobs(domain, count)
+    jobs = _ablation_jobs(domain, count, plan.part)
     results = plan.work(jobs.values())
     metrics: Metrics = {"domain": domain, "num_records": count}
     for (what, value), job in jobs.items():
@@ -72,7 +74,7 @@ def ablations(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     return metrics, {}
 
 
-def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
+def _ablation_jobs(domain: str, count: int, part: str) -> dict[tuple[str, str], Job]:
     jobs = {
         (what, value): Job("ours", (domain,), num_records=count, settings=changes)
         for what, values in ABLATIONS.items()
@@ -85,10 +87,17 @@ def _ablation_jobs(domain: str, count: int) -> dict[tuple[str, str], Job]:
                 "ours", (domain,), temperature, num_records=count, num_kept=kept
             )
     for weight in (0.0, 0.5, 1.0):
-        changes = (("rejected_suffix_weight", weight),)
+        changes: Changes = (("rejected_suffix_weight", weight),)
         jobs["rejected_suffix_weight", f"{weight:g}"] = Job(
             "through_engine", (domain,), num_records=count, settings=changes
         )
+        jobs[f"{SELF}/rejected_suffix_weight", f"{weight:g}"] = Job(
+            "through_engine", (domain,), num_records=count, settings=changes, draft=part
+        )
+    for what in PART_ABLATIONS:
+        for value, changes in ABLATIONS[what].items():
+            own = Job("ours", (domain,), num_records=count, settings=changes, draft=part)
+            jobs[f"{SELF}/{what}", value] = own
     jobs["through", "engine"] = jobs["rejected_suffix_weight", "0"]
     jobs["through", "replay"] = Job("ours", (domain,), num_records=count)
     return jobs

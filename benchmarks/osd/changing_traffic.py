@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import ExperimentPlan, Metrics, Series, moving_acceptance, with_seeds
+from benchmarks.osd.plan import SELF, ExperimentPlan, Metrics, Series, moving_acceptance, with_seeds
 
 PHASE_RECORDS = 600
 
@@ -21,6 +21,7 @@ def shift(plan: ExperimentPlan) -> tuple[Metrics, Series]:
         "replay": replay,
         "no_replay": replace(replay, settings=(("replay_share", 0.0),)),
         "routes": replace(replay, routing="tags"),
+        SELF: replace(replay, draft=plan.part),
     }
     lives = {arm: with_seeds(job, plan.num_seeds if arm == "replay" else 1) for arm, job in arms.items()}
     single = {
@@ -76,8 +77,16 @@ def mixture(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     whole streams, where capacity counts for more than steps, one draft for all against one for each."""
     count = plan.num_records // len(plan.domains)
     one = Job("ours", plan.domains, num_records=count, order="in turn", evaluate_every=400)
-    arms = {"one": one, "tags": replace(one, routing="tags"), "router": replace(one, routing="router")}
-    lives = {arm: with_seeds(job, 1 if arm == "tags" else plan.num_seeds) for arm, job in arms.items()}
+    tags = replace(one, routing="tags")
+    arms = {
+        "one": one,
+        "tags": tags,
+        "router": replace(one, routing="router"),
+        SELF: replace(one, draft=plan.part),
+        f"{SELF}, tags": replace(tags, draft=plan.part),
+    }
+    several = ("one", "router")
+    lives = {arm: with_seeds(job, plan.num_seeds if arm in several else 1) for arm, job in arms.items()}
     whole = replace(one, num_records=plan.num_records, evaluate_every=1600)
     alone = {domain: Job("ours", (domain,), num_records=plan.num_records) for domain in plan.domains}
     results = plan.work([*(job for jobs in lives.values() for job in jobs), whole, *alone.values()])

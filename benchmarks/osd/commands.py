@@ -64,6 +64,13 @@ def osd(
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
     draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
     part: Annotated[str, typer.Option(help="The target's part that the arm `self` drafts with.")] = "self:2",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the experiment on single domains: floor, ours, self, paper, offline, offline_full; may "
+            "be given again; default: all."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
@@ -75,7 +82,7 @@ def osd(
     from benchmarks.osd.corpus import DOMAINS, check_domains
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
-    from benchmarks.osd.plan import ExperimentPlan
+    from benchmarks.osd.plan import ARMS, ExperimentPlan
     from serving.models.target_part import TargetPart
 
     logging.set_verbosity_error()
@@ -88,6 +95,8 @@ def osd(
             raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
+        if unknown := sorted(set(arm or ()) - set(ARMS)):
+            raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
         if TargetPart.named(part) is None:
             raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
     if target is None or draft is None:
@@ -96,7 +105,8 @@ def osd(
     cache = ExperimentCache(target, draft, folder, cache_folder())
     temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
     wanted = tuple(domain or DOMAINS)
-    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, errors().print, temperatures, part)
+    arms = tuple(dict.fromkeys(arm or ARMS))
+    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, errors().print, temperatures, part, arms)
     report = report or RESULTS / f"osd_{experiment}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     run_experiment(experiment, plan, report, output(), turns=turns)

@@ -43,6 +43,7 @@ def measure(plan: ExperimentPlan, turns: int = 5) -> dict[str, Any]:
         for domain in plan.domains
         for arm in ("ours", "floor")
     }
+    own = {(domain, arm): replace(job, draft=plan.part) for (domain, arm), job in lives.items()}
     long = {
         (domain, arm): Job(
             "ours", (domain,), num_records=STATIONARY_ROUNDS * plan.num_records, settings=settings
@@ -51,11 +52,15 @@ def measure(plan: ExperimentPlan, turns: int = 5) -> dict[str, Any]:
         for arm, settings in (("stops", ()), ("never_stops", NEVER_STOPS))
     }
     domain = plan.domains[0]
-    results = plan.work([*lives.values(), *long.values()])
+    results = plan.work([*lives.values(), *own.values(), *long.values()])
     folder = results[lives[domain, "ours"]].adapter
     return {
         "learning": {
             name: _price(plan, results[lives[name, "ours"]], results[lives[name, "floor"]], name)
+            for name in plan.domains
+        },
+        "learning_of_the_part": {
+            name: _price(plan, results[own[name, "ours"]], results[own[name, "floor"]], name)
             for name in plan.domains
         },
         "stopping": {

@@ -16,7 +16,7 @@ from benchmarks.osd.changing_traffic import mixture, shift
 from benchmarks.osd.deployed import measure_deployed
 from benchmarks.osd.parts import parts
 from benchmarks.osd.per_domain import per_domain
-from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
+from benchmarks.osd.plan import SELF, ExperimentPlan, Metrics, Series
 from benchmarks.osd.speed import measure_speed
 from deploy.demo.report import write_report
 
@@ -34,12 +34,16 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
         _write(report, name, plan, metrics, series)
         console.print(views.domain_table(metrics))
         views.plot_domains(metrics, series, picture)
-        metrics["speed"] = _speed(plan, adapters, turns)
-        metrics["speedup"] = {
-            domain: {arm: row["speedup"] for arm, row in rows.items() if "speedup" in row}
-            for domain, rows in metrics["speed"].items()
-        }
-        console.print(views.nested_table("speed-up over no speculation", metrics["speedup"]))
+        for num_clients in (1, 8):
+            suffix = "" if num_clients == 1 else f"_{num_clients}_clients"
+            metrics[f"speed{suffix}"] = speeds = _speed(plan, adapters, turns, num_clients)
+            metrics[f"speedup{suffix}"] = {
+                name: {arm: row["speedup"] for arm, row in rows.items() if "speedup" in row}
+                for name, rows in speeds.items()
+            }
+            title = f"speed-up over no speculation, requests at once: {num_clients}"
+            console.print(views.nested_table(title, metrics[f"speedup{suffix}"]))
+            _write(report, name, plan, metrics, series)
     elif name == "shift":
         metrics, series = shift(plan)
         views.plot_phases(metrics, series, plan.domains, picture)
@@ -55,7 +59,13 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
     elif name == "cost":
         metrics, series = costs.measure(plan), {}
     else:
-        metrics, series = measure_deployed(plan.cache, plan.domains[0], plan.num_records, plan.report)
+        metrics, series = {}, {}
+        for arm in ("ours", SELF):
+            found, points = measure_deployed(
+                plan.cache, plan.domains[0], plan.num_records, plan.report, part=plan.draft_of(arm)
+            )
+            metrics[arm] = found
+            series |= {f"{arm}/{name}": values for name, values in points.items()}
     _write(report, name, plan, metrics, series)
     if name != "domain":
         console.print_json(data=metrics)
@@ -71,19 +81,24 @@ def _needed(name: str, plan: ExperimentPlan) -> ExperimentPlan:
     return replace(plan, domains=plan.domains[:1]) if name == "ablations" else plan
 
 
-def _speed(plan: ExperimentPlan, adapters: dict[str, dict[str, str]], turns: int) -> dict[str, Any]:
-    """By domain and arm, on held-out prompts."""
-    return {
-        domain: measure_speed(
+def _speed(
+    plan: ExperimentPlan, adapters: dict[str, dict[str, str]], turns: int, num_clients: int
+) -> dict[str, Any]:
+    """By domain, temperature and arm, on held-out prompts."""
+    found = {}
+    for name, folders in adapters.items():
+        domain, _, temperature = name.partition("@")
+        found[name] = measure_speed(
             {arm: plan.pair_of(arm) for arm in folders},
             folders,
-            plan.cache.held_out(domain, 0.0)[:SPEED_PROMPTS],
+            plan.cache.held_out(domain, float(temperature or 0.0))[:SPEED_PROMPTS],
             turns=turns,
             compile="auto",
             report=plan.report,
+            num_clients=num_clients,
+            temperature=float(temperature or 0.0),
         )
-        for domain, folders in adapters.items()
-    }
+    return found
 
 
 def _write(report: Path, name: str, plan: ExperimentPlan, metrics: Metrics, series: Series) -> None:

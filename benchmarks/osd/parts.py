@@ -16,10 +16,9 @@ from serving.engine.counters import expected_block_efficiency
 from serving.engine.draft_length import MAX_DRAFT_TOKENS
 from serving.engine.passes.kv_shape import KvShape
 from serving.models.target_part import own_parameters
+from serving.part_choice import smaller_head
 
 EXIT_LAYERS = (0, 1, 2, 4, 7)
-KEPT_OF = 4
-"""A head over some tokens keeps one in so many."""
 NUM_RECORDS = 600
 LEARNER_S = (10.0, 30.0)
 LORA = "draft model"
@@ -33,7 +32,7 @@ def parts(plan: ExperimentPlan, compile: CompileChoice = "auto") -> tuple[Metric
     shape = KvShape.of(plan.cache.pair().target)
     names = [
         f"self:{layer}{block}{head}"
-        for head in ("", f":{shape.vocab_size // KEPT_OF}")
+        for head in ("", *(f":{kept}" for kept in (smaller_head(shape.vocab_size),) if kept))
         for layer in EXIT_LAYERS
         if layer < shape.num_layers
         for block in ("", ":attention")

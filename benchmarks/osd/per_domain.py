@@ -17,15 +17,16 @@ PAPER_RATES = (3e-4, 1e-3, 3e-3)
 
 def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[str, str]]]:
     """Floor, the paper's setting at its best rate, ours with the draft and with a part of the target, and the
-    ceiling, on every domain. The last value: by domain and arm, the folder of the first seed's greedy
+    ceiling, on every domain. The last value: by domain, temperature and arm, the folder of the first seed's
     adapter."""
-    rates = paper_rates(plan)
+    rates = paper_rates(plan) if "paper" in plan.arms else {}
     lives = {
         (domain, temperature, arm): [
-            _life(plan, domain, temperature, arm, rates[domain], seed) for seed in _seeds(plan, temperature)
+            _life(plan, domain, temperature, arm, rates.get(domain, 0.0), seed)
+            for seed in _seeds(plan, temperature)
         ]
         for temperature in plan.temperatures
-        for arm in ("floor", "ours", SELF, "paper", "offline", "offline_full")
+        for arm in plan.arms
         for domain in plan.domains
         if arm != "offline_full" or not temperature
     }
@@ -37,8 +38,8 @@ def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[st
         found = [results[job] for job in dict.fromkeys(jobs)]
         name = label(domain, temperature)
         _add_final(metrics, name, arm, domain, found)
-        if not temperature:
-            adapters.setdefault(domain, {})[arm] = found[0].adapter
+        if arm in ("floor", "ours", SELF) or not temperature:
+            adapters.setdefault(name, {})[arm] = found[0].adapter
         for seed, result in enumerate(found):
             if arm in ("floor", "paper", "ours", SELF):
                 series[f"{name}/{arm}/{seed}"] = moving_acceptance(result.accepted, result.attempted)
@@ -100,21 +101,26 @@ def _add_final(metrics: Metrics, name: str, arm: str, domain: str, found: Sequen
 
 
 def _compare(metrics: Metrics, series: Series) -> None:
-    """Lifts, the share of the ceiling's, and how many records an arm needs for the paper's final value."""
+    """Lifts, the share of the ceiling's, and how many records an arm needs for the final value of the paper's
+    setting, or of ours; as far as the arms for it were asked for."""
     for name, rates in metrics["acceptance_rate"].items():
-        lift = {arm: value - rates["floor"] for arm, value in rates.items()}
-        metrics.setdefault("lift", {})[name] = lift
-        ceiling = lift["offline"]
-        metrics.setdefault("share_of_ceiling", {})[name] = lift["ours"] / ceiling if ceiling > 0 else None
-        reached = metrics.setdefault("records_to_reach", {}).setdefault(name, {})
-        for arm in ("paper", "ours"):
-            reached[arm] = _middle(series, f"{name}/{arm}/", "/held_out", rates["paper"])
-        metrics.setdefault("to_reach_ours", {})[name] = {
-            axis: {
-                arm: _middle(series, f"{name}/{arm}/", f"/{axis}", rates["ours"]) for arm in ("ours", SELF)
+        if "floor" in rates:
+            lift = {arm: value - rates["floor"] for arm, value in rates.items()}
+            metrics.setdefault("lift", {})[name] = lift
+            ceiling = lift.get("offline", 0.0)
+            metrics.setdefault("share_of_ceiling", {})[name] = lift["ours"] / ceiling if ceiling > 0 else None
+        if "paper" in rates:
+            reached = metrics.setdefault("records_to_reach", {}).setdefault(name, {})
+            for arm in ("paper", "ours"):
+                reached[arm] = _middle(series, f"{name}/{arm}/", "/held_out", rates["paper"])
+        if SELF in rates:
+            metrics.setdefault("to_reach_ours", {})[name] = {
+                axis: {
+                    arm: _middle(series, f"{name}/{arm}/", f"/{axis}", rates["ours"])
+                    for arm in ("ours", SELF)
+                }
+                for axis in ("held_out", "learner_s")
             }
-            for axis in ("held_out", "learner_s")
-        }
 
 
 def _middle(series: Series, begin: str, end: str, value: float) -> float | None:

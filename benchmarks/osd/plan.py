@@ -16,6 +16,7 @@ WINDOW = 50
 """Records of the moving average, as in the paper."""
 SELF = "self"
 """The arm of our loop with a part of the target in the draft's place."""
+ARMS = ("floor", "ours", SELF, "paper", "offline", "offline_full")
 THINNING = 10
 """Every so many records a point of a series."""
 
@@ -37,6 +38,8 @@ class ExperimentPlan:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     part: str = "self:2"
     """Of the target, which the arm `self` drafts with."""
+    arms: tuple[str, ...] = ARMS
+    """Of the experiment on single domains."""
 
     def draft_of(self, arm: str) -> str:
         """What the arm drafts with; empty: the pair's draft."""

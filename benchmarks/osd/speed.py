@@ -1,4 +1,5 @@
-"""What the drafts that learnt are worth in time: the real engine, one request at a time, arms in turn.
+"""What the drafts that learnt are worth in time: the real engine, one or several requests at once, arms in
+turn.
 
 Speed-ups are medians of ratios within a turn, over the same engine without speculation. The prediction is the
 cost model's: tokens a round, and how long the passes themselves take.
@@ -39,19 +40,28 @@ def measure_speed(
     turns: int,
     compile: CompileChoice,
     report: Report,
+    num_clients: int = 1,
+    temperature: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """By arm. `pairs`: each arm's, of the same target. `adapters`: the folder of each arm's adapter, empty
     for the floor."""
     prompts = [one.prompt_token_ids.tolist() for one in asked]
     room = max(map(len, prompts)) + NUM_TOKENS + 16
-    makers = {arm: _maker(pairs[arm], folder, room, compile, None) for arm, folder in adapters.items()}
-    lineup = Lineup({OFF: _maker(next(iter(pairs.values())), "", room, compile, 0), **makers})
+    how = room, num_clients, compile
+    makers = {arm: _maker(pairs[arm], folder, *how, None) for arm, folder in adapters.items()}
+    lineup = Lineup({OFF: _maker(next(iter(pairs.values())), "", *how, 0), **makers})
     outcomes: dict[str, list[ModeOutcome]] = {arm: [] for arm in (OFF, *makers)}
     try:
         for turn in range(turns + 1):
             for arm, kept in outcomes.items():
                 report(f"{arm}, turn {turn} of {turns}")
-                outcome = lineup.run(arm, prompts, concurrency=1, num_tokens=NUM_TOKENS, temperature=0.0)
+                outcome = lineup.run(
+                    arm,
+                    prompts,
+                    concurrency=num_clients,
+                    num_tokens=NUM_TOKENS,
+                    temperature=temperature,
+                )
                 if isinstance(outcome, str):
                     raise RuntimeError(f"{arm} could not run: {outcome}")
                 if turn:  # the first one warms up
@@ -60,8 +70,8 @@ def measure_speed(
         lineup.close()
     forwards, found = dict[str, ForwardTimes](), dict[str, dict[str, Any]]()
     for pair in dict.fromkeys(pairs.values()):
-        runners = pass_runners(pair, num_slots=1, max_seq_len=room, compile=compile)
-        times = measure_forwards(runners, batch_size=1, context_tokens=room // 2)
+        runners = pass_runners(pair, num_slots=num_clients, max_seq_len=room, compile=compile)
+        times = measure_forwards(runners, batch_size=num_clients, context_tokens=room // 2)
         forwards |= {arm: times for arm in adapters if pairs[arm] is pair}
         found.setdefault("passes", {})[pair.draft_id] = {"by": runners.passes, **asdict(times)}
     for arm, own in outcomes.items():
@@ -69,7 +79,9 @@ def measure_speed(
             one.output_token_ids == other.output_token_ids
             for one, other in zip(own, outcomes[OFF], strict=True)
         )
-        ratios = [other.wall_s / one.wall_s for one, other in zip(own, outcomes[OFF], strict=True)]
+        ratios = [
+            one.tokens_per_s / other.tokens_per_s for one, other in zip(own, outcomes[OFF], strict=True)
+        ]
         rounds = sum((outcome.rounds or Rounds() for outcome in own), Rounds())
         efficiency = block_efficiency(sum(outcome.num_tokens for outcome in own), rounds.num_rounds)
         drafted = rounds.num_drafted / max(1, rounds.num_rounds)
@@ -82,17 +94,23 @@ def measure_speed(
             "acceptance_rate": acceptance_rate(rounds.num_accepted, rounds.num_attempted),
             "block_efficiency": efficiency,
             "num_draft_tokens": drafted,
-            "identical": identical,
+            **({} if temperature else {"identical": identical}),
         }
     return found
 
 
-def _maker(pair: ModelPair, folder: str, room: int, compile: CompileChoice, cap: int | None) -> Any:
+def _maker(
+    pair: ModelPair, folder: str, room: int, num_slots: int, compile: CompileChoice, cap: int | None
+) -> Any:
     def make() -> Mode:
         engine = build_engine(
             replace(pair, draft=adapted(pair, folder)),
             options=EngineOptions(
-                num_slots=1, max_seq_len=room, speculation="model", compile=compile, prefix_cache_mib=0
+                num_slots=num_slots,
+                max_seq_len=room,
+                speculation="model",
+                compile=compile,
+                prefix_cache_mib=0,
             ),
         )
         return EngineMode(engine, cap=cap, ignore_eos=False)

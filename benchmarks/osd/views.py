@@ -17,13 +17,13 @@ def domain_table(metrics: Mapping[str, Any]) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, rates in metrics["acceptance_rate"].items():
-        reached = metrics["records_to_reach"][name]
-        share = metrics["share_of_ceiling"][name]
+        reached = metrics.get("records_to_reach", {}).get(name, {})
+        share = metrics.get("share_of_ceiling", {}).get(name)
         table.add_row(
             name,
             *(_cell(rates.get(arm)) for arm in ("floor", "paper", "ours", "self", "offline", "offline_full")),
             "" if share is None else f"{share:.2f}",
-            f"{_count(reached['ours'])} / {_count(reached['paper'])}",
+            f"{_count(reached['ours'])} / {_count(reached['paper'])}" if reached else "",
         )
     return table
 
@@ -58,8 +58,9 @@ def plot_domains(metrics: Mapping[str, Any], series: Mapping[str, Sequence[Any]]
             if head == name and arm in COLOURS and key.count("/") == 2:
                 shown = arm if seed == "0" else None
                 panel.plot(*zip(*points, strict=True), color=COLOURS[arm], lw=1.2, alpha=0.8, label=shown)
-        ceiling = metrics["acceptance_rate"][name]["offline"]
-        panel.axhline(ceiling, color=COLOURS["offline"], lw=1.2, ls="--", label="offline, held out")
+        ceiling = metrics["acceptance_rate"][name].get("offline")
+        if ceiling is not None:
+            panel.axhline(ceiling, color=COLOURS["offline"], lw=1.2, ls="--", label="offline, held out")
         panel.set_title(name.replace("@1", ", temperature 1"))
         panel.set(ylim=(0, 1), xlabel="records")
         panel.spines[["top", "right"]].set_visible(False)
@@ -73,7 +74,7 @@ def plot_phases(
 ) -> None:
     """The shift: acceptance as served above, held-out acceptance of each domain below."""
     pyplot = _pyplot()
-    arms = [arm for arm in ("no_replay", "replay", "routes") if f"{arm}/0" in series]
+    arms = [arm for arm in ("no_replay", "replay", "routes", "self") if f"{arm}/0" in series]
     figure, axes = pyplot.subplots(
         2,
         len(arms),

@@ -7,7 +7,15 @@ from buffer.names import DEFAULT_ROUTE
 from buffer.records import AdapterManifest
 from serving import part_choice
 from serving.models.target_part import TargetPart
-from serving.part_choice import LEARNT, Candidate, candidates, choose, expected_acceptance, shown_by
+from serving.part_choice import (
+    LEARNT,
+    Candidate,
+    candidates,
+    choose,
+    expected_acceptance,
+    shown_by,
+    smaller_head,
+)
 from tests.support.tiny_models import tiny_model
 
 
@@ -21,7 +29,8 @@ def test_every_exit_that_the_target_has_is_a_candidate() -> None:
 
 def test_a_large_vocabulary_may_have_a_smaller_head() -> None:
     parts = {str(part) for part in candidates(target_of(2, 8192))}
-    assert parts == {"self:0", "self:0:2048", "self:1", "self:1:2048"}
+    assert parts == {"self:0", "self:0:4096", "self:1", "self:1:4096"}
+    assert [smaller_head(size) for size in (8191, 49_152, 128_256)] == [None, 12_288, 32_064]
 
 
 def test_all_are_measured_and_the_best_comes_first() -> None:

@@ -98,10 +98,12 @@ def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) ->
 @pytest.mark.slow
 def test_every_part_learns_and_is_priced(cache: ExperimentCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.osd.parts.EXIT_LAYERS", (1,))
+    monkeypatch.setattr("benchmarks.osd.parts.smaller_head", lambda vocab_size: 512)
     plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
     plan.record_answers()
     metrics, series = parts(plan, compile="off")
-    assert metrics["parts"].keys() == {LORA, "self:1", "self:1:attention"}
+    parts_of = ("self:1", "self:1:attention", "self:1:512", "self:1:attention:512")
+    assert metrics["parts"].keys() == {LORA, *parts_of}
     for row in metrics["parts"].values():
         assert row["acceptance_rate"] > row["acceptance_at_start"] and row["predicted_speedup"] > 0
     assert metrics["parts"]["self:1"]["own_weights"] > metrics["parts"]["self:1:attention"]["own_weights"]
