@@ -165,10 +165,43 @@ def prefix(
     write_report(report, "prefix", {"threads": threads, "turns": turns, **metrics}, {})
 
 
+def fit(
+    target: TargetOption = DEMO_TARGET,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .jsonl rows with `prompt`; default: the demo's prompts.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    exit_layer: Annotated[
+        list[int] | None, typer.Option(help="May be given again; default: 1.", min=0)
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many the target answers.", min=1)] = 48,
+    tokens: Annotated[int, typer.Option(help="Of an answer at most.", min=1)] = 48,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "fit.json",
+) -> None:
+    """What a part of the target guesses before any learning: as its layers are, and fitted."""
+    import torch
+
+    from benchmarks.fit import measure, prompts_for
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    torch.set_num_threads(threads)
+    with plain_faults():
+        pair = load_pair(target)
+        if pair.tokenizer is None:
+            raise typer.BadParameter(f"--target {target} has no tokenizer, so there is nothing to ask it")
+        asked = prompts_for(pair, data)
+    metrics = measure(pair, asked, exit_layers=exit_layer or [1], num_prompts=prompts, max_tokens=tokens)
+    output().print_json(data=metrics)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "fit", metrics, {})
+
+
 app.command()(engine)
 app.command()(throughput)
 app.command()(overheads)
 app.command()(prefix)
+app.command()(fit)
 app.command()(osd_commands.pair)
 app.command()(osd_commands.osd)
 app.command()(osd_commands.attacks)

@@ -66,10 +66,7 @@ def osd(
     part: Annotated[str, typer.Option(help="The target's part that the arm `self` drafts with.")] = "self:2",
     arm: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Of the experiment on single domains: floor, ours, self, paper, offline, offline_full; may "
-            "be given again; default: all."
-        ),
+        typer.Option(help="Of the experiment `domain`, such as ours and self; again for more; default: all."),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
@@ -83,7 +80,6 @@ def osd(
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
     from benchmarks.osd.plan import ARMS, ExperimentPlan
-    from serving.models.target_part import TargetPart
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -95,10 +91,7 @@ def osd(
             raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
-        if unknown := sorted(set(arm or ()) - set(ARMS)):
-            raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
-        if TargetPart.named(part) is None:
-            raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
+        _check_arms(arm, part)
     if target is None or draft is None:
         home = _trained_pair(data)
         target, draft = str(home / "target"), str(home / "draft")
@@ -108,8 +101,17 @@ def osd(
     arms = tuple(dict.fromkeys(arm or ARMS))
     plan = ExperimentPlan(cache, wanted, records, seeds, jobs, errors().print, temperatures, part, arms)
     report = report or RESULTS / f"osd_{experiment}.json"
-    report.parent.mkdir(parents=True, exist_ok=True)
     run_experiment(experiment, plan, report, output(), turns=turns)
+
+
+def _check_arms(arms: list[str] | None, part: str) -> None:
+    from benchmarks.osd.plan import ARMS
+    from serving.models.target_part import TargetPart
+
+    if unknown := sorted(set(arms or ()) - set(ARMS)):
+        raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
+    if TargetPart.named(part) is None:
+        raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
 
 
 def attacks(

@@ -26,6 +26,7 @@ SPEED_PROMPTS = 24
 def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Console, *, turns: int) -> None:
     """Work it out, write it down, show it."""
     plan = _needed(name, plan)
+    report.parent.mkdir(parents=True, exist_ok=True)
     if name != "deployed":
         plan.record_answers()
     picture = report.with_suffix(".png")

@@ -6,7 +6,7 @@ cost model's: tokens a round, and how long the passes themselves take.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,25 +49,12 @@ def measure_speed(
     room = max(map(len, prompts)) + NUM_TOKENS + 16
     how = room, num_clients, compile
     makers = {arm: _maker(pairs[arm], folder, *how, None) for arm, folder in adapters.items()}
-    lineup = Lineup({OFF: _maker(next(iter(pairs.values())), "", *how, 0), **makers})
-    outcomes: dict[str, list[ModeOutcome]] = {arm: [] for arm in (OFF, *makers)}
-    try:
-        for turn in range(turns + 1):
-            for arm, kept in outcomes.items():
-                report(f"{arm}, turn {turn} of {turns}")
-                outcome = lineup.run(
-                    arm,
-                    prompts,
-                    concurrency=num_clients,
-                    num_tokens=NUM_TOKENS,
-                    temperature=temperature,
-                )
-                if isinstance(outcome, str):
-                    raise RuntimeError(f"{arm} could not run: {outcome}")
-                if turn:  # the first one warms up
-                    kept.append(outcome)
-    finally:
-        lineup.close()
+    makers = {OFF: _maker(next(iter(pairs.values())), "", *how, 0), **makers}
+
+    def on_turn(arm: str, turn: int) -> None:
+        report(f"{arm}, turn {turn} of {turns}")
+
+    outcomes = _outcomes(makers, prompts, turns, num_clients, temperature, on_turn)
     forwards, found = dict[str, ForwardTimes](), dict[str, dict[str, Any]]()
     for pair in dict.fromkeys(pairs.values()):
         runners = pass_runners(pair, num_slots=num_clients, max_seq_len=room, compile=compile)
@@ -75,28 +62,60 @@ def measure_speed(
         forwards |= {arm: times for arm in adapters if pairs[arm] is pair}
         found.setdefault("passes", {})[pair.draft_id] = {"by": runners.passes, **asdict(times)}
     for arm, own in outcomes.items():
-        identical = all(
-            one.output_token_ids == other.output_token_ids
-            for one, other in zip(own, outcomes[OFF], strict=True)
-        )
-        ratios = [
-            one.tokens_per_s / other.tokens_per_s for one, other in zip(own, outcomes[OFF], strict=True)
-        ]
-        rounds = sum((outcome.rounds or Rounds() for outcome in own), Rounds())
-        efficiency = block_efficiency(sum(outcome.num_tokens for outcome in own), rounds.num_rounds)
-        drafted = rounds.num_drafted / max(1, rounds.num_rounds)
-        predicted = 1.0 if arm == OFF else forwards[arm].predicted_speedup(efficiency, drafted, drafted)
-        found[arm] = {
-            "tokens_per_s": statistics.median(outcome.tokens_per_s for outcome in own),
-            "speedup": statistics.median(ratios),
-            "predicted": predicted,
-            "measured_over_predicted": statistics.median(ratios) / predicted,
-            "acceptance_rate": acceptance_rate(rounds.num_accepted, rounds.num_attempted),
-            "block_efficiency": efficiency,
-            "num_draft_tokens": drafted,
-            **({} if temperature else {"identical": identical}),
-        }
+        found[arm] = _figures(own, outcomes[OFF], forwards.get(arm))
+        if temperature == 0.0:
+            found[arm]["identical"] = all(
+                one.output_token_ids == other.output_token_ids
+                for one, other in zip(own, outcomes[OFF], strict=True)
+            )
     return found
+
+
+def _outcomes(
+    makers: Mapping[str, Callable[[], Mode]],
+    prompts: list[list[int]],
+    turns: int,
+    num_clients: int,
+    temperature: float,
+    on_turn: Callable[[str, int], None],
+) -> dict[str, list[ModeOutcome]]:
+    """By arm, in turn; the first turn warms up."""
+    lineup = Lineup(makers)
+    outcomes: dict[str, list[ModeOutcome]] = {arm: [] for arm in makers}
+    try:
+        for turn in range(turns + 1):
+            for arm, kept in outcomes.items():
+                on_turn(arm, turn)
+                outcome = lineup.run(
+                    arm, prompts, concurrency=num_clients, num_tokens=NUM_TOKENS, temperature=temperature
+                )
+                if isinstance(outcome, str):
+                    raise RuntimeError(f"{arm} could not run: {outcome}")
+                if turn:
+                    kept.append(outcome)
+    finally:
+        lineup.close()
+    return outcomes
+
+
+def _figures(
+    own: Sequence[ModeOutcome], off: Sequence[ModeOutcome], forwards: ForwardTimes | None
+) -> dict[str, Any]:
+    """`forwards` None: nothing is drafted."""
+    ratios = [one.tokens_per_s / other.tokens_per_s for one, other in zip(own, off, strict=True)]
+    rounds = sum((outcome.rounds or Rounds() for outcome in own), Rounds())
+    efficiency = block_efficiency(sum(outcome.num_tokens for outcome in own), rounds.num_rounds)
+    drafted = rounds.num_drafted / max(1, rounds.num_rounds)
+    predicted = 1.0 if forwards is None else forwards.predicted_speedup(efficiency, drafted, drafted)
+    return {
+        "tokens_per_s": statistics.median(outcome.tokens_per_s for outcome in own),
+        "speedup": statistics.median(ratios),
+        "predicted": predicted,
+        "measured_over_predicted": statistics.median(ratios) / predicted,
+        "acceptance_rate": acceptance_rate(rounds.num_accepted, rounds.num_attempted),
+        "block_efficiency": efficiency,
+        "num_draft_tokens": drafted,
+    }
 
 
 def _maker(
