@@ -11,6 +11,7 @@ from benchmarks.options import (
     DEMO_TARGET,
     RESULTS,
     AdapterOption,
+    CompileOption,
     DraftOption,
     TargetOption,
     ThreadsOption,
@@ -68,6 +69,11 @@ def osd(
         list[str] | None,
         typer.Option(help="Of the experiment `domain`, such as ours and self; again for more; default: all."),
     ] = None,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the experiment `parts`: whole or attention; default: both."),
+    ] = None,
+    compile: CompileOption = "auto",
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
@@ -99,9 +105,11 @@ def osd(
     temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
     wanted = tuple(domain or DOMAINS)
     arms = tuple(dict.fromkeys(arm or ARMS))
-    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, errors().print, temperatures, part, arms)
+    blocks = tuple(dict.fromkeys(block or ("whole", "attention")))
+    say = errors().print
+    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks)
     report = report or RESULTS / f"osd_{experiment}.json"
-    run_experiment(experiment, plan, report, output(), turns=turns)
+    run_experiment(experiment, plan, report, output(), turns=turns, compile=compile)
 
 
 def _check_arms(arms: list[str] | None, part: str) -> None:

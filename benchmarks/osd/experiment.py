@@ -19,12 +19,21 @@ from benchmarks.osd.per_domain import per_domain
 from benchmarks.osd.plan import SELF, ExperimentPlan, Metrics, Series
 from benchmarks.osd.speed import measure_speed
 from deploy.demo.report import write_report
+from serving.compiling import CompileChoice
 
 SPEED_PROMPTS = 24
 
 
-def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Console, *, turns: int) -> None:
-    """Work it out, write it down, show it."""
+def run_experiment(
+    name: str,
+    plan: ExperimentPlan,
+    report: Path,
+    console: Console,
+    *,
+    turns: int,
+    compile: CompileChoice = "auto",
+) -> None:
+    """Work it out, write it down, show it. `compile`: of the passes that are timed."""
     plan = _needed(name, plan)
     report.parent.mkdir(parents=True, exist_ok=True)
     if name != "deployed":
@@ -37,7 +46,7 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
         views.plot_domains(metrics, series, picture)
         for num_clients in (1, 8):
             suffix = "" if num_clients == 1 else f"_{num_clients}_clients"
-            metrics[f"speed{suffix}"] = speeds = _speed(plan, adapters, turns, num_clients)
+            metrics[f"speed{suffix}"] = speeds = _speed(plan, adapters, turns, num_clients, compile)
             metrics[f"speedup{suffix}"] = {
                 name: {arm: row["speedup"] for arm, row in rows.items() if "speedup" in row}
                 for name, rows in speeds.items()
@@ -55,7 +64,7 @@ def run_experiment(name: str, plan: ExperimentPlan, report: Path, console: Conso
         metrics, series = ablations(plan)
         views.plot_ablations(metrics, picture)
     elif name == "parts":
-        metrics, series = parts(plan)
+        metrics, series = parts(plan, compile)
         console.print(views.nested_table("parts of the target", metrics["parts"]))
     elif name == "cost":
         metrics, series = costs.measure(plan), {}
@@ -83,7 +92,11 @@ def _needed(name: str, plan: ExperimentPlan) -> ExperimentPlan:
 
 
 def _speed(
-    plan: ExperimentPlan, adapters: dict[str, dict[str, str]], turns: int, num_clients: int
+    plan: ExperimentPlan,
+    adapters: dict[str, dict[str, str]],
+    turns: int,
+    num_clients: int,
+    compile: CompileChoice,
 ) -> dict[str, Any]:
     """By domain, temperature and arm, on held-out prompts."""
     found = {}
@@ -94,7 +107,7 @@ def _speed(
             folders,
             plan.cache.held_out(domain, float(temperature or 0.0))[:SPEED_PROMPTS],
             turns=turns,
-            compile="auto",
+            compile=compile,
             report=plan.report,
             num_clients=num_clients,
             temperature=float(temperature or 0.0),

@@ -35,7 +35,7 @@ def parts(plan: ExperimentPlan, compile: CompileChoice = "auto") -> tuple[Metric
         for head in ("", *(f":{kept}" for kept in (smaller_head(shape.vocab_size),) if kept))
         for layer in EXIT_LAYERS
         if layer < shape.num_layers
-        for block in ("", ":attention")
+        for block in ("" if each == "whole" else f":{each}" for each in plan.blocks)
     ]
     jobs = {
         name: Job("ours", (domain,), num_records=count, evaluate_every=50, draft="" if name == LORA else name)

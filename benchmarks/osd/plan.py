@@ -40,6 +40,8 @@ class ExperimentPlan:
     """Of the target, which the arm `self` drafts with."""
     arms: tuple[str, ...] = ARMS
     """Of the experiment on single domains."""
+    blocks: tuple[str, ...] = ("whole", "attention")
+    """Of the experiment on parts."""
 
     def draft_of(self, arm: str) -> str:
         """What the arm drafts with; empty: the pair's draft."""

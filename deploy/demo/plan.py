@@ -44,7 +44,7 @@ class SelfDraftPlan:
     """The arm of a part of the target, which learns from some of the traffic's records afterwards."""
 
     part: str = "self"
-    num_records: int = 320
+    num_records: int = 800
     learning_s: float = 45.0
     measuring_s: float = 20.0
 

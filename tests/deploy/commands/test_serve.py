@@ -91,6 +91,18 @@ def test_a_qwen3_pair_is_served_and_sigkill_of_the_parent_ends_every_process(tmp
     assert left.returncode == 2 and "no everdraft runs" in left.stderr
 
 
+@pytest.mark.slow
+def test_without_a_draft_model_a_part_of_the_target_is_chosen_and_learns(tmp_path: Path) -> None:
+    target, _ = save_tiny_pair(tmp_path)
+    with EverdraftProcess(tmp_path, "serve", "--target", target, "--draft", "self:auto") as everdraft:
+        everdraft.wait_until_up()
+        assert "drafting with self:" in everdraft.said()
+        assert complete(everdraft, "SELECT name") == complete(everdraft, "SELECT name")
+        wait_for(lambda: "ray::LearnerActor" in names(everdraft), timeout_s=300)
+        state = ("--state-dir", str(everdraft.state_dir))
+        wait_for(lambda: "learner: waiting" in run_cli("status", *state).stdout, timeout_s=300)
+
+
 def test_models_that_cannot_be_served_are_refused_before_anything_starts(tmp_path: Path) -> None:
     done = run_cli("serve", "--target", str(tmp_path / "none"), "--state-dir", str(tmp_path / "state"))
     assert done.returncode == 2
