@@ -103,13 +103,11 @@ def osd(
         target, draft = str(home / "target"), str(home / "draft")
     cache = ExperimentCache(target, draft, folder, cache_folder())
     temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
-    wanted = tuple(domain or DOMAINS)
-    arms = tuple(dict.fromkeys(arm or ARMS))
+    wanted, arms = tuple(domain or DOMAINS), tuple(dict.fromkeys(arm or ARMS))
     blocks = tuple(dict.fromkeys(block or ("whole", "attention")))
-    say = errors().print
+    say, file = errors().print, report or RESULTS / f"osd_{experiment}.json"
     plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks)
-    report = report or RESULTS / f"osd_{experiment}.json"
-    run_experiment(experiment, plan, report, output(), turns=turns, compile=compile)
+    run_experiment(experiment, plan, file, output(), turns=turns, compile=compile)
 
 
 def _check_arms(arms: list[str] | None, part: str) -> None:
