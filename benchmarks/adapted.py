@@ -31,7 +31,7 @@ from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.local import LocalEngine, build_engine
 from serving.models.adapter import merge_adapter, sha256_of
 from serving.models.loading import ModelPair
-from serving.models.target_part import own_copy
+from serving.models.target_part import own_copy, own_tensors
 from serving.options import EngineOptions, Speculation
 from serving.recorder import Recorder
 
@@ -74,9 +74,9 @@ class Adapter:
         """A copy of the draft with these weights in it. Raises AdapterRejectedError if they do not fit."""
         merged = merge_adapter(draft, self.weights, self.config_json, sha256_of(self.weights))
         adapted = own_copy(draft)
-        parameters = dict(adapted.named_parameters())
+        own = own_tensors(adapted)
         for name, weight in merged.items():
-            parameters[name].data.copy_(weight)
+            own[name].data.copy_(weight)
         return adapted
 
 
