@@ -35,7 +35,7 @@ def test_what_a_part_learnt_is_measured_with_the_tokens_that_its_head_keeps(tmp_
     pair = load_pair(save_tiny_pair(tmp_path)[0], "self:1:40")
     assert pair.draft is not None
     learner = build_draft(own_copy(pair.draft), LearnerSettings(), draft_id="self:1:40", draft_revision="1")
-    learner.keep_tokens(torch.arange(320))  # the last 40
+    learner.keep_tokens(torch.arange(320).double())  # the last 40
     adapter = Adapter(export_weights(learner.state()), learner.config_json)
     logits_TV = adapter.merged(pair.draft)(input_ids=torch.tensor([[1, 2, 3]])).logits[0]
     assert (logits_TV[0] > -torch.inf).nonzero()[:, 0].tolist() == list(range(280, 320))
