@@ -18,7 +18,7 @@ from learner.batch import TrainingBatch
 from learner.settings import LearnerSettings, TrainableName
 from learner.trainable import full_trainable, lora_trainable, output_head
 from serving.models.adapter import merge_adapter
-from serving.models.kept_head import IDS, kept_head, most_used
+from serving.models.kept_head import IDS, kept_head, most_used, without_rows
 from serving.models.target_part import TargetPart
 
 AdapterState = Mapping[str, Tensor]
@@ -134,10 +134,12 @@ class TrainableDraft:
 
     def fault(self, state: AdapterState) -> str:
         """Why these weights must not serve: keys, shapes or values that are not finite. Empty: none."""
-        if missing := sorted((self._weights.keys() | self._kept_ids().keys()) ^ state.keys()):
+        kept = self._kept_ids()
+        if missing := sorted((self._weights.keys() | kept.keys()) ^ state.keys()):
             return f"keys differ, first {missing[0]!r}"
-        if self._kept is not None and (fault := self._kept[1].fault(state[self._kept_key])):
-            return f"{self._kept_key} holds {fault}"
+        for key in kept:
+            if self._kept is not None and (fault := self._kept[1].fault(state[key])):
+                return f"{key} holds {fault}"
         for key, weight in self._weights.items():
             if state[key].shape != weight.shape:
                 return f"{key} has shape {tuple(state[key].shape)}, not {tuple(weight.shape)}"
@@ -156,7 +158,7 @@ class TrainableDraft:
         if not self.rank:
             with self.with_weights(None):
                 merged = merge_adapter(self._model, weights, manifest.adapter_config_json, manifest.sha256)
-                state = self.state() | {key: merged[key] for key in self.state().keys() & merged.keys()}
+                state = self.state() | without_rows(self._model, merged)
         elif manifest.rank and manifest.alpha != self.alpha:
             raise ValueError(f"its alpha is {manifest.alpha:g}, not {self.alpha:g}")
         if fault := self.fault(state):
@@ -176,22 +178,20 @@ class TrainableDraft:
 
     def load_unchecked(self, state: AdapterState) -> None:
         """Like `load`, but accepts values that are not finite: used to restore previous weights."""
+        weights = dict(state)
+        for key in self._kept_ids():
+            assert self._kept is not None
+            self._kept[1].keep(weights.pop(key))
         with torch.no_grad():
-            for key, weight in self._weights.items():
-                if key in state:
-                    weight.copy_(state[key])
-        if self._kept is not None:
-            self._kept[1].keep(state[self._kept_key])
-
-    @property
-    def _kept_key(self) -> str:
-        """Of the kept tokens' ids in a state."""
-        assert self._kept is not None
-        return f"{self._kept[0]}.{IDS}"
+            for key, weight in weights.items():
+                self._weights[key].copy_(weight)
 
     def _kept_ids(self) -> dict[str, Tensor]:
-        """Empty where the head keeps all tokens, or those of the floor."""
-        return {} if self._kept is None else {self._kept_key: self._kept[1].token_ids.cpu().clone()}
+        """The kept tokens' ids by their key in a state; empty where training has no choice of them."""
+        if self._kept is None:
+            return {}
+        name, head = self._kept
+        return {f"{name}.{IDS}": head.token_ids.cpu().clone()}
 
     def _keep_positions(self, _head: nn.Module, hidden: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Passes only the wanted positions to the head, [1, N, H], because logits over the vocabulary are

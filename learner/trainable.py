@@ -95,13 +95,12 @@ def adapted_module_names(base: Any) -> tuple[str, ...]:
         own = {name.rpartition(".")[0] for name in own_parameters(base)}
         return tuple(sorted(name for name in own if isinstance(base.get_submodule(name), nn.Linear)))
     head, embedding = output_head(base), base.get_input_embeddings()
-    ends = (head, embedding)
+    ends = [module for module in (head, embedding) if isinstance(module, nn.Linear | nn.Embedding)]
     tied = head.weight is embedding.weight
     names = {
         name.split(".")[-1]
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-        and ((isinstance(module, nn.Linear) and module is not head) or (not tied and module in ends))
+        if (isinstance(module, nn.Linear) and module is not head) or (not tied and module in ends)
     }
     return tuple(sorted(names))
 

@@ -64,7 +64,7 @@ class Trainer:
         self._settings = settings
         self._optimizer = build_optimizer(draft)
         self._objective = objective_of(settings)
-        self.tokens = KeptTokens(draft)
+        self._tokens = KeptTokens(draft)
 
     def plan(self, num_fresh: int, stretch: int = 1) -> tuple[int, int]:
         """(steps, replayed records wanted) for a cycle over so many fresh records; at most `stretch` times
@@ -84,7 +84,7 @@ class Trainer:
         """One step for each draw; `rest(step_s)` sleeps between steps and says whether to continue."""
         report = TrainingReport()
         self.draft.load_unchecked(self.trained)
-        self.tokens.count(fresh)
+        self._tokens.count(fresh)
         steps, _ = self.plan(len(fresh), stretch)
         shares = np.array_split(np.arange(len(replayed)), max(1, steps))
         draws = fresh_draws(fresh, self._fresh_per_step, steps, self.rng)
@@ -149,7 +149,7 @@ class Trainer:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's moments, including the running mean, and the counts that choose kept tokens."""
-        return optimizer_state(self._optimizer, self.draft.parameters) | self.tokens.state()
+        return optimizer_state(self._optimizer, self.draft.parameters) | self._tokens.state()
 
     def restore(
         self,
@@ -160,7 +160,7 @@ class Trainer:
     ) -> None:
         """Continue from a checkpoint. Raises ValueError for an adapter of another shape."""
         self.draft.load(adapter)
-        load_optimizer_state(self._optimizer, self.draft.parameters, self.tokens.restored(optimizer))
+        load_optimizer_state(self._optimizer, self.draft.parameters, self._tokens.restored(optimizer))
         self.trained, self.candidate = self.draft.state(), self._mean()
         self.rng.bit_generator.state = dict(generator_state)
         self.num_steps = num_steps

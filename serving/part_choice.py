@@ -37,6 +37,8 @@ ACCEPTANCE = "acceptance_candidate"
 """Of the evidence that a draft was promoted for."""
 COVERED = 0.99
 """Of that, what a smaller head keeps."""
+WORTH_A_CHANGE = 1.15
+"""Two measurements of one part on a busy machine differ by so much."""
 _KEPT_OF, _LEAST_KEPT = 4, 4096
 """Fewer tokens cover too little of what any traffic says."""
 _CONTEXT_TOKENS = 128
@@ -75,8 +77,9 @@ def smaller_head(vocab_size: int) -> int | None:
 
 
 def choose(target: nn.Module, shown: Mapping[str, float]) -> list[Candidate]:
-    """Every part that was looked at, the best first. `shown`: acceptance that learning has shown, by part.
-    Raises UnsupportedModelError.
+    """Every part that was looked at, the one to draft with first. `shown`: acceptance that learning has
+    shown, by part; one of these stays unless another promises `WORTH_A_CHANGE` times its speed, because
+    another begins to learn again. Raises UnsupportedModelError.
 
     A pass is measured of the shallowest part, of the deepest, and of one with a smaller head; between them
     its time is linear in the layers."""
@@ -92,7 +95,11 @@ def choose(target: nn.Module, shown: Mapping[str, float]) -> list[Candidate]:
     for part in parts:
         draft_s = shallow_s + part.exit_layer * layer_s - (saved_s if part.kept_tokens else 0.0)
         found.append(_candidate(part, target_s, draft_s, expected_acceptance(part, shown)))
-    return sorted(found, key=lambda candidate: -candidate.speedup)
+
+    def merit(candidate: Candidate) -> float:
+        return candidate.speedup * (WORTH_A_CHANGE if candidate.part in shown else 1.0)
+
+    return sorted(found, key=merit, reverse=True)
 
 
 def _seconds(target: Runner, part: TargetPart) -> tuple[list[float], float]:

@@ -105,11 +105,20 @@ def plot_phases(
     _save(figure, file)
 
 
+_MIXTURE_COLOURS = {
+    "one": "#7f8c8d",
+    "tags": "#1b4f72",
+    "router": "#117a65",
+    "self": "#b9770e",
+    "self, tags": "#6e2c00",
+}
+
+
 def plot_mixture(series: Mapping[str, Sequence[Any]], file: Path) -> None:
     """One draft, drafts by tag, drafts by the router, on mixed traffic."""
     pyplot = _pyplot()
     figure, panel = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
-    for arm, colour in (("one", "#7f8c8d"), ("tags", "#1b4f72"), ("router", "#117a65")):
+    for arm, colour in _MIXTURE_COLOURS.items():
         for key, points in series.items():
             if key.startswith(f"{arm}/"):
                 shown = arm if key.endswith("/0") else None

@@ -137,11 +137,11 @@ class ModelDrafter:
     def _refresh_one(self, num_rows: int) -> None:
         """Recompute one slot that old weights filled, if a single chunk is enough."""
         self._stale = {slot for slot in self._stale if slot < num_rows}
-        if self._stale:
-            slot = self._stale.pop()
-            if self._cached[slot] <= self._chunk_tokens:
-                self._cached[slot] = 0
-                self.runner.cache.clear(slot)
+        short = (slot for slot in self._stale if self._cached[slot] <= self._chunk_tokens)
+        if (slot := next(short, None)) is not None:
+            self._stale.discard(slot)
+            self._cached[slot] = 0
+            self.runner.cache.clear(slot)
 
     def _catch_up(self, batch: Batch, row: int) -> bool:
         """Feed a row that lags far behind at most one chunk. Returns whether it can draft in this round."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from serving.models.adapter_tensors import AdapterRejectedError
+from serving.models.adapter_tensors import IDS_END, AdapterRejectedError
 
 IDS = "token_ids"
 D2T = "d2t"
@@ -102,12 +102,17 @@ def shrink_head(model: Any, config: Any, tensors: Mapping[str, Tensor]) -> None:
         return
     whole: nn.Linear = model.get_output_embeddings()
     device, dtype = whole.weight.device, whole.weight.dtype
+    numbers_M = torch.arange(rows)
     weight_MH = tensors.get("weight", torch.empty(rows, whole.in_features, device=device))
-    ids_M = tensors.get(D2T, torch.zeros(rows, dtype=torch.int64)) + torch.arange(rows)
+    offsets_M = tensors.get(D2T, torch.zeros_like(numbers_M))
+    if weight_MH.shape != (rows, whole.in_features) or offsets_M.shape != (rows,):
+        raise ValueError(
+            f"its head is {list(weight_MH.shape)} and its {D2T} {list(offsets_M.shape)}, where "
+            f"draft_vocab_size={rows} needs {[rows, whole.in_features]} and {[rows]}"
+        )
+    ids_M = offsets_M + numbers_M
     head = KeptHead.alone(weight_MH.to(device, dtype), ids_M.to(device), whole.out_features)
-    if fault := "" if weight_MH.shape == (rows, whole.in_features) else f"{tuple(weight_MH.shape)} rows":
-        raise ValueError(f"its head has {fault}, draft_vocab_size={rows}")
-    if ids_M.device.type != "meta" and (fault := head.fault(ids_M)):
+    if fault := head.fault(ids_M):
         raise ValueError(f"its {D2T} gives {fault}")
     model.set_output_embeddings(head)
 
@@ -136,6 +141,12 @@ def read_kept(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return {f"{name}.{key}": rows for key, rows in ({IDS: ids_M} | head.rows(ids_M)).items()}
 
 
+def without_rows(model: nn.Module, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter holds, of tensors that `read_kept` completed."""
+    rows = {name for name in kept_buffers(model) if not name.endswith(IDS_END)}
+    return {name: tensor for name, tensor in merged.items() if name not in rows}
+
+
 def count_tokens(texts: Iterable[Sequence[int]], vocab_size: int) -> Tensor:
     """[V] float64: how often each id occurs."""
     ids = torch.tensor([token_id for text in texts for token_id in text], dtype=torch.int64)
@@ -149,4 +160,4 @@ def most_used(counts_V: Tensor, count: int) -> Tensor:
 
 def first_tokens(head: Any, count: int) -> KeptHead:
     """A head over the first `count` ids, until others are kept."""
-    return KeptHead(head, torch.arange(count, device="cpu"))
+    return KeptHead(head, torch.arange(count))

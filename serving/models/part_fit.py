@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serving.cache_folders import cache_folder
-from serving.models.kept_head import count_tokens, kept_head, most_used
+from serving.models.kept_head import IDS, count_tokens, kept_head, most_used
 from serving.models.target_part import map_of
 
 _log = logging.getLogger(__name__)
@@ -50,29 +50,38 @@ def generic_texts(count: int = NUM_TEXTS) -> list[str]:
 
 
 def fitted(part: nn.Module, target: nn.Module, tokenizer: Any | None, revision: str) -> bool:
-    """Set the part's map, from the cache or by a fit, and the tokens that its head keeps to those of the same
-    texts. False, and the map stays the identity, for a target
-    without a tokenizer, which can read no text. `revision`: the part's."""
+    """Set the part's map, and the tokens that its head keeps, from the cache or by a fit. False, and both
+    stay as they are, for a target without a tokenizer, which can read no text. `revision`: the part's."""
     if tokenizer is None:
         _log.info(
             "no tokenizer, so no text to fit the draft to: it starts from the target's layers as they are"
         )
         return False
-    texts = [tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS] for text in generic_texts()]
     file = cache_folder("parts") / f"{revision[:32]}.safetensors"
     with _locked(file):
-        found = _read(file, map_of(part))
+        found = _read(file, part)
         if found is None:
-            found = fit_map(part, target, texts)
+            texts = [
+                tokenizer.encode(text, add_special_tokens=False)[:TEXT_TOKENS] for text in generic_texts()
+            ]
+            found = {_KEY: fit_map(part, target, texts)} | _kept(part, texts)
             aside = file.with_suffix(".part")
-            save_file({_KEY: found}, aside)
+            save_file(found, aside)
             aside.replace(file)
     with torch.no_grad():
-        map_of(part).weight.copy_(found)
-    if (kept := kept_head(part)) is not None:
-        _, head = kept
-        head.keep(most_used(count_tokens(texts, head.vocab_size), len(head.token_ids)))
+        map_of(part).weight.copy_(found[_KEY])
+    if (head := kept_head(part)) is not None:
+        head[1].keep(found[IDS])
     return True
+
+
+def _kept(part: nn.Module, texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The ids of the tokens that the texts use most, as many as the part's head keeps; empty where that keeps
+    all."""
+    if (found := kept_head(part)) is None:
+        return {}
+    _, head = found
+    return {IDS: most_used(count_tokens(texts, head.vocab_size), len(head.token_ids))}
 
 
 @torch.inference_mode()
@@ -137,16 +146,19 @@ def _choices(head: Any, states_TH: Tensor) -> Tensor:
     return choice_T
 
 
-def _read(file: Path, into: nn.Linear) -> Tensor | None:
-    """The map in a cache file; None if there is none that fits."""
+def _read(file: Path, part: nn.Module) -> dict[str, Tensor] | None:
+    """The start in a cache file; None if there is none that fits."""
     try:
-        found = load_file(file).get(_KEY)
+        found = load_file(file)
     except (OSError, SafetensorError):
         return None
-    if found is None or found.shape != into.weight.shape or not bool(torch.isfinite(found).all()):
-        _log.warning("%s holds no map for this part; it is fitted again", file)
-        return None
-    return found
+    map_HH, kept = found.get(_KEY), kept_head(part)
+    has_map = map_HH is not None and map_HH.shape == map_of(part).weight.shape and map_HH.isfinite().all()
+    has_ids = kept is None or (IDS in found and not kept[1].fault(found[IDS]))
+    if has_map and has_ids:
+        return found
+    _log.warning("%s holds no start of this part; it is fitted again", file)
+    return None
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class TargetPart:
             raise UnsupportedModelError(
                 f"draft {name!r} names no part of the target: `self`, `self:E`, `self:E:attention`, "
                 "`self:E:M` or `self:E:attention:M`, where E is the number of the target's layers in it "
-                "and M how many tokens its head can propose; nothing is drafted with it"
+                "and M how many tokens its head can propose (`self:auto` is for `everdraft serve`, which "
+                "chooses one of them); nothing is drafted with it"
             )
         return cls(int(layer), block, None if kept is None else int(kept))  # type: ignore[arg-type]  # checked
 

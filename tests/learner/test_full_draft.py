@@ -21,11 +21,12 @@ from learner.trainer import Trainer
 from serving.adapter_watcher import AdapterWatcher
 from serving.engine import SamplingParams
 from serving.local import load_engine
-from serving.models.adapter import AdapterRejectedError, sha256_of
+from serving.models.adapter import AdapterRejectedError
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import load_draft
 from serving.options import EngineOptions
 from tests.support.record_factory import GREEDY, RecordFactory
+from tests.support.staging import stage
 from tests.support.tiny_learner import quick_settings, tiny_draft, tiny_pair
 from tests.support.tiny_models import save_tiny_pair
 
@@ -51,11 +52,6 @@ def published(draft: TrainableDraft) -> tuple[MemoryAdapterFeed, bytes, str]:
     manifest = feed.manifest(DEFAULT_ROUTE, 1)
     assert (manifest.rank, manifest.alpha) == (0, 0.0)
     return feed, feed.weights(DEFAULT_ROUTE, 1), manifest.adapter_config_json
-
-
-def stage(serving: DraftWeights, weights: bytes, config: str, **changes: str) -> None:
-    fields = {"sha256": sha256_of(weights), "draft_revision": "draft-1", "target_revision": "target-1"}
-    serving.stage(weights, draft_version=1, adapter_config_json=config, **fields | changes).apply()
 
 
 def serving_weights(base: LlamaForCausalLM) -> DraftWeights:

@@ -59,6 +59,15 @@ def test_what_learning_has_shown_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen(costs, {"self:0": 0.2, "self:2": 0.9}, monkeypatch).part == "self:2"
 
 
+def test_a_part_that_has_drafted_here_stays_for_a_little_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another would begin to learn again, and two measurements of one part differ."""
+    alike = {"self:0": 0.80, "self:1": 0.80, "self:2": 0.80, "self:4": 0.80, "self:7": 0.80}
+    costs = {0: 1.0, 7: 1.7}
+    assert chosen(costs, alike, monkeypatch).part == "self:0"
+    assert chosen(costs, {"self:2": 0.83}, monkeypatch).part == "self:2"
+    assert chosen({0: 1.0, 7: 30.0}, {"self:2": 0.83}, monkeypatch).part == "self:0"
+
+
 def test_another_part_is_expected_to_differ_as_it_did_elsewhere() -> None:
     assert expected_acceptance(TargetPart(2), {}) == pytest.approx(LEARNT[2])
     assert expected_acceptance(TargetPart(2), {"self:2": 0.3}) == 0.3

@@ -431,6 +431,18 @@ def caught_up(drafter: ModelDrafter, text: list[int]) -> list[int]:
     raise AssertionError("nothing was drafted")
 
 
+def test_columns_of_other_weights_are_not_kept_as_those_of_the_new(model: WatchedTable) -> None:
+    """A prompt too long to be recomputed in one chunk goes on with what the old weights cached."""
+    drafter = remembering(model, chunk_tokens=4)
+    text = sequence([*LONG_PROMPT, *LONG_PROMPT])
+    for _ in range(3):
+        propose(drafter, [text], [3])
+    drafter.refresh(7)
+    while not drafts_of(propose(drafter, [text], [3]))[0]:
+        pass
+    assert drafter.prefix_cache is not None and drafter.prefix_cache.stats().num_bytes == 0
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_reused_prompts_give_a_transformer_the_drafts_it_gives_anyway(arch: str) -> None:
     torch.manual_seed(1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from buffer.records import AdapterManifest
 from learner.draft import TrainableDraft, export_weights
 from serving.engine import SamplingParams
 from serving.engine.passes.runner import Runner
@@ -17,6 +18,7 @@ from serving.models.kept_head import KeptHead, count_tokens, kept_head, most_use
 from serving.models.target_part import TargetPart, own_copy
 from serving.options import EngineOptions
 from serving.runner_check import prepare_runner
+from tests.support.staging import stage
 from tests.support.tiny_models import save_tiny_pair, tiny_model
 
 PART = TargetPart(1, kept_tokens=20)
@@ -141,17 +143,6 @@ def learner() -> TrainableDraft:
     )
 
 
-def stage(serving: DraftWeights, weights: bytes, config: str) -> None:
-    serving.stage(
-        weights,
-        draft_version=1,
-        adapter_config_json=config,
-        sha256=sha256_of(weights),
-        draft_revision="part-1",
-        target_revision="target-1",
-    ).apply()
-
-
 def test_kept_tokens_travel_and_the_floor_brings_its_own_back(serving: DraftWeights) -> None:
     draft = learner()
     draft.keep_tokens(torch.zeros(64).index_fill(0, KEPT, 3.0))
@@ -164,6 +155,44 @@ def test_kept_tokens_travel_and_the_floor_brings_its_own_back(serving: DraftWeig
     with draft.with_weights(None):
         assert draft.state()["lm_head.token_ids"].tolist() == list(range(20))
     assert draft.state()["lm_head.token_ids"].tolist() == KEPT.tolist()
+
+
+def test_what_a_learner_reads_back_is_what_it_published_and_nothing_is_left_out() -> None:
+    draft = learner()
+    draft.keep_tokens(torch.zeros(64).index_fill(0, KEPT, 3.0))
+    state, weights = draft.state(), export_weights(draft.state())
+    manifest = AdapterManifest(
+        route="default",
+        draft_version=1,
+        parent_version=0,
+        draft_id=str(PART),
+        draft_revision="part-1",
+        target_revision="target-1",
+        rank=0,
+        alpha=0.0,
+        target_modules=(),
+        adapter_config_json=draft.config_json,
+        sha256=sha256_of(weights),
+        num_bytes=len(weights),
+        created_at_s=0.0,
+        mlflow_run_id="",
+        evidence={},
+        num_records_seen=0,
+    )
+    read = learner().read(weights, manifest)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[key], state[key]) for key in state)
+    block_alone = TrainableDraft(
+        PART.build(target_of()),
+        draft_id=str(PART),
+        draft_revision="part-1",
+        rank=0,
+        alpha=0.0,
+        target_modules=("q_proj",),
+        trainable="full",
+    )
+    with pytest.raises(ValueError, match="keys differ"):
+        block_alone.read(weights, manifest)
 
 
 def test_of_equally_used_tokens_those_that_are_kept_stay() -> None:

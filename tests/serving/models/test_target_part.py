@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from learner.draft import TrainableDraft, export_weights
-from serving.models.adapter import AdapterRejectedError, sha256_of
+from serving.models.adapter import AdapterRejectedError
 from serving.models.draft_weights import DraftWeights
 from serving.models.errors import UnsupportedModelError
 from serving.models.full_weights import full_config
 from serving.models.inspection import inspect_pair
 from serving.models.loading import load_pair
 from serving.models.target_part import NoUpdate, TargetPart, own_copy, own_parameters
+from tests.support.staging import stage
 from tests.support.tiny_models import save_tiny_pair
 
 ARCHITECTURES = {
@@ -154,17 +155,6 @@ def serving() -> DraftWeights:
     return DraftWeights(
         TargetPart(2).build(target_of("llama")), draft_revision="part-1", target_revision="target-1"
     )
-
-
-def stage(serving: DraftWeights, weights: bytes, config: str) -> None:
-    serving.stage(
-        weights,
-        draft_version=1,
-        adapter_config_json=config,
-        sha256=sha256_of(weights),
-        draft_revision="part-1",
-        target_revision="target-1",
-    ).apply()
 
 
 def learner_of(part: TargetPart, trainable: str = "full") -> TrainableDraft:

@@ -8,10 +8,11 @@ from learner.trainable import adapted_module_names
 from serving.engine import SamplingParams
 from serving.local import load_engine
 from serving.memory_plan import MemoryPlan
-from serving.models.adapter import AdapterRejectedError, sha256_of
+from serving.models.adapter import AdapterRejectedError
 from serving.models.draft_weights import DraftWeights
 from serving.models.loading import ModelPair, load_pair, untie
 from serving.options import EngineOptions
+from tests.support.staging import stage
 from tests.support.tiny_models import save_tiny_pair, tiny_model, tiny_tokenizer
 
 ENDS = {"lm_head", "embed_tokens"}
@@ -39,14 +40,7 @@ def learner_of(pair: ModelPair) -> TrainableDraft:
 def staged(pair: ModelPair, weights: bytes, config: str) -> DraftWeights:
     assert pair.draft is not None
     serving = DraftWeights(pair.draft, draft_revision=pair.draft_revision, target_revision="target-1")
-    serving.stage(
-        weights,
-        draft_version=1,
-        adapter_config_json=config,
-        sha256=sha256_of(weights),
-        draft_revision=pair.draft_revision,
-        target_revision="target-1",
-    ).apply()
+    stage(serving, weights, config)
     return serving
 
 
