@@ -7,7 +7,6 @@ this process answers held-out prompts with the part and without, in turn. Nothin
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from tempfile import TemporaryDirectory
@@ -20,16 +19,17 @@ from buffer.names import DEFAULT_ROUTE
 from buffer.records import AdapterManifest, GenerationRecord
 from buffer.store import RecordStore, StreamKey
 from deploy.demo.corpus import Prompt
-from deploy.demo.plan import SelfDraftPlan, TimeLimit
+from deploy.demo.plan import TimeLimit
 from learner.draft import TrainableDraft, build_draft
 from learner.judging.evaluation import score_records
 from learner.loop import Learner
 from learner.settings import LearnerSettings
+from serving.compiling import COMPILING
 from serving.engine import SamplingParams
 from serving.engine.counters import acceptance_rate
 from serving.local import LocalEngine, load_engine
 from serving.memory_plan import ModelSize
-from serving.models.loading import ModelPair, load_pair
+from serving.models.loading import load_pair
 from serving.options import EngineOptions
 
 _CHUNK = 16
@@ -93,98 +93,85 @@ def records_in(store: RecordStore, target_revision: str) -> list[GenerationRecor
     return sorted(found, key=lambda record: record.created_at_s)
 
 
-def learn_and_measure(
-    target: str,
-    records: Sequence[GenerationRecord],
-    held_out: Mapping[str, Iterator[Prompt]],
-    learner: LearnerSettings,
-    options: EngineOptions,
-    plan: SelfDraftPlan,
-    learning: TimeLimit,
-    *,
-    max_tokens: int,
-) -> SelfDraft:
-    """Learn until `learning` is used or its records are; then measure for as long as the plan allows."""
-    pair = load_pair(target, plan.part)
-    assert pair.draft is not None
-    result = SelfDraft(plan.part, len(records))
-    with closing(load_engine(target, plan.part, options)) as engine:
-        feed = MemoryAdapterFeed()
-        learner_s = _learn(result, pair, _spread(records, plan.num_records), learner, feed, learning)
-        latest = feed.latest(DEFAULT_ROUTE)
-        result.costs = DraftCosts.of(pair.draft, latest, learner_s)
+class SelfDraftArm:
+    """The part with an engine of its own, which compiles passes meanwhile, and what it has learnt."""
+
+    def __init__(
+        self,
+        target: str,
+        part: str,
+        records: Sequence[GenerationRecord],
+        learner: LearnerSettings,
+        options: EngineOptions,
+    ) -> None:
+        """`records`: of the traffic, in its order. `learner`: its settings, for a draft model."""
+        self.result = SelfDraft(part, len(records))
+        self._records = records
+        self._settings = LearnerSettings.model_validate(
+            {**learner.model_dump(), **ALONE, "target_modules": None}
+        )
+        self._feed = MemoryAdapterFeed()
+        self._pair = load_pair(target, part)
+        self._engine = load_engine(target, part, options)
+
+    @property
+    def is_compiling(self) -> bool:
+        return self._engine.compiling.state == COMPILING
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def learn(self, num_records: int, limit: TimeLimit) -> None:
+        """From so many records, evenly over the traffic, until they or the time are used."""
+        pair, store = self._pair, MemoryRecordStore()
+        assert pair.draft is not None
+        draft = build_draft(
+            pair.draft, self._settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision
+        )
+        records = _spread(self._records, num_records)
+        with TemporaryDirectory() as folder:
+            settings = self._settings.model_copy(update={"checkpoint_folder": folder})
+            learner = Learner(draft, store, self._feed, settings, target_revision=pair.target_revision)
+            for start in range(0, len(records), _CHUNK):
+                if limit.left_s == 0.0:
+                    break
+                chunk = records[start : start + _CHUNK]
+                self._score(draft, chunk)
+                store.append(StreamKey(pair.target_revision, DEFAULT_ROUTE), [record for _, record in chunk])
+                while limit.left_s and learner.run_cycle():
+                    pass
+            learner_s = float(learner.snapshot()["learner_s"])
+        events = self._feed.history(DEFAULT_ROUTE)
+        self.result.num_promotions = sum(event.kind == "promoted" for event in events)
+        self.result.costs = DraftCosts.of(pair.draft, self._feed.latest(DEFAULT_ROUTE), learner_s)
+
+    def measure(self, held_out: Mapping[str, Iterator[Prompt]], max_tokens: int, limit: TimeLimit) -> None:
+        """What was learnt against no speculation, while there is time. A compilation under way ends: it
+        would take the other core."""
+        self._engine.compiling.close()
+        if (latest := self._feed.latest(DEFAULT_ROUTE)) is not None:
+            weights = self._feed.weights(DEFAULT_ROUTE, latest.draft_version)
+            assert self._engine.drafts is not None
+            self._engine.drafts.swap(DEFAULT_ROUTE, self._engine.drafts.stage(DEFAULT_ROUTE, latest, weights))
+        _measure(self.result, self._engine, held_out, limit, max_tokens)
+        self.result.passes = self._engine.compiling.state
+
+    def _score(self, draft: TrainableDraft, chunk: Sequence[tuple[int, GenerationRecord]]) -> None:
+        """Before it is learnt from, by the version that would have served it."""
+        latest, settings, state = self._feed.latest(DEFAULT_ROUTE), self._settings, None
         if latest is not None:
-            weights = feed.weights(DEFAULT_ROUTE, latest.draft_version)
-            assert engine.drafts is not None
-            engine.drafts.swap(DEFAULT_ROUTE, engine.drafts.stage(DEFAULT_ROUTE, latest, weights))
-        limit = TimeLimit(
-            plan.measuring_s, learning.clock() + plan.measuring_s, learning.clock, learning.sleep
+            state = draft.read(self._feed.weights(DEFAULT_ROUTE, latest.draft_version), latest)
+        scores = score_records(
+            draft,
+            state,
+            [record for _, record in chunk],
+            max_row_tokens=settings.max_row_tokens,
+            max_tokens_per_pass=settings.max_tokens_per_pass,
+            max_positions_per_pass=settings.max_positions_per_pass,
         )
-        _measure(result, engine, held_out, limit, max_tokens)
-        result.passes = engine.compiling.state
-    return result
-
-
-def _learn(
-    result: SelfDraft,
-    pair: ModelPair,
-    records: Sequence[tuple[int, GenerationRecord]],
-    settings: LearnerSettings,
-    feed: MemoryAdapterFeed,
-    limit: TimeLimit,
-) -> float:
-    """Returns the learner's seconds."""
-    store = MemoryRecordStore()
-    serving = _trainable(load_pair(pair.target_id, pair.draft_id), settings)
-    with TemporaryDirectory() as folder:
-        settings = LearnerSettings.model_validate(
-            {**settings.model_dump(), **ALONE, "target_modules": None, "checkpoint_folder": folder}
-        )
-        learner = Learner(
-            _trainable(pair, settings), store, feed, settings, target_revision=pair.target_revision
-        )
-        for start in range(0, len(records), _CHUNK):
-            if limit.left_s == 0.0:
-                break
-            chunk = records[start : start + _CHUNK]
-            _score(result, serving, feed, chunk, settings)
-            store.append(StreamKey(pair.target_revision, DEFAULT_ROUTE), [record for _, record in chunk])
-            while limit.left_s and learner.run_cycle():
-                pass
-        facts = learner.snapshot()
-    result.num_promotions = sum(event.kind == "promoted" for event in feed.history(DEFAULT_ROUTE))
-    return float(facts["learner_s"])
-
-
-def _trainable(pair: ModelPair, settings: LearnerSettings) -> TrainableDraft:
-    assert pair.draft is not None
-    settings = settings.model_copy(update={"target_modules": None})
-    return build_draft(pair.draft, settings, draft_id=pair.draft_id, draft_revision=pair.draft_revision)
-
-
-def _score(
-    result: SelfDraft,
-    serving: TrainableDraft,
-    feed: MemoryAdapterFeed,
-    chunk: Sequence[tuple[int, GenerationRecord]],
-    settings: LearnerSettings,
-) -> None:
-    """Before it is learnt from, by the version that would have served it."""
-    latest = feed.latest(DEFAULT_ROUTE)
-    state = None
-    if latest is not None:
-        state = serving.read(feed.weights(DEFAULT_ROUTE, latest.draft_version), latest)
-    scores = score_records(
-        serving,
-        state,
-        [record for _, record in chunk],
-        max_row_tokens=settings.max_row_tokens,
-        max_tokens_per_pass=settings.max_tokens_per_pass,
-        max_positions_per_pass=settings.max_positions_per_pass,
-    )
-    result.acceptance += [
-        (number, score.acceptance) for (number, _), score in zip(chunk, scores, strict=True) if score
-    ]
+        self.result.acceptance += [
+            (number, score.acceptance) for (number, _), score in zip(chunk, scores, strict=True) if score
+        ]
 
 
 def _measure(

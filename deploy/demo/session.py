@@ -8,7 +8,7 @@ part ends when its time is used (`plan.DemoPlan`), and what was not done is said
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ from deploy.demo.corpus import DOMAINS, Prompt, prompts
 from deploy.demo.load import Load, load_between, processor_times
 from deploy.demo.plan import DemoPlan, MeasuringPlan, Timekeeper, TimeLimit, TrafficPlan
 from deploy.demo.screen import DemoScreen
-from deploy.demo.self_draft import DraftCosts, SelfDraft, learn_and_measure, records_in
+from deploy.demo.self_draft import DraftCosts, SelfDraft, SelfDraftArm, records_in
 from deploy.demo.traffic import Ask, Clients, RequestOutcome, top_two_gap
 from deploy.wiring import RunningSystem
 from learner.trainer import limit_threads
@@ -104,11 +104,13 @@ class DemoSession:
         self.result.loads["learning"] = load_between(before, processor_times())
         try:
             self._pause_learner()
-            limit = self._timekeeper.begin(self._plan.compiled_passes_s)
-            self.result.passes.append(await_compiled_passes(self._feed, limit, self._screen.narrate))
-            self._measure()
-            self.result.passes.append(passes_of(self._feed.statuses()))
-            self._learn_self_draft()
+            with self._self_draft() as arm:
+                limit = self._timekeeper.begin(self._plan.compiled_passes_s)
+                self.result.passes.append(await_compiled_passes(self._feed, limit, self._screen.narrate))
+                if arm is not None:
+                    limit.wait_until(lambda: not arm.is_compiling)
+                self._measure()
+                self.result.passes.append(passes_of(self._feed.statuses()))
         finally:
             if self._system.learner is not None:
                 self._system.learner.resume()
@@ -184,27 +186,33 @@ class DemoSession:
         limit = self._timekeeper.begin(self._plan.near_ties_s)
         self.result.identity = identity(outcomes, partial(top_two_gap, self._system.url), limit)
 
-    def _learn_self_draft(self) -> None:
-        """From the records of the traffic, which is over."""
+    @contextmanager
+    def _self_draft(self) -> Iterator[SelfDraftArm | None]:
+        """The arm `self`, which learns from the records of the traffic, now over, while passes are
+        compiled."""
         plan, settings = self._plan.self_draft, self._system.settings
         if plan is None or self._store is None or self._system.learner is None:
+            yield None
             return
         self._screen.narrate(f"a part of the target, {plan.part}, learns from records of the same traffic")
         limit_threads(settings.serving.num_threads or 1)
-        latest = self._feed.latest(DEFAULT_ROUTE)
-        outline = load_outline(str(settings.serving.draft), dtype=settings.serving.dtype)
-        learner_s = float(self._system.learner.snapshot().get("learner_s", 0.0))
-        self.result.draft_costs = DraftCosts.of(outline, latest, learner_s)
-        self.result.self_draft = learn_and_measure(
+        arm = SelfDraftArm(
             settings.serving.target,
+            plan.part,
             records_in(self._store, self._system.target_revision),
-            {domain: prompts(domain, "heldout", seed=SEED + 1) for domain in DOMAINS},
             settings.learner,
             EngineOptions.of(settings.serving, export_queue_bytes=0),
-            plan,
-            self._timekeeper.begin(plan.learning_s),
-            max_tokens=self._plan.max_tokens,
         )
+        with closing(arm):
+            outline = load_outline(str(settings.serving.draft), dtype=settings.serving.dtype)
+            learner_s = float(self._system.learner.snapshot().get("learner_s", 0.0))
+            self.result.draft_costs = DraftCosts.of(outline, self._feed.latest(DEFAULT_ROUTE), learner_s)
+            self.result.self_draft = arm.result
+            arm.learn(plan.num_records, self._timekeeper.begin(plan.learning_s))
+            yield arm
+            held_out = {domain: prompts(domain, "heldout", seed=SEED + 1) for domain in DOMAINS}
+            self._screen.narrate(f"measuring {plan.part}, in this process")
+            arm.measure(held_out, self._plan.max_tokens, self._timekeeper.begin(plan.measuring_s))
 
     def _compare(self, plan: MeasuringPlan, held_out: dict[str, Iterator[Prompt]]) -> Comparison:
         clients = "1 client" if plan.num_clients == 1 else f"{plan.num_clients} clients"

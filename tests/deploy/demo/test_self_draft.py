@@ -2,6 +2,7 @@
 
 import io
 import time
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,8 +17,8 @@ from buffer.store import StreamKey
 from deploy.commands.demo import PAIR
 from deploy.demo.corpus import DOMAINS, prompts
 from deploy.demo.figures import save_plot, series
-from deploy.demo.plan import SelfDraftPlan, Timekeeper
-from deploy.demo.self_draft import SelfDraft, learn_and_measure, records_in
+from deploy.demo.plan import Timekeeper
+from deploy.demo.self_draft import SelfDraft, SelfDraftArm, records_in
 from deploy.demo.session import DemoResult
 from deploy.demo.summary import self_sentences
 from learner.settings import LearnerSettings
@@ -44,18 +45,14 @@ def records() -> list[GenerationRecord]:
 @pytest.fixture(scope="module")
 def arm(records: list[GenerationRecord]) -> SelfDraft:
     learner = LearnerSettings(min_records_per_cycle=8, max_steps_per_cycle=2, target_modules=("q_proj",))
-    ticks, domains = count(), DOMAINS[:2]
+    ticks = count()
     clock = Timekeeper(lambda: float(next(ticks)))  # a second for every look at it
-    return learn_and_measure(
-        TARGET,
-        records,
-        {domain: prompts(domain, "heldout") for domain in domains},
-        learner,
-        EngineOptions(num_slots=1, max_seq_len=512, num_draft_tokens=2, speculation="model"),
-        SelfDraftPlan(num_records=16, measuring_s=40.0),
-        clock.begin(10_000.0),
-        max_tokens=8,
-    )
+    options = EngineOptions(num_slots=1, max_seq_len=512, num_draft_tokens=2, speculation="model")
+    with closing(SelfDraftArm(TARGET, "self", records, learner, options)) as arm:
+        assert not arm.is_compiling
+        arm.learn(16, clock.begin(10_000.0))
+        arm.measure({domain: prompts(domain, "heldout") for domain in DOMAINS[:2]}, 8, clock.begin(40.0))
+        return arm.result
 
 
 def test_it_learns_in_the_traffics_order_and_says_the_targets_words(arm: SelfDraft) -> None:
@@ -83,14 +80,14 @@ def test_what_it_costs_is_told_beside_the_draft_model(arm: SelfDraft, tmp_path: 
 
 
 def test_time_that_is_used_up_ends_it_with_what_there_is(records: list[GenerationRecord]) -> None:
-    limit = Timekeeper().begin(0.0)
-    time.sleep(0.01)
-    plan = SelfDraftPlan(measuring_s=0.0)
-    arm = learn_and_measure(
-        TARGET, records, {}, LearnerSettings(), EngineOptions(num_slots=1), plan, limit, max_tokens=8
-    )
-    assert arm.acceptance == [] and arm.speed_up is None and arm.num_promotions == 0
-    assert "self against no speculation was not measured" in self_sentences(DemoResult(self_draft=arm))
+    ticks = count()
+    used_up = Timekeeper(lambda: float(next(ticks))).begin(0.0)
+    with closing(SelfDraftArm(TARGET, "self", records, LearnerSettings(), EngineOptions(num_slots=1))) as arm:
+        arm.learn(800, used_up)
+        arm.measure({}, 8, used_up)
+    assert arm.result.acceptance == [] and arm.result.speed_up is None and arm.result.num_promotions == 0
+    told = self_sentences(DemoResult(self_draft=arm.result))
+    assert "self against no speculation was not measured" in told
 
 
 def test_only_the_targets_own_records_are_taken_in_their_order(records: list[GenerationRecord]) -> None:

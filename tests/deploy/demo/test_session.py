@@ -193,8 +193,8 @@ def test_a_part_that_overran_takes_the_time_from_the_next_and_one_that_did_not_g
     assert timekeeper.begin(10.0).left_s == 0.0
 
 
-def test_all_parts_together_take_under_seven_minutes() -> None:
-    assert 240.0 <= DemoPlan().total_s(len(DOMAINS)) <= 420.0
+def test_all_parts_together_take_under_six_minutes() -> None:
+    assert 240.0 <= DemoPlan().total_s(len(DOMAINS)) <= 340.0
 
 
 def test_turns_shrink_to_what_the_first_one_says_fits_but_never_under_a_prompt_a_client() -> None:
