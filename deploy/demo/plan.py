@@ -44,8 +44,8 @@ class SelfDraftPlan:
     """The arm of a part of the target, which learns from some of the traffic's records afterwards."""
 
     part: str = "self"
-    num_records: int = 800
-    learning_s: float = 25.0
+    num_records: int = 224
+    learning_s: float = 30.0
     """Passes are compiled meanwhile."""
     measuring_s: float = 15.0
 
@@ -63,7 +63,7 @@ class DemoPlan:
     """Each of the domains in turn."""
     mixed: TrafficPlan = TrafficPlan(num_requests=700, budget_s=55.0)
     learner_pause_s: float = 10.0
-    compiled_passes_s: float = 10.0
+    compiled_passes_s: float = 5.0
     """How long measuring waits for compiled passes, once the part of the target has learnt."""
     measuring: tuple[MeasuringPlan, ...] = (
         MeasuringPlan(num_clients=1, max_turns=5, prompts_per_turn=3, budget_s=50.0),

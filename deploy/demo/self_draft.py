@@ -6,8 +6,9 @@ this process answers held-out prompts with the part and without, in turn. Nothin
 """
 
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +35,7 @@ from serving.options import EngineOptions
 
 _CHUNK = 16
 """Records between two looks at the time and at what serves."""
+_ANOTHER_DRAFT = "draft model"
 ALONE = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_routes": 0, "tracking_uri": ""}
 """No request waits for this learner."""
 
@@ -137,7 +139,8 @@ class SelfDraftArm:
                     break
                 chunk = records[start : start + _CHUNK]
                 self._score(draft, chunk)
-                store.append(StreamKey(pair.target_revision, DEFAULT_ROUTE), [record for _, record in chunk])
+                arriving = [_arriving(record) for _, record in chunk]
+                store.append(StreamKey(pair.target_revision, DEFAULT_ROUTE), arriving)
                 while limit.left_s and learner.run_cycle():
                     pass
             learner_s = float(learner.snapshot()["learner_s"])
@@ -172,6 +175,15 @@ class SelfDraftArm:
         self.result.acceptance += [
             (number, score.acceptance) for (number, _), score in zip(chunk, scores, strict=True) if score
         ]
+
+
+def _arriving(record: GenerationRecord) -> GenerationRecord:
+    """As it would reach this learner now, from a replica that drafts with another draft: a promotion is
+    watched on records that came after it, and none tells what the part's own versions were accepted for."""
+    now_s = time.time()
+    rounds = tuple(replace(trace, draft_route=_ANOTHER_DRAFT) for trace in record.rounds)
+    left_s = record.expires_at_s - record.created_at_s
+    return replace(record, rounds=rounds, created_at_s=now_s, expires_at_s=now_s + left_s)
 
 
 def _measure(

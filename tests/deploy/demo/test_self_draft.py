@@ -18,9 +18,10 @@ from deploy.commands.demo import PAIR
 from deploy.demo.corpus import DOMAINS, prompts
 from deploy.demo.figures import save_plot, series
 from deploy.demo.plan import Timekeeper
-from deploy.demo.self_draft import SelfDraft, SelfDraftArm, records_in
+from deploy.demo.self_draft import SelfDraft, SelfDraftArm, _arriving, records_in
 from deploy.demo.session import DemoResult
 from deploy.demo.summary import self_sentences
+from learner.judging.live import drafted_by
 from learner.settings import LearnerSettings
 from serving.models.loading import load_pair
 from serving.options import EngineOptions
@@ -77,6 +78,21 @@ def test_what_it_costs_is_told_beside_the_draft_model(arm: SelfDraft, tmp_path: 
     assert series(result)["self_draft"] == [[n, round(rate, 4)] for n, rate in arm.acceptance]
     save_plot(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def test_a_promotion_is_watched_on_the_records_that_come_after_it(records: list[GenerationRecord]) -> None:
+    """They were drafted by another draft, whose versions have the same numbers, and long ago."""
+    old = replace(
+        records[0],
+        created_at_s=0.0,
+        expires_at_s=100.0,
+        rounds=tuple(replace(trace, draft_version=1) for trace in records[0].rounds),
+    )
+    before_s = time.time()
+    arriving = _arriving(old)
+    assert drafted_by(old, 1) and not drafted_by(arriving, 1)
+    assert arriving.created_at_s >= before_s
+    assert arriving.expires_at_s - arriving.created_at_s == pytest.approx(100.0)
 
 
 def test_time_that_is_used_up_ends_it_with_what_there_is(records: list[GenerationRecord]) -> None:
