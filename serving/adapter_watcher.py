@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from buffer.errors import SeamError, StoreUnavailableError, UnknownVersionError
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
@@ -19,7 +20,7 @@ from buffer.store import AdapterFeed
 from serving.engine.draft_pool import BrokenDraftError
 from serving.models.adapter import AdapterRejectedError
 from serving.router import PromptRouter
-from serving.served_drafts import ServedDrafts
+from serving.serving_engine import DraftPort
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class AdapterWatcher:
 
     def __init__(
         self,
-        drafts: ServedDrafts | None,
+        drafts: DraftPort[Any] | None,
         feed: AdapterFeed,
         *,
         replica_id: str,

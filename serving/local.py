@@ -1,6 +1,7 @@
 """The library entry: an engine in this process, without Ray, Redis or HTTP."""
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -41,6 +42,20 @@ class LocalEngine(Engine):
     """Routes prompts without a route; None if no route can have a draft of its own."""
     memory_plan: MemoryPlan
     compiling: Compiling
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The target's, of transformers; None where it has none."""
+        return self.pair.tokenizer
+
+    @property
+    def target_revision(self) -> str:
+        return self.pair.target_revision
+
+    @property
+    def passes(self) -> str:
+        """What runs the models' passes."""
+        return self.compiling.state
 
     def close(self, timeout_s: float = 10.0) -> None:
         """See Engine.close; also ends a compilation under way."""

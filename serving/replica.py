@@ -40,7 +40,7 @@ class Replica:
 
     def target_revision(self) -> str:
         """Revision of the target that was loaded here."""
-        return self._parts.engine.pair.target_revision
+        return self._parts.engine.target_revision
 
     def check_health(self) -> None:
         """Raises if the replica must be restarted; Ray then does so."""

@@ -22,6 +22,7 @@ from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
 from serving.options import EngineOptions
 from serving.recorder import Recorder
+from serving.serving_engine import ServingEngine
 from serving.settings import ServingSettings
 from serving.status import serving_status
 
@@ -47,9 +48,9 @@ class ReplicaParts:
         self._settings, self._replica_id = settings, replica_id
         self._store = store
         records = store is not None and settings.records
-        self.engine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
+        self.engine: ServingEngine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
         self._exporter = None if store is None else RecordExporter(store)
-        self._feed = None if open_feed is None else open_feed(self.engine.pair.target_revision)
+        self._feed = None if open_feed is None else open_feed(self.engine.target_revision)
         self._watcher = None if self._feed is None else self._new_watcher(self._feed)
         if self._watcher is not None:
             self._watcher.serve_latest_before_ready(settings.boot_timeout_s)
@@ -64,7 +65,6 @@ class ReplicaParts:
             at_s=time.time(),
             num_dropped_records=0 if exporter is None else exporter.num_dropped_records,
             num_rerouted_records=0 if exporter is None else exporter.num_rerouted_records,
-            passes=self.engine.compiling.state,
             last_error="" if self._watcher is None else self._watcher.last_error,
         )
 
@@ -101,7 +101,7 @@ class ReplicaParts:
         )
         return AppContext(
             engine=engine,
-            codec=TokenCodec(engine.pair.tokenizer),
+            codec=TokenCodec(engine.tokenizer),
             model_name=settings.served_name,
             version=software_version(),
             started_at=int(time.time()),
@@ -122,14 +122,14 @@ class ReplicaParts:
             request_timeout_s=settings.request_timeout_s,
         )
 
-    def _new_recorder(self, engine: LocalEngine) -> Recorder | None:
+    def _new_recorder(self, engine: ServingEngine) -> Recorder | None:
         """None if records would be useless: no store, no draft to train, or a rate of 0."""
         settings = self._settings
         if self._exporter is None or not settings.records:
             return None
         return Recorder(
             self._exporter,
-            target_revision=engine.pair.target_revision,
+            target_revision=engine.target_revision,
             replica_id=self._replica_id,
             capture_rate=settings.capture_rate,
             record_ttl_s=settings.record_ttl_s,
@@ -168,7 +168,7 @@ def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
         dtype=settings.dtype,
         untie_draft=settings.untie_draft,
     )
-    if engine.pair.tokenizer is None:
+    if engine.tokenizer is None:
         engine.close()
         raise UnsupportedModelError(
             f"target {settings.target!r} has no tokenizer, and the endpoint answers in text; add its files"

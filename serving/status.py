@@ -4,18 +4,17 @@ from collections.abc import Iterator
 
 from buffer.records import DrafterCounts, PassCosts, ServingStatus
 from serving.engine.cost_table import CostTable
-from serving.engine.engine import Engine
 from serving.engine.stats import EngineStats
+from serving.serving_engine import ServingEngine
 
 
 def serving_status(
-    engine: Engine,
+    engine: ServingEngine,
     *,
     replica_id: str,
     at_s: float,
     num_dropped_records: int,
     num_rerouted_records: int = 0,
-    passes: str = "",
     last_error: str = "",
 ) -> ServingStatus:
     """Counters are by the route of the draft: those of a route without a draft are counted under
@@ -36,7 +35,7 @@ def serving_status(
         num_swaps_under_load=stats.num_swaps_under_load,
         swap_pause_s_max=stats.swap_pause_s_max,
         round_s_median=stats.round_s_median,
-        passes=passes,
+        passes=engine.passes,
         last_error=last_error or stats.draft_disabled_reason,
     )
 

@@ -9,9 +9,9 @@ from serving.api.admission import Admission
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
-from serving.engine.engine import Engine
 from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
+from serving.serving_engine import ServingEngine
 
 _DRAIN_CHECK_S = 0.02
 
@@ -20,7 +20,7 @@ _DRAIN_CHECK_S = 0.02
 class AppContext:
     """One replica's parts. `recorder` None: nothing is recorded. Its creator owns and closes it."""
 
-    engine: Engine
+    engine: ServingEngine
     codec: TokenCodec
     model_name: str
     version: str

