@@ -50,6 +50,9 @@ class ClusterSettings(BaseModel):
     and one learner at a time may use it."""
     object_store_bytes: int = Field(default=80 * 2**20, ge=80 * 2**20)
     """Shared memory of a Ray of our own; no tensors travel through it."""
+    num_gpus_per_replica: float = Field(default=0.0, ge=0)
+    """What each replica asks Ray for; Ray shows a replica no GPU that it did not ask for. 0 on a
+    processor."""
     learn: bool = True
     """Whether a learner runs beside the replicas."""
 

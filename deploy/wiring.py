@@ -19,6 +19,7 @@ from buffer.redis_feed import RedisAdapterFeed, known_targets
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
 from buffer.store import AdapterFeed, RecordStore
+from deploy.draft_checkpoint import with_draft_checkpoint
 from deploy.environment import quieten_libraries
 from deploy.errors import ClusterError, ModelPairError, SettingsError
 from deploy.part_choice import as_if_chosen, with_chosen_part
@@ -95,10 +96,11 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         locks = parts.enter_context(claimed_folder(settings.state_dir, url=url, learns=learns))
         require_free_port(cluster.host, cluster.port)
         check_models(as_if_chosen(settings))
-        for line in check_memory(as_if_chosen(settings)).lines():
-            narrate(line)
+        if settings.serving.engine == "everdraft":  # vLLM plans its own memory
+            for line in check_memory(as_if_chosen(settings)).lines():
+                narrate(line)
         redis_url = parts.enter_context(_redis(settings, narrate))
-        settings = with_chosen_part(settings, redis_url, narrate)
+        settings = with_draft_checkpoint(with_chosen_part(settings, redis_url, narrate), narrate)
         learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, locks, narrate))
         system = RunningSystem(settings, url, redis_url, learner, revision)
         write_note(settings.state_dir, _note(system))
@@ -124,7 +126,7 @@ def _replicas_and_learner(
             narrate(
                 "a draft of the target's own layers is fitted to it at the first start, which takes minutes"
             )
-        application = build_deployment(settings.serving, redis_url)
+        application = build_deployment(settings.serving, redis_url, num_gpus=cluster.num_gpus_per_replica)
         revision = parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
         learner = None
         if cluster.learn and settings.serving.draft is not None:
@@ -199,7 +201,7 @@ def learner_settings(settings: Settings) -> LearnerSettings:
             "consumer_name": f"{learner.consumer_name}@{socket.gethostname()}:{settings.state_dir}",
             "tracking_uri": settings.tracking_uri,
             # a route that no replica has room for would be learnt for nobody
-            "max_routes": min(learner.max_routes, settings.serving.max_route_drafts),
+            "max_routes": min(learner.max_routes, settings.serving.num_route_drafts),
         }
     )
 

@@ -53,12 +53,15 @@ class Replica:
             self._parts.close()
 
 
-def build_deployment(settings: ServingSettings, redis_url: str | None) -> serve.Application:
+def build_deployment(
+    settings: ServingSettings, redis_url: str | None, *, num_gpus: float = 0.0
+) -> serve.Application:
     """The application for `serve.run(..., route_prefix="/")`. Without `redis_url` nothing is recorded and
-    the draft that was loaded serves."""
+    the draft that was loaded serves. `num_gpus`: what each replica asks Ray for."""
     deployment: Any = serve.deployment(
         name=DEPLOYMENT_NAME,
         num_replicas=settings.num_replicas,
+        ray_actor_options={"num_gpus": num_gpus} if num_gpus else {},
         max_ongoing_requests=settings.num_slots + settings.max_queued_requests + _SPARE_REQUESTS,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,

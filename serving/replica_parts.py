@@ -17,7 +17,7 @@ from serving.api.context import AppContext
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
-from serving.local import LocalEngine, load_engine
+from serving.local import load_engine
 from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
 from serving.options import EngineOptions
@@ -159,15 +159,28 @@ def software_version() -> str:
         return "0"
 
 
-def _load(settings: ServingSettings, *, export_queue_bytes: int) -> LocalEngine:
-    engine = load_engine(
-        settings.target,
-        settings.draft,
-        EngineOptions.of(settings, export_queue_bytes=export_queue_bytes),
-        device=settings.device,
-        dtype=settings.dtype,
-        untie_draft=settings.untie_draft,
-    )
+def _load(settings: ServingSettings, *, export_queue_bytes: int) -> ServingEngine:
+    options = EngineOptions.of(settings, export_queue_bytes=export_queue_bytes)
+    engine: ServingEngine
+    if settings.engine == "vllm":
+        from serving.engines.async_llm.engine import load_async_llm
+
+        engine = load_async_llm(
+            settings.target,
+            settings.draft,
+            options,
+            dtype=settings.dtype,
+            num_threads=settings.num_threads,
+        )
+    else:
+        engine = load_engine(
+            settings.target,
+            settings.draft,
+            options,
+            device=settings.device,
+            dtype=settings.dtype,
+            untie_draft=settings.untie_draft,
+        )
     if engine.tokenizer is None:
         engine.close()
         raise UnsupportedModelError(

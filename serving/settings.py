@@ -17,6 +17,9 @@ class ServingSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
+    engine: Literal["everdraft", "vllm"] = "everdraft"
+    """Who runs the models: this project's engine, or vLLM (in an environment that has it, see `make
+    setup-vllm`), which takes a fixed draft length and one draft for all routes."""
     target: str = Field(min_length=1)
     """Path or hub id of the model that is served."""
     draft: str | None = None
@@ -131,6 +134,20 @@ class ServingSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _vllm_can_do_it(self) -> Self:
+        if self.engine != "vllm":
+            return self
+        for field, asked in (
+            ("max_route_drafts", "max_route_drafts" in self.model_fields_set and self.max_route_drafts > 0),
+            ("speculation", self.speculation == "ngram"),
+            ("stopping", self.stopping != "controller"),
+            ("untie_draft", self.untie_draft),
+        ):
+            if asked:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not possible with engine='vllm'")
+        return self
+
+    @model_validator(mode="after")
     def _one_request_fits_the_queue(self) -> Self:
         asked, bound = self.max_generations_per_request, max(1, self.max_queued_requests)
         if asked is not None and asked > bound:
@@ -154,6 +171,11 @@ class ServingSettings(BaseModel):
     def served_name(self) -> str:
         """The model's name for clients."""
         return self.model_name or PurePath(self.target).name or self.target
+
+    @property
+    def num_route_drafts(self) -> int:
+        """Routes beyond `default` that the engine has drafts for."""
+        return self.max_route_drafts if self.engine == "everdraft" else 0
 
     @property
     def records(self) -> bool:

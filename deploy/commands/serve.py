@@ -12,6 +12,7 @@ from deploy.commands.console import ConfigOption, errors, output, plain_faults
 def serve(
     target: Annotated[str | None, typer.Option(help="Path or hub id of the model to serve.")] = None,
     draft: Annotated[str | None, typer.Option(help="Path or hub id of its draft, or self.")] = None,
+    engine: Annotated[str | None, typer.Option(help="everdraft (default) or vllm.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the endpoint; default 8000.")] = None,
     config: ConfigOption = None,
@@ -28,7 +29,7 @@ def serve(
     from deploy.wiring import running_system
 
     overrides: dict[str, dict[str, Any]] = {
-        "serving": {"target": target, "draft": draft, "device": device, "dtype": dtype},
+        "serving": {"engine": engine, "target": target, "draft": draft, "device": device, "dtype": dtype},
         "redis": {"url": redis_url},
         "cluster": {
             "host": host,

@@ -1,4 +1,4 @@
-"""The drafts of a vLLM engine: one, on the default route. Merged here, laid aside in vLLM's process, swapped there.
+"""The draft of a vLLM engine, on the default route: merged here, laid aside and swapped in its process.
 
 vLLM holds one native draft an engine, so further routes are served by it. Invariant: a version serves only
 after vLLM's process read its file whole under the sha256 that was written here.

@@ -19,10 +19,12 @@ from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from serving.engine.cost_table import CostTable
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
+from serving.engine.passes.kv_shape import KvShape
 from serving.engine.request import EventCallback, GenerationRequest
 from serving.engine.stats import EngineStats, SwapReport
 from serving.engines.async_llm.counts import StepCounts
 from serving.engines.async_llm.draft_port import AsyncLLMDrafts
+from serving.engines.async_llm.environment import set_environment
 from serving.engines.async_llm.generation import RunningGeneration
 from serving.engines.async_llm.plugin import TESTED, vllm_version
 from serving.engines.async_llm.sampling import MAX_LOGPROBS, check, vllm_arguments
@@ -36,7 +38,8 @@ _log = logging.getLogger(__name__)
 
 WORKER = "serving.engines.async_llm.worker.EverdraftWorker"
 DEFAULT_DRAFT_TOKENS = 4
-_START_S, _CALL_S, _CLOSE_S = 600.0, 60.0, 15.0
+DEFAULT_OPTIONS = EngineOptions()
+_START_S, _CALL_S, _CLOSE_S, _SHUTDOWN_S = 600.0, 60.0, 15.0, 5.0
 _TOLD_S, _TOLD_STEP_S = 0.05, 0.002
 """How long the end of a generation waits for step messages that are still on their way."""
 _ID_SUFFIX = 9
@@ -156,6 +159,8 @@ class AsyncLLMEngine:
                 self._wait(self._end(), timeout_s)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
+            if not self._thread.is_alive():
+                self._loop.close()
             self._receiver.close()
             if self.drafts is not None:
                 self.drafts.close()
@@ -178,9 +183,9 @@ class AsyncLLMEngine:
     async def _end(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)  # each delivers its last event
         if hasattr(self, "_llm"):
-            self._llm.shutdown()
+            self._llm.shutdown(timeout=_SHUTDOWN_S)
 
     async def _generate(self, name: str, generation: RunningGeneration, handle: GenerationHandle) -> None:
         try:
@@ -250,9 +255,10 @@ class AsyncLLMEngine:
 def load_async_llm(
     target: str,
     draft: str | None = None,
-    options: EngineOptions = EngineOptions(),
+    options: EngineOptions = DEFAULT_OPTIONS,
     *,
     dtype: str = "float32",
+    num_threads: int | None = None,
     **arguments: Any,
 ) -> AsyncLLMEngine:
     """Check both models as our engine does, start vLLM on them. `arguments` go to AsyncEngineArgs. Raises
@@ -268,7 +274,7 @@ def load_async_llm(
             "model": draft,
             "num_speculative_tokens": options.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         }
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_environment(num_threads, options.num_slots * max_seq_len * _column_bytes(pair))
     return AsyncLLMEngine(
         pair,
         options,
@@ -289,6 +295,11 @@ def load_async_llm(
     )
 
 
+def _column_bytes(pair: ModelPair) -> int:
+    models = [model for model in (pair.target, pair.draft) if model is not None]
+    return sum(KvShape.of(model).num_values * next(model.parameters()).dtype.itemsize for model in models)
+
+
 def require_vllm() -> None:
     """Raises UnsupportedModelError."""
     found = vllm_version()
@@ -299,8 +310,8 @@ def require_vllm() -> None:
         )
     if found not in TESTED:
         raise UnsupportedModelError(
-            f"engine='vllm': vLLM {found} is installed, and capture and swaps were run with "
-            f"{', '.join(TESTED)} alone; they reach into its worker, so another version may serve wrong drafts"
+            f"engine='vllm': vLLM {found} is installed, and capture and swaps, which reach into its worker, "
+            f"were run with {', '.join(TESTED)} alone; in another they may serve wrong drafts"
         )
 
 

@@ -1,4 +1,4 @@
-"""One request of vLLM's on its way to a Generation: what its outputs and its worker's step messages add up to.
+"""One of vLLM's requests on its way to a Generation: its outputs and its worker's step messages.
 
 The tokens come from vLLM's outputs; which version drafted them, how many were accepted and what the target
 said come from the messages. Invariant: a lost message costs figures and the record from there on, never a
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION, MODEL_DRAFTER
+from buffer.names import DEFAULT_ROUTE, MODEL_DRAFTER
 from serving.engine.request import (
     CapturedRound,
     FinishReason,
@@ -192,6 +192,3 @@ class _Rounds:
                 retemper_E=arrays.retemper_E,
             )
         )
-
-
-NO_DRAFT_VERSION = FLOOR_VERSION

@@ -66,7 +66,7 @@ def _check_speculation(sampling: SamplingParams) -> None:
     """vLLM's speculative decoding has one draft length for all, and no min-p and no bias of logits."""
     if sampling.num_draft_tokens is not None:
         raise ValueError(
-            f"num_draft_tokens={sampling.num_draft_tokens}: vLLM drafts equally many tokens for all requests; "
+            f"num_draft_tokens={sampling.num_draft_tokens}: vLLM drafts as many tokens for all requests; "
             "leave it out"
         )
     for field, is_used in (

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,8 +54,10 @@ class StepMessage:
 
     @classmethod
     def decode(cls, data: bytes) -> "StepMessage":
-        *fields, captured = msgpack.unpackb(data)
-        return cls(*fields, None if captured is None else CapturedArrays.unpacked(captured))
+        unpacked: list[Any] = msgpack.unpackb(data)
+        captured = unpacked.pop()
+        arrays = None if captured is None else CapturedArrays.unpacked(captured)
+        return cls(*[*unpacked, arrays])
 
 
 @dataclass(frozen=True, eq=False)
