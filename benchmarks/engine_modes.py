@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.modes import FIXED_DRAFT_TOKENS, Mode, ModeOutcome, ModeUnavailableError, Rounds
 from serving.compiling import CompileChoice
-from serving.engine.engine import Engine
 from serving.engine.proposal import COPIED
 from serving.engine.request import Generation, GenerationRequest, SamplingParams, TokenEvent
 from serving.local import build_engine
 from serving.models.loading import ModelPair
 from serving.options import EngineOptions, Speculation
+from serving.serving_engine import ServingEngine
 
 RANDOM_SEED = 0
 
@@ -71,7 +71,7 @@ class EngineMode:
     """An engine, and a cap on the draft length of its requests. With `ignore_eos` off answers end where the
     target ends them, and `num_tokens` is the most."""
 
-    def __init__(self, engine: Engine, *, cap: int | None, ignore_eos: bool = True) -> None:
+    def __init__(self, engine: ServingEngine, *, cap: int | None, ignore_eos: bool = True) -> None:
         self._engine, self._cap, self._ignore_eos = engine, cap, ignore_eos
 
     def generate(
@@ -105,7 +105,7 @@ class EngineMode:
 
 
 def ask_by_clients(
-    engine: Engine, prompts: list[list[int]], sampling: SamplingParams, num_clients: int
+    engine: ServingEngine, prompts: list[list[int]], sampling: SamplingParams, num_clients: int
 ) -> list[Generation]:
     """All prompts, `num_clients` under way at any time; in the order of the prompts."""
     requests = [

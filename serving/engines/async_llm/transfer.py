@@ -5,10 +5,13 @@ tied to its embedding keeps the packed copy of the old weights there and is pack
 vllm.model_executor.model_loader.reload of the tested versions.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from serving.engines.async_llm.plugin import UNMENDED
 
 
 def apply_weights(worker: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -21,7 +24,8 @@ def apply_weights(worker: Any, tensors: Mapping[str, Tensor]) -> None:
         initialize_layerwise_reload(model)
         model.load_weights(iter(tensors.items()))
         finalize_layerwise_reload(model, worker.vllm_config.speculative_config.draft_model_config)
-        repack_tied_heads(model)
+        if os.environ.get(UNMENDED) != "1":
+            repack_tied_heads(model)
 
 
 def repack_tied_heads(model: Any) -> None:

@@ -7,8 +7,12 @@ serves changes whole, or not at all.
 
 import functools
 import logging
+import os
+import shutil
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 
 from buffer.names import FLOOR_VERSION
 from serving.engine.sampling import SamplingRow
-from serving.engines.async_llm.draft_files import StagedFile, read_header
+from serving.engines.async_llm.draft_files import Header, StagedFile, read_header
 from serving.engines.async_llm.step_capture import RowCapture, read_rows
 from serving.engines.async_llm.step_messages import CapturedArrays, MessageSender, StepMessage
 from serving.engines.async_llm.transfer import apply_weights
@@ -38,8 +42,15 @@ class EverdraftWorker:
     def everdraft_open(self, socket_path: str, floor_path: str) -> None:
         """Begin to report steps. `floor_path`: file of the draft that is loaded; others must be like it.
         Empty: there is no draft."""
+        self._everdraft_sender = MessageSender(socket_path, lambda: _end(Path(socket_path).parent))
+        self.everdraft_begin(self._everdraft_sender.put, floor_path)
+
+    def everdraft_begin(
+        self, put: Callable[[StepMessage], None], floor_path: str, capture_all: bool = False
+    ) -> None:
+        """As `everdraft_open`, with messages given to `put` on the step's thread."""
         floor = read_header(floor_path) if floor_path else None
-        self._everdraft = _Steps(self.model_runner, MessageSender(socket_path), floor)
+        self._everdraft = _Steps(self.model_runner, put, floor, capture_all)
         self._everdraft.install()
 
     def everdraft_stage(self, path: str, sha256: str, draft_version: int) -> None:
@@ -63,21 +74,25 @@ class EverdraftWorker:
         steps.draft_version = staged.draft_version
         return time.perf_counter() - began_s
 
-    def everdraft_is_staged(self) -> bool:
-        """Whether the staged file was read, or failed to be."""
-        staged = self._everdraft.staged
-        return staged is None or staged.is_done
+    def everdraft_wait(self) -> None:
+        """Until the staged file was read, or failed to be."""
+        if self._everdraft.staged is not None:
+            self._everdraft.staged.wait()
 
     def everdraft_dropped(self) -> int:
         """Messages that the channel dropped."""
-        return self._everdraft.sender.num_dropped
+        return self._everdraft_sender.num_dropped
 
 
 class _Steps:
     """The runner's steps as messages."""
 
-    def __init__(self, runner: Any, sender: MessageSender, floor: Any) -> None:
-        self.runner, self.sender, self.floor = runner, sender, floor
+    def __init__(
+        self, runner: Any, put: Callable[[StepMessage], None], floor: Header | None, capture_all: bool
+    ) -> None:
+        """`capture_all`: requests are recorded unless they say no, else only those that ask for it."""
+        self.runner, self.floor = runner, floor
+        self._put, self._capture_all = put, capture_all
         self.staged: StagedFile | None = None
         self.draft_version = FLOOR_VERSION
         self._proposed_by: dict[str, int] = {}
@@ -123,7 +138,7 @@ class _Steps:
         wanted = [
             index
             for index, each in enumerate(params)
-            if not discarded[index] and (each.extra_args or {}).get(CAPTURE)
+            if not discarded[index] and (each.extra_args or {}).get(CAPTURE, self._capture_all)
         ]
         captures: dict[int, RowCapture] = {}
         if wanted:
@@ -148,7 +163,7 @@ class _Steps:
             drafted = step.drafted[at : at + count]
             if not step.discarded[index]:
                 emitted = [int(token) for token in sampled[index] if token >= 0]
-                self.sender.put(
+                self._put(
                     StepMessage(
                         name,
                         self._number(name),
@@ -210,6 +225,13 @@ class _Step:
             capture.topk_logprobs_EK,
             capture.retemper_E,
         )
+
+
+def _end(folder: Path) -> None:
+    """The replica is gone, perhaps killed: nobody is left to answer, and vLLM's processes would stay, with
+    the replica's folder. Its engine's process ends when it sees a worker end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _sampling_row(params: Any) -> SamplingRow:

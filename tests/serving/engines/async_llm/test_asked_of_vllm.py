@@ -1,0 +1,72 @@
+"""What goes to vLLM, what is refused in its place, and what its processes find around them."""
+
+from typing import Any
+
+import pytest
+
+from serving.engine.request import GenerationRequest, SamplingParams
+from serving.engines.async_llm import engine, plugin
+from serving.engines.async_llm.environment import vllm_environment
+from serving.engines.async_llm.sampling import check, vllm_arguments
+from serving.models.errors import UnsupportedModelError
+from serving.settings import ServingSettings
+
+
+def asked(**params: Any) -> dict[str, Any]:
+    return vllm_arguments(GenerationRequest("r", (1, 2), SamplingParams(**params)), (2,), "capture")
+
+
+def test_end_of_text_stops_unless_it_is_ignored() -> None:
+    assert asked(stop_token_ids=(7,))["stop_token_ids"] == [2, 7]
+    assert asked(stop_token_ids=(7,), ignore_eos=True)["stop_token_ids"] == [7]
+
+
+def test_capture_is_asked_for_by_request() -> None:
+    request = GenerationRequest("r", (1,), SamplingParams(), capture=True)
+    assert vllm_arguments(request, (), "capture")["extra_args"] == {"capture": True}
+    assert asked()["extra_args"] is None
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"num_draft_tokens": 2}, "num_draft_tokens=2"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": (99,)}, "allowed_token_ids holds token id 99"),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_by_name(params: dict[str, Any], words: str) -> None:
+    request = GenerationRequest("r", (1, 2), SamplingParams(**params))
+    with pytest.raises(ValueError, match=words):
+        check(request, max_seq_len=64, vocab_size=50, has_draft=True)
+
+
+def test_a_version_that_was_not_tested_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, words in (("", "make setup-vllm"), ("0.99.0", "vLLM 0.99.0")):
+        monkeypatch.setattr(engine, "vllm_version", lambda found=found: found)
+        with pytest.raises(UnsupportedModelError, match=words):
+            engine.require_vllm()
+
+
+def test_an_untested_vllm_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plugin, "vllm_version", lambda: "0.99.0")
+    plugin.register()
+    assert "0.99.0 was not tested" in caplog.text
+
+
+def test_what_the_operator_set_stays() -> None:
+    wanted = vllm_environment(2, 3 * 2**30 + 1, {"OMP_NUM_THREADS": "7"})
+    assert wanted["VLLM_CPU_KVCACHE_SPACE"] == "4" and "OMP_NUM_THREADS" not in wanted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_route_drafts": 2}, {"speculation": "ngram"}, {"stopping": "entropy"}, {"untie_draft": True}],
+)
+def test_settings_that_vllm_cannot_follow_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.*engine='vllm'"):
+        ServingSettings(target="t", engine="vllm", **changes)
+    assert ServingSettings(target="t", engine="vllm").num_route_drafts == 0
