@@ -45,6 +45,7 @@ LIBRARY_HOMES: dict[str, Callable[[str], bool]] = {
     "fastapi": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
     "starlette": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
     "uvicorn": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
+    "vllm": lambda path: path.startswith("serving/engines/async_llm/"),
     "torch": lambda path: not path.startswith("buffer/"),
     "transformers": lambda path: not path.startswith("buffer/"),
     "peft": lambda path: path.startswith(("serving/models/", "learner/")),
@@ -127,6 +128,7 @@ def test_imports_run_one_way_and_every_library_stays_in_its_room() -> None:
         ("learner/loop.py", "import deploy.settings"),
         ("serving/local.py", "import benchmarks"),
         ("benchmarks/commands.py", "import ray"),
+        ("serving/replica_parts.py", "def late():\n    import vllm"),
     ],
 )
 def test_a_file_that_breaks_a_rule_is_caught(path: str, source: str) -> None:

@@ -19,7 +19,7 @@ from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import Mode, ModeOutcome, Rounds
 from benchmarks.osd.experiment_cache import Report
-from benchmarks.osd.recorded_answers import RecordedAnswer
+from benchmarks.osd.recorded_answers import Asking, RecordedAnswer
 from serving.compiling import CompileChoice
 from serving.engine.counters import acceptance_rate, block_efficiency
 from serving.local import build_engine
@@ -46,7 +46,8 @@ def measure_speed(
     """By arm. `pairs`: each arm's, of the same target. `adapters`: the folder of each arm's adapter, empty
     for the floor."""
     prompts = [one.prompt_token_ids.tolist() for one in asked]
-    room = max(map(len, prompts)) + NUM_TOKENS + 16
+    longest = max(Asking().prompt_tokens, *map(len, prompts))  # one room, so that domains share packages
+    room = longest + NUM_TOKENS + 16
     how = room, num_clients, compile
     makers = {arm: _maker(pairs[arm], folder, *how, None) for arm, folder in adapters.items()}
     makers = {OFF: _maker(next(iter(pairs.values())), "", *how, 0), **makers}
