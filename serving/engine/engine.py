@@ -141,6 +141,12 @@ class Engine:
         return self.core.costs
 
     @property
+    def passes(self) -> str:
+        """What runs the models' passes, in words; empty where nobody asked for others than the models'
+        own."""
+        return ""
+
+    @property
     def max_seq_len(self) -> int:
         return self._max_seq_len
 

@@ -12,8 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from serving.options import EngineOptions
 
-pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
-
 VOCAB_SIZE = 16
 """Small, so that every output can be enumerated."""
 

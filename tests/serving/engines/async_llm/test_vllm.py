@@ -30,6 +30,8 @@ from serving.models.full_weights import full_config
 from tests.serving.engines.async_llm.conftest import VOCAB_SIZE, Models, engine_on
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
 PROMPTS = [tuple(int(token) for token in row) for row in np.random.default_rng(0).integers(0, 16, (12, 9))]
 WAIT_S = 120.0
 

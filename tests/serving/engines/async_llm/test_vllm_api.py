@@ -9,6 +9,8 @@ import pytest
 from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
 
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
 PAIR = Path(__file__).parents[4] / "deploy" / "demo" / "pair"
 PROMPT = "The quick brown fox"
 

@@ -26,6 +26,8 @@ from serving.models.loading import load_model, weights_revision
 from tests.support.ports import free_port
 from tests.support.tiny_adapters import tiny_adapter
 
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+
 PAIR = Path(__file__).parents[4] / "deploy" / "demo" / "pair"
 TARGET, DRAFT = str(PAIR / "target"), str(PAIR / "draft")
 START_S, LEARN_S = 240.0, 400.0
