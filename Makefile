@@ -47,7 +47,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@touch $@
 
 test-vllm: setup-vllm
-	$(VLLM_BIN)/python -m pytest -o filterwarnings=default tests/serving/engines tests/serving/test_engine_contract.py $(ARGS)
+	$(VLLM_BIN)/python -m pytest -o filterwarnings=default --timeout=900 \
+	  tests/serving/engines tests/serving/test_engine_contract.py $(ARGS)
 
 demo: setup
 	$(BIN)/everdraft demo $(ARGS)
