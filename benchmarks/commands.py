@@ -160,37 +160,6 @@ def engines(
     output().print(f"figures: {report}")
 
 
-def vllm_overheads(
-    target: TargetOption = DEMO_TARGET,
-    draft: DraftOption = DEMO_DRAFT,
-    adapter: AdapterOption = None,
-    threads: ThreadsOption = 1,
-    pairs: Annotated[int, typer.Option(help="Turns with and without capture.", min=2)] = 12,
-    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS
-    / "vllm_overheads.json",
-) -> None:
-    """What a swap and capture cost a vLLM; runs in the environment of `make setup-vllm`."""
-    import torch
-
-    from benchmarks.adapted import adapter_for, check_adapter
-    from benchmarks.vllm_overheads import measure_overheads
-    from deploy.demo.report import write_report
-    from serving.engines.async_llm.engine import require_vllm
-    from serving.models.loading import load_pair
-
-    with plain_faults():
-        check_adapter(adapter)
-        require_vllm()
-    torch.set_num_threads(threads)
-    pair, settings = load_pair(target, draft), demo_settings()
-    learnt = adapter_for(pair, adapter, cache_folder(), settings, lambda one: errors().print(str(one)))
-    costs = measure_overheads(target, draft, learnt, pairs=pairs, threads=threads)
-    output().print_json(data=costs)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(report, "vllm_overheads", {"threads": threads, **costs}, {})
-    output().print(f"figures: {report}")
-
-
 def overheads(
     target: TargetOption = DEMO_TARGET,
     draft: DraftOption = DEMO_DRAFT,
@@ -283,7 +252,6 @@ app.command()(engine)
 app.command()(throughput)
 app.command()(overheads)
 app.command()(engines)
-app.command()(vllm_overheads)
 app.command()(prefix)
 app.command()(fit)
 app.command()(osd_commands.pair)

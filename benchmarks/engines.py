@@ -139,19 +139,18 @@ def _maker(plan: EnginesPlan, arm: str, adapter: Adapter | None) -> Callable[[],
             engine = load_engine(plan.target, plan.draft, options)
         drafts: DraftPort[Any] | None = engine.drafts
         if adapter is not None and mode != "off" and drafts is not None:
-            staged = drafts.stage(DEFAULT_ROUTE, manifest_of(engine, adapter), adapter.weights)
+            staged = drafts.stage(DEFAULT_ROUTE, _manifest(engine, adapter), adapter.weights)
             drafts.swap(DEFAULT_ROUTE, staged)
         return EngineMode(engine, cap=None)
 
     return make
 
 
-def manifest_of(engine: Any, adapter: Adapter, draft_version: int = 1) -> AdapterManifest:
-    """The adapter as a version of the engine's draft."""
+def _manifest(engine: Any, adapter: Adapter) -> AdapterManifest:
     config = json.loads(adapter.config_json)
     return AdapterManifest(
         route=DEFAULT_ROUTE,
-        draft_version=draft_version,
+        draft_version=1,
         parent_version=0,
         draft_id=engine.pair.draft_id,
         draft_revision=engine.pair.draft_revision,
