@@ -128,7 +128,7 @@ def engines(
     from benchmarks.engines import ARMS, EnginesPlan, measure_engines
     from benchmarks.screen import ProgressScreen
     from deploy.demo.report import write_report
-    from serving.engines.async_llm.engine import require_vllm
+    from serving.engines.async_llm.plugin import require_vllm
 
     with plain_faults():
         check_adapter(adapter)

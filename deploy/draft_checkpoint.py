@@ -5,6 +5,8 @@ writes, kept by target, and the learner trains its last block alone. Starts noth
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from deploy.errors import ModelPairError
+from deploy.part_choice import AUTO
 from deploy.settings import Settings
 from serving.cache_folders import cache_folder
 from serving.models.inspection import inspect_model
@@ -25,15 +28,15 @@ def with_draft_checkpoint(settings: Settings, narrate: Callable[[str], None]) ->
     serving, learner = settings.serving, settings.learner
     if serving.engine != "vllm" or (serving.draft or "").split(":")[0] != SELF:
         return settings
-    part = TargetPart.named(serving.draft or "")
-    if part is None or part.kept_tokens is not None:
+    part = None if serving.draft == AUTO else TargetPart.named(serving.draft)
+    if part is None or part.block != "whole" or part.kept_tokens is not None:
         raise ModelPairError(
             f"serving.draft={serving.draft!r}: vLLM drafts with whole models over all tokens; write self or "
             "self:E; nothing was started"
         )
     num_layers = part.exit_layer + 1
     folder = cache_folder("drafts") / _name(serving.target, serving.dtype, num_layers)
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         narrate(f"writing the target's first {num_layers} layers as a draft, fitted to it: {folder}")
         _write(serving.target, folder, num_layers, serving.dtype)
     if learner.trainable is None:
@@ -62,9 +65,12 @@ def _name(target: str, dtype: str, num_layers: int) -> str:
 
 
 def _write(target: str, folder: Path, num_layers: int, dtype: str) -> None:
-    """In a process of its own, which gives its memory back."""
+    """In a process of its own, which gives its memory back; whole or not at all."""
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     command = [sys.executable, "-c", "from deploy.cli import main; main()", "draft", "init"]
-    command += ["--target", target, "--out", str(folder), "--layers", str(num_layers), "--dtype", dtype]
+    command += ["--target", target, "--out", str(aside), "--layers", str(num_layers), "--dtype", dtype]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     if child.returncode:
+        shutil.rmtree(aside, ignore_errors=True)
         raise ModelPairError(f"serving.draft='{SELF}': {child.stderr.strip()[-300:]}; nothing was started")
+    aside.rename(folder)

@@ -96,11 +96,12 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         locks = parts.enter_context(claimed_folder(settings.state_dir, url=url, learns=learns))
         require_free_port(cluster.host, cluster.port)
         check_models(as_if_chosen(settings))
+        settings = with_draft_checkpoint(settings, narrate)
         if settings.serving.engine == "everdraft":  # vLLM plans its own memory
             for line in check_memory(as_if_chosen(settings)).lines():
                 narrate(line)
         redis_url = parts.enter_context(_redis(settings, narrate))
-        settings = with_draft_checkpoint(with_chosen_part(settings, redis_url, narrate), narrate)
+        settings = with_chosen_part(settings, redis_url, narrate)
         learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, locks, narrate))
         system = RunningSystem(settings, url, redis_url, learner, revision)
         write_note(settings.state_dir, _note(system))
@@ -141,12 +142,15 @@ def check_models(settings: Settings) -> None:
 
     Raises ModelPairError.
     """
+    from serving.engines.async_llm.plugin import require_vllm
     from serving.models.errors import UnsupportedModelError
     from serving.models.inspection import inspect_pair
     from serving.models.refusals import check_device
 
     serving = settings.serving
     try:
+        if serving.engine == "vllm" and settings.cluster.ray_address is None:
+            require_vllm()
         check_device(serving.device, is_here=settings.cluster.ray_address is None)
         inspect_pair(serving.target, serving.draft, dtype=serving.dtype)
     except UnsupportedModelError as error:

@@ -1,15 +1,27 @@
 """A replica's status, from the engine's own counters. Pure; a snapshot at one time."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 from buffer.records import DrafterCounts, PassCosts, ServingStatus
 from serving.engine.cost_table import CostTable
 from serving.engine.stats import EngineStats
-from serving.serving_engine import ServingEngine
+
+
+class Reporting(Protocol):
+    """What a status is made of; every ServingEngine has it."""
+
+    @property
+    def costs(self) -> CostTable | None: ...
+
+    @property
+    def passes(self) -> str: ...
+
+    def stats(self) -> EngineStats: ...
 
 
 def serving_status(
-    engine: ServingEngine,
+    engine: Reporting,
     *,
     replica_id: str,
     at_s: float,

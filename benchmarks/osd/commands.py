@@ -73,6 +73,10 @@ def osd(
         list[str] | None,
         typer.Option(help="Of the experiment `parts`: whole or attention; default: both."),
     ] = None,
+    engine: Annotated[
+        Literal["everdraft", "vllm"],
+        typer.Option(help="Of the experiment `deployed`: who runs the models; vllm in its environment."),
+    ] = "everdraft",
     compile: CompileOption = "auto",
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
@@ -106,7 +110,7 @@ def osd(
     wanted, arms = tuple(domain or DOMAINS), tuple(dict.fromkeys(arm or ARMS))
     blocks = tuple(dict.fromkeys(block or ("whole", "attention")))
     say, file = errors().print, report or RESULTS / f"osd_{experiment}.json"
-    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks)
+    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine)
     run_experiment(experiment, plan, file, output(), turns=turns, compile=compile)
 
 

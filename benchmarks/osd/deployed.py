@@ -25,16 +25,23 @@ NUM_HELD_OUT = 64
 
 
 def measure_deployed(
-    cache: ExperimentCache, domain: str, num_records: int, report: Report, port: int = 8000, part: str = ""
+    cache: ExperimentCache,
+    domain: str,
+    num_records: int,
+    report: Report,
+    port: int = 8000,
+    part: str = "",
+    engine: str = "everdraft",
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Stream, then ask the held-out prompts of the floor's state and of what was learnt, learner at rest.
-    `part`: of the target, which drafts in the draft's place; empty: the draft."""
+    `part`: of the target, which drafts in the draft's place; empty: the draft. `engine`: who runs the
+    models."""
     rows = exchanges(cache.data, domain, "stream")[:num_records]
     asks = [_ask(domain, row.question, cache.asking.max_tokens) for row in rows]
     held = exchanges(cache.data, domain, "heldout")[:NUM_HELD_OUT]
     judged = [_ask(domain, row.question, cache.asking.max_tokens, store=False) for row in held]
     with TemporaryDirectory() as folder:
-        settings = load_settings(None, {}, _overrides(cache, port, Path(folder), part or cache.draft))
+        settings = load_settings(None, {}, _overrides(cache, port, Path(folder), part or cache.draft, engine))
         with running_system(settings, report) as system:
             clients = Clients(system.url, NUM_CLIENTS)
             before = clients.send(judged)
@@ -63,11 +70,12 @@ def measure_deployed(
 
 
 def _overrides(
-    cache: ExperimentCache, port: int, folder: Path, draft: str
+    cache: ExperimentCache, port: int, folder: Path, draft: str, engine: str
 ) -> Mapping[str, Mapping[str, Any]]:
     asking = cache.asking
     return {
         "serving": {
+            "engine": engine,
             "target": cache.target,
             "draft": draft,
             "max_seq_len": asking.prompt_tokens + asking.max_tokens + 256,

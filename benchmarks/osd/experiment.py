@@ -70,9 +70,14 @@ def run_experiment(
         metrics, series = costs.measure(plan), {}
     else:
         metrics, series = {}, {}
-        for arm in ("ours", SELF):
+        for arm in (each for each in ("ours", SELF) if each in plan.arms):
             found, points = measure_deployed(
-                plan.cache, plan.domains[0], plan.num_records, plan.report, part=plan.draft_of(arm)
+                plan.cache,
+                plan.domains[0],
+                plan.num_records,
+                plan.report,
+                part=plan.draft_of(arm),
+                engine=plan.engine,
             )
             metrics[arm] = found
             series |= {f"{arm}/{name}": values for name, values in points.items()}

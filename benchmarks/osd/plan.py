@@ -39,9 +39,11 @@ class ExperimentPlan:
     part: str = "self:2"
     """Of the target, which the arm `self` drafts with."""
     arms: tuple[str, ...] = ARMS
-    """Of the experiment on single domains."""
+    """Of the experiments on single domains and on the whole deployment."""
     blocks: tuple[str, ...] = ("whole", "attention")
     """Of the experiment on parts."""
+    engine: str = "everdraft"
+    """Of the whole deployment: who runs the models."""
 
     def draft_of(self, arm: str) -> str:
         """What the arm drafts with; empty: the pair's draft."""

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from copy import deepcopy
 
 import torch
 
@@ -127,29 +126,19 @@ class EngineCore:
     # -- from any thread ------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        scheduler, meter, drafts = self.scheduler, self._meter, self.drafts
-        running = list(scheduler.running)
-        with meter.lock:
-            return EngineStats(
-                num_running=scheduler.num_active,
-                num_waiting=len(scheduler.waiting),
-                num_slots=scheduler.num_slots,
-                num_cached_tokens=sum(sequence.num_cached for sequence in running),
-                max_cached_tokens=scheduler.num_slots * self.target.max_seq_len,
-                num_prompt_tokens=meter.num_prompt_tokens,
-                num_output_tokens=meter.num_output_tokens,
-                draft_versions=drafts.versions,
-                num_draft_tokens=drafts.num_draft_tokens,
-                is_draft_length_fixed=drafts.controller.is_fixed,
-                route_counts=deepcopy(meter.counts),
-                round_s_median=meter.round_s_median,
-                mean_batch_size=meter.mean_batch_size,
-                num_swaps=meter.num_swaps,
-                num_swaps_under_load=meter.num_swaps_under_load,
-                swap_pause_s_max=meter.swap_pause_s_max,
-                draft_disabled_reason=drafts.disabled_reason,
-                prefix_cache=self.prefix_cache.stats() if self.prefix_cache else PrefixCacheStats(),
-            )
+        scheduler, drafts = self.scheduler, self.drafts
+        return self._meter.stats(
+            num_running=scheduler.num_active,
+            num_waiting=len(scheduler.waiting),
+            num_slots=scheduler.num_slots,
+            num_cached_tokens=sum(sequence.num_cached for sequence in list(scheduler.running)),
+            max_cached_tokens=scheduler.num_slots * self.target.max_seq_len,
+            draft_versions=drafts.versions,
+            num_draft_tokens=drafts.num_draft_tokens,
+            is_draft_length_fixed=drafts.controller.is_fixed,
+            draft_disabled_reason=drafts.disabled_reason,
+            prefix_cache=self.prefix_cache.stats() if self.prefix_cache else PrefixCacheStats(),
+        )
 
     # -- the parts of a step ---------------------------------------------------------------------
 

@@ -22,7 +22,14 @@ from serving.engine.logits_processing import check_processing
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPassFunction
 from serving.engine.proposal import Drafter
-from serving.engine.request import EventCallback, Generation, GenerationRequest, SamplingParams
+from serving.engine.request import (
+    EventCallback,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    check_fit,
+    ending_ids,
+)
 from serving.engine.sequence import Sequence
 from serving.engine.stats import EngineStats, SwapReport
 
@@ -66,20 +73,8 @@ class Engine:
 
     def check(self, request: GenerationRequest) -> None:
         """Raises ValueError if the request cannot run here; the message names the field."""
-        prompt, sampling = request.prompt_token_ids, request.sampling
-        if not prompt:
-            raise ValueError("prompt has 0 tokens; there is nothing to continue")
-        vocab_size = self._vocab_size
-        outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise ValueError(f"prompt holds token id {outside}, outside the vocabulary 0..{vocab_size - 1}")
-        limit = self._max_seq_len
-        if len(prompt) + sampling.max_tokens > limit:
-            raise ValueError(
-                f"prompt of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed the context of "
-                f"{limit} tokens (max_seq_len); shorten one of them"
-            )
-        check_processing(sampling, self._stop_ids(sampling), vocab_size)
+        check_fit(request, max_seq_len=self._max_seq_len, vocab_size=self._vocab_size)
+        check_processing(request.sampling, self._stop_ids(request.sampling), self._vocab_size)
 
     def generate(
         self,
@@ -214,6 +209,4 @@ class Engine:
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         """Token ids that end the text; ids that the target cannot emit are left out."""
-        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
-        stops = eos.union(sampling.stop_token_ids)
-        return frozenset(token for token in stops if 0 <= token < self._vocab_size)
+        return ending_ids(sampling, self._eos_token_ids, self._vocab_size)

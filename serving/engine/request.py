@@ -5,7 +5,7 @@ field, its value and the consequence.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,6 +140,27 @@ class GenerationRequest:
     """None: the engine's router sets it when prefill ends; `default` without a router."""
     capture: bool = False
     """Keep the target's log-probabilities at every verified position, for the recorder."""
+
+
+def check_fit(request: GenerationRequest, *, max_seq_len: int, vocab_size: int) -> None:
+    """Raises ValueError for a prompt that cannot run in this context; the message names the field."""
+    prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
+    if not prompt:
+        raise ValueError("prompt has 0 tokens; there is nothing to continue")
+    outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"prompt holds token id {outside}, outside the vocabulary 0..{vocab_size - 1}")
+    if len(prompt) + max_tokens > max_seq_len:
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens and max_tokens={max_tokens} exceed the context of "
+            f"{max_seq_len} tokens (max_seq_len); shorten one of them"
+        )
+
+
+def ending_ids(sampling: SamplingParams, eos_token_ids: Iterable[int], vocab_size: int) -> frozenset[int]:
+    """Token ids that end the text; ids that the target cannot emit are left out."""
+    ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+    return frozenset(token for token in ends if 0 <= token < vocab_size)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ A sequence's round that copied its draft tokens counts as COPIED and not for any
 import statistics
 import threading
 from collections import deque
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 from buffer.names import DEFAULT_ROUTE
 from serving.engine.counters import RoundCounters
@@ -93,21 +95,57 @@ class Meter:
             self._swap_s_before_round = None
             self._rounds.append((*kind, round_s))
             for draft, advance in zip(report.drafts_B, report.advances, strict=True):
-                by = draft.drafted(advance.num_matched)
-                self.counts.setdefault(draft.route, {}).setdefault(by, RoundCounters()).add_round(
+                self._count_row(
+                    draft.route,
+                    draft.drafted(advance.num_matched),
                     drafted=advance.num_drafted,
                     attempted=advance.num_attempted,
                     accepted=advance.num_accepted,
                     emitted=len(advance.token_ids),
                 )
-                self.num_output_tokens += len(advance.token_ids)
 
-    def count_swap(self, report: SwapReport) -> None:
+    def count_told(
+        self, by: DrafterVersion, *, drafted: int, emitted: int, batch_size: int, round_s: float
+    ) -> None:
+        """Count a sequence's round that another process tells of, on the default route; all but the last of
+        the emitted tokens were drafted. `round_s`: of the round, with one of its rows; 0 with others."""
+        with self.lock:
+            if round_s:
+                self._rounds.append((batch_size, drafted, round_s))
+            self._count_row(
+                DEFAULT_ROUTE,
+                by,
+                drafted=drafted,
+                attempted=min(emitted, drafted),
+                accepted=emitted - 1,
+                emitted=emitted,
+            )
+
+    def count_swap(self, report: SwapReport, *, is_whole_pause: bool = False) -> None:
+        """`is_whole_pause`: no round is counted right after it that would complete the pause."""
         with self.lock:
             self.num_swaps += 1
             if report.under_load:
                 self.num_swaps_under_load += 1
-                self._swap_s_before_round = (self._swap_s_before_round or 0.0) + report.swap_s
+                if is_whole_pause:
+                    self.swap_pause_s_max = max(self.swap_pause_s_max, report.swap_s)
+                else:
+                    self._swap_s_before_round = (self._swap_s_before_round or 0.0) + report.swap_s
+
+    def stats(self, **others: Any) -> EngineStats:
+        """A snapshot; `others`: the fields that are not counted here."""
+        with self.lock:
+            return EngineStats(
+                num_prompt_tokens=self.num_prompt_tokens,
+                num_output_tokens=self.num_output_tokens,
+                route_counts=deepcopy(self.counts),
+                round_s_median=self.round_s_median,
+                mean_batch_size=self.mean_batch_size,
+                num_swaps=self.num_swaps,
+                num_swaps_under_load=self.num_swaps_under_load,
+                swap_pause_s_max=self.swap_pause_s_max,
+                **others,
+            )
 
     def forget(self, route: str) -> None:
         """Drop the counters of a route whose draft was closed: over time there may be many routes."""
@@ -125,6 +163,11 @@ class Meter:
     @property
     def mean_batch_size(self) -> float:
         return statistics.fmean(size for size, *_ in self._rounds) if self._rounds else 0.0
+
+    def _count_row(self, route: str, by: DrafterVersion, **counted: int) -> None:
+        """Under the lock."""
+        self.counts.setdefault(route, {}).setdefault(by, RoundCounters()).add_round(**counted)
+        self.num_output_tokens += counted["emitted"]
 
     def _median_s(self, kind: tuple[int, int]) -> float:
         """Median of rounds of this batch size and draft length; of all rounds if too few are like it."""

@@ -31,6 +31,19 @@ class StagedWeights:
         self.owner.copy_in(self.merged)
 
 
+def check_made_for(draft_version: int, **revisions: tuple[str, str]) -> None:
+    """By name: the revision that an adapter was made for, and the one that is served. Raises
+    AdapterRejectedError."""
+    for name, (theirs, ours) in revisions.items():
+        if theirs != ours:
+            raise AdapterRejectedError(
+                f"adapter {draft_version} was made for {name}={theirs[:12]}…, this replica serves "
+                f"{ours[:12]}…; it is another model's adapter"
+            )
+    if draft_version <= FLOOR_VERSION:
+        raise AdapterRejectedError(f"draft_version={draft_version} is not positive; 0 is the floor")
+
+
 class DraftWeights:
     """Owns the draft module that serves, and its floor."""
 
@@ -57,17 +70,11 @@ class DraftWeights:
     ) -> StagedWeights:
         """Validate and merge into new tensors. Raises AdapterRejectedError; the live weights are
         untouched."""
-        for name, theirs, ours in (
-            ("draft_revision", draft_revision, self.draft_revision),
-            ("target_revision", target_revision, self.target_revision),
-        ):
-            if theirs != ours:
-                raise AdapterRejectedError(
-                    f"adapter {draft_version} was made for {name}={theirs[:12]}…, this replica serves "
-                    f"{ours[:12]}…; it is another model's adapter"
-                )
-        if draft_version <= FLOOR_VERSION:
-            raise AdapterRejectedError(f"draft_version={draft_version} is not positive; 0 is the floor")
+        check_made_for(
+            draft_version,
+            draft_revision=(draft_revision, self.draft_revision),
+            target_revision=(target_revision, self.target_revision),
+        )
         merged = merge_adapter(self._floor_module, weights, adapter_config_json, sha256)
         return StagedWeights(draft_version, self, merged)
 

@@ -39,8 +39,6 @@ class Subject:
     engine: ServingEngine
     prompt: tuple[int, ...]
     adapter: Callable[[int], tuple[AdapterManifest, bytes]]
-    drafts_alone: bool = False
-    """Whether its draft's figures are those of a real draft."""
 
     def run(self, *prompts: tuple[int, ...], capture: bool = False, **params: Any) -> list[Generation]:
         sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **params})
@@ -67,9 +65,7 @@ def _open(kind: str, tiny_pair: tuple[str, str]) -> Subject:
         assert engine.tokenizer is not None
         prompt = tuple(engine.tokenizer("The quick brown fox")["input_ids"])
     revision = engine.target_revision
-    return Subject(
-        engine, prompt, lambda v: tiny_adapter(draft, draft_version=v, target_revision=revision), True
-    )
+    return Subject(engine, prompt, lambda v: tiny_adapter(draft, draft_version=v, target_revision=revision))
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -131,6 +127,14 @@ def test_a_cancelled_generation_ends_soon_and_says_so(subject: Subject) -> None:
     generation = handle.result(WAIT_S)
     assert generation.finish_reason == "cancelled" and len(generation.output_token_ids) < 120
     assert subject.run()[0].finish_reason == "length"
+
+
+def test_one_that_is_cancelled_before_it_began_ends_too(subject: Subject) -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    for _ in range(20):
+        handle = subject.engine.submit(GenerationRequest("r", subject.prompt, sampling))
+        handle.cancel()
+        assert handle.result(WAIT_S).finish_reason == "cancelled"
 
 
 def test_a_swap_shows_on_tokens_and_changes_none(on_the_floor: Subject) -> None:

@@ -7,12 +7,22 @@ tensor of it may serve.
 import hashlib
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load, save
 from torch import Tensor
+
+
+def new_folder() -> Path:
+    """For drafts and a socket, in memory where there is such a place; whoever made it deletes it."""
+    shared = "/dev/shm"
+    return Path(
+        tempfile.mkdtemp(prefix="everdraft-vllm-", dir=shared if os.access(shared, os.W_OK) else None)
+    )
+
 
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """name -> (dtype, shape)."""
@@ -63,9 +73,10 @@ class StagedFile:
         self._thread = threading.Thread(target=self._read, name="everdraft-stage", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until it was read, or failed to be."""
-        self._thread.join()
+    @property
+    def is_done(self) -> bool:
+        """Whether it was read, or failed to be."""
+        return not self._thread.is_alive()
 
     def result(self) -> dict[str, Tensor]:
         """Raises ValueError for a file whose sha256 is another or that could not be read."""

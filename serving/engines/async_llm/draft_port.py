@@ -5,6 +5,7 @@ after vLLM's process read its file whole under the sha256 that was written here.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from buffer.records import AdapterManifest
 from serving.engine.draft_pool import BrokenDraftError
 from serving.engine.stats import SwapReport
 from serving.engines.async_llm.draft_files import write_draft
-from serving.models.adapter import AdapterRejectedError, check_config
-from serving.models.draft_weights import DraftWeights
+from serving.models.adapter import AdapterRejectedError, check_config, merge_adapter
+from serving.models.draft_weights import check_made_for
+
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class AsyncLLMDrafts:
         call: Callable[..., Any],
         swapped: Callable[[int, float], SwapReport],
     ) -> None:
-        self._weights = DraftWeights(floor, draft_revision=draft_revision, target_revision=target_revision)
-        self._floor = floor
+        self._floor, self._draft_revision, self._target_revision = floor, draft_revision, target_revision
         self._folder, self._call, self._swapped = folder, call, swapped
         self._version = FLOOR_VERSION
         self.floor_path, self._floor_sha256 = self._write(FLOOR_VERSION, {})
@@ -68,17 +70,17 @@ class AsyncLLMDrafts:
         if manifest is not None:
             version = manifest.draft_version
             check_config(manifest.adapter_config_json, manifest.rank, manifest.alpha)
-            staged = self._weights.stage(
-                weights,
-                draft_version=version,
-                adapter_config_json=manifest.adapter_config_json,
-                sha256=manifest.sha256,
-                draft_revision=manifest.draft_revision,
-                target_revision=manifest.target_revision,
+            check_made_for(
+                version,
+                draft_revision=(manifest.draft_revision, self._draft_revision),
+                target_revision=(manifest.target_revision, self._target_revision),
             )
-            path, sha256 = self._write(version, staged.merged)
+            merged = merge_adapter(self._floor, weights, manifest.adapter_config_json, manifest.sha256)
+            path, sha256 = self._write(version, merged)
         try:
             self._call("everdraft_stage", str(path), sha256, version)
+            while not all(self._call("everdraft_is_staged")):  # steps go on meanwhile
+                time.sleep(_POLL_S)
         except Exception as error:
             raise AdapterRejectedError(f"draft_version={version}: vLLM did not take it: {error}") from error
         return StagedDraft(version, path)
@@ -86,8 +88,9 @@ class AsyncLLMDrafts:
     def swap(self, route: str, staged: StagedDraft) -> SwapReport:
         """See DraftPort.swap."""
         try:
-            (seconds,) = {float(each) for each in self._call("everdraft_swap")[:1]}
+            swap_s = max(self._call("everdraft_swap"))
         except Exception as error:
+            self._version = min(self._call("everdraft_version"))
             raise BrokenDraftError(
                 f"draft_version={staged.draft_version} was not swapped in: {error}"
             ) from error
@@ -95,7 +98,7 @@ class AsyncLLMDrafts:
             if staged.path != self.floor_path:
                 staged.path.unlink(missing_ok=True)
         self._version = staged.draft_version
-        return self._swapped(staged.draft_version, seconds)
+        return self._swapped(staged.draft_version, swap_s)
 
     def close(self) -> None:
         """Delete the files."""
@@ -108,10 +111,4 @@ class AsyncLLMDrafts:
 @torch.inference_mode()
 def whole_draft(floor: nn.Module, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights by checkpoint name, each once: a tied head is its embedding and has no entry."""
-    found: dict[str, Tensor] = {}
-    for name, weight in floor.named_parameters():  # tied weights under their first name
-        found[name] = merged.get(name, weight)
-    for name, buffer in floor.named_buffers():
-        if name in floor.state_dict():
-            found[name] = merged.get(name, buffer)
-    return found
+    return {name: merged.get(name, weight) for name, weight in floor.named_parameters()}

@@ -8,30 +8,30 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import tempfile
 import threading
-from collections.abc import Coroutine
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from serving.engine.cost_table import CostTable
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
+from serving.engine.logits_processing import check_processing
 from serving.engine.passes.kv_shape import KvShape
-from serving.engine.request import EventCallback, GenerationRequest
-from serving.engine.stats import EngineStats, SwapReport
-from serving.engines.async_llm.counts import StepCounts
+from serving.engine.request import EventCallback, GenerationRequest, TokenEvent, check_fit, ending_ids
+from serving.engine.stats import EngineStats, Meter, SwapReport
+from serving.engines.async_llm.draft_files import new_folder
 from serving.engines.async_llm.draft_port import AsyncLLMDrafts
-from serving.engines.async_llm.environment import set_environment
+from serving.engines.async_llm.environment import environment_of_vllm
 from serving.engines.async_llm.generation import RunningGeneration
-from serving.engines.async_llm.plugin import TESTED, vllm_version
-from serving.engines.async_llm.sampling import MAX_LOGPROBS, check, vllm_arguments
+from serving.engines.async_llm.plugin import require_vllm, vllm_version
+from serving.engines.async_llm.sampling import MAX_LOGPROBS, check_speculation, vllm_arguments
+from serving.engines.async_llm.step_counts import count_step, stats_of
 from serving.engines.async_llm.step_messages import MessageReceiver, StepMessage
 from serving.engines.async_llm.worker import CAPTURE
 from serving.models.errors import UnsupportedModelError
 from serving.models.loading import ModelPair, load_pair
+from serving.models.target_part import TargetPart
 from serving.options import EngineOptions
 
 _log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ DEFAULT_OPTIONS = EngineOptions()
 _START_S, _CALL_S, _CLOSE_S, _SHUTDOWN_S = 600.0, 60.0, 15.0, 5.0
 _TOLD_S, _TOLD_STEP_S = 0.05, 0.002
 """How long the end of a generation waits for step messages that are still on their way."""
-_ID_SUFFIX = 9
-"""vLLM's `-<8 hex>` behind a request's id."""
 
 
 class AsyncLLMEngine:
@@ -54,16 +52,16 @@ class AsyncLLMEngine:
 
     def __init__(self, pair: ModelPair, options: EngineOptions, arguments: dict[str, Any]) -> None:
         """`arguments` are of vLLM's AsyncEngineArgs. Raises what vLLM raises at its start."""
-        self.pair, self._options = pair, options
+        self.pair = pair
         self._max_seq_len = int(arguments["max_model_len"])
         speculative = arguments.get("speculative_config")
         self._num_draft_tokens = int(speculative["num_speculative_tokens"]) if speculative else 0
-        self._counts = StepCounts(options.num_slots, self._num_draft_tokens)
+        self._num_slots, self._meter = options.num_slots, Meter()
         self._running: dict[str, RunningGeneration] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[TokenEvent]] = set()
         self._names = itertools.count()
         self._closed = False
-        self._folder = Path(tempfile.mkdtemp(prefix="everdraft-vllm-", dir=_shared_memory()))
+        self._folder = new_folder()
         self._receiver = MessageReceiver(str(self._folder / "steps"), self._hear)
         self.drafts = None if pair.draft is None or not speculative else self._new_drafts()
         self._loop = asyncio.new_event_loop()
@@ -106,44 +104,50 @@ class AsyncLLMEngine:
             raise EngineClosedError(f"the engine is closed; request {request.request_id!r} was not started")
         generation = RunningGeneration(request)
         name = f"{request.request_id}-{request.choice_index}-{next(self._names)}"
-        task: list[asyncio.Task[None]] = []
-        cancelled = threading.Event()
+        task: asyncio.Task[TokenEvent] | None = None
 
         def cancel() -> None:
-            cancelled.set()
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the generation
-                self._loop.call_soon_threadsafe(lambda: [each.cancel() for each in task])
+            if task is not None:
+                task.cancel()
 
-        handle = GenerationHandle(request.request_id, cancel, on_event)
+        handle = GenerationHandle(request.request_id, lambda: self._soon(cancel), on_event)
+
+        def ended(
+            task: asyncio.Task[TokenEvent],
+        ) -> None:  # also where it was cancelled before its first line
+            self._running.pop(name, None)
+            self._tasks.discard(task)
+            handle.deliver(generation.cancelled() if task.cancelled() else task.result())
 
         def begin() -> None:
-            if cancelled.is_set() or self._closed:
-                handle.deliver(generation.cancelled())
-                return
+            nonlocal task
             self._running[name] = generation
-            task.append(self._loop.create_task(self._generate(name, generation, handle)))
-            self._tasks.add(task[0])
-            task[0].add_done_callback(self._tasks.discard)
+            task = self._loop.create_task(self._generate(name, generation, handle))
+            self._tasks.add(task)
+            task.add_done_callback(ended)
 
-        self._loop.call_soon_threadsafe(begin)
+        self._soon(begin)
+        if self._closed:  # closed in between: the loop may have ended without running `begin`
+            raise EngineClosedError(f"the engine was closed; request {request.request_id!r} was not run")
         return handle
 
     def check(self, request: GenerationRequest) -> None:
         """See ServingEngine.check."""
-        check(
-            request,
-            max_seq_len=self._max_seq_len,
-            vocab_size=self.pair.vocab_size,
-            has_draft=self.drafts is not None,
-        )
+        check_fit(request, max_seq_len=self._max_seq_len, vocab_size=self.pair.vocab_size)
+        check_processing(request.sampling, self._ending_ids(request), self.pair.vocab_size)
+        if self.drafts is not None:
+            check_speculation(request.sampling)
 
     def stats(self) -> EngineStats:
         running = list(self._running.values())
         num_running = sum(generation.has_begun for generation in running)
-        return self._counts.stats(
+        return stats_of(
+            self._meter,
             num_running=num_running,
             num_waiting=len(running) - num_running,
-            draft_version=self.draft_version,
+            num_slots=self._num_slots,
+            num_draft_tokens=self._num_draft_tokens,
+            draft_versions={DEFAULT_ROUTE: self.draft_version},
         )
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -187,31 +191,30 @@ class AsyncLLMEngine:
         if hasattr(self, "_llm"):
             self._llm.shutdown(timeout=_SHUTDOWN_S)
 
-    async def _generate(self, name: str, generation: RunningGeneration, handle: GenerationHandle) -> None:
+    async def _generate(
+        self, name: str, generation: RunningGeneration, handle: GenerationHandle
+    ) -> TokenEvent:
+        """Delivers all events but the last, which it returns."""
         try:
-            handle.deliver(await self._outputs(name, generation, handle))
-        except asyncio.CancelledError:
-            handle.deliver(generation.cancelled())
+            return await self._outputs(name, generation, handle)
         except Exception as error:
             _log.exception("request %s failed in vLLM", generation.request.request_id)
-            handle.deliver(generation.failed(f"{type(error).__name__}: {error}"))
-        finally:
-            self._running.pop(name, None)
+            return generation.failed(f"{type(error).__name__}: {error}")
 
-    async def _outputs(self, name: str, generation: RunningGeneration, handle: GenerationHandle) -> Any:
-        """Delivers all events but the last, which it returns."""
+    async def _outputs(
+        self, name: str, generation: RunningGeneration, handle: GenerationHandle
+    ) -> TokenEvent:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         request = generation.request
-        arguments = vllm_arguments(request, self.pair.eos_token_ids, CAPTURE)
+        arguments = vllm_arguments(request, self._ending_ids(request), CAPTURE)
         sampling = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
-        self._counts.add_prompt(len(request.prompt_token_ids))
+        self._meter.count_prompt(len(request.prompt_token_ids))
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         async for output in self._llm.generate(prompt, sampling, name):
             completion = output.outputs[0]
-            event = generation.add_output(completion)
-            self._counts.add_output(len(event.token_ids))
+            event = generation.add_output(completion.token_ids, completion.logprobs)
             if completion.finish_reason is not None:
                 await self._messages_of(generation)
                 reused = output.num_cached_tokens or 0
@@ -227,8 +230,8 @@ class AsyncLLMEngine:
 
     def _hear(self, message: StepMessage) -> None:
         """On the channel's thread."""
-        self._counts.add_message(message)
-        generation = self._running.get(message.request_id[:-_ID_SUFFIX])
+        count_step(self._meter, message)
+        generation = self._running.get(message.given_id)
         if generation is not None:
             generation.add_message(message)
 
@@ -245,8 +248,15 @@ class AsyncLLMEngine:
 
     def _swapped(self, draft_version: int, swap_s: float) -> SwapReport:
         report = SwapReport(draft_version, swap_s, under_load=bool(self._running))
-        self._counts.add_swap(report)
+        self._meter.count_swap(report, is_whole_pause=True)
         return report
+
+    def _ending_ids(self, request: GenerationRequest) -> frozenset[int]:
+        return ending_ids(request.sampling, self.pair.eos_token_ids, self.pair.vocab_size)
+
+    def _soon(self, act: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it every generation
+            self._loop.call_soon_threadsafe(act)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
@@ -265,6 +275,11 @@ def load_async_llm(
     UnsupportedModelError, also where vLLM is not installed or its version was not tested."""
     require_vllm()
     pair = load_pair(target, draft, dtype=dtype)
+    if pair.draft is not None and TargetPart.of(pair.draft) is not None:
+        raise UnsupportedModelError(
+            f"draft {draft!r}: vLLM drafts with models from files; `everdraft serve` writes such a part as "
+            "one, and so does `everdraft draft init`"
+        )
     pair.target.to("meta")  # only its revision and shapes were wanted
     max_seq_len = min(options.max_seq_len, pair.max_positions)
     speculative: dict[str, Any] = {}
@@ -274,47 +289,24 @@ def load_async_llm(
             "model": draft,
             "num_speculative_tokens": options.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         }
-    set_environment(num_threads, options.num_slots * max_seq_len * _column_bytes(pair))
-    return AsyncLLMEngine(
-        pair,
-        options,
-        {
-            "model": target,
-            "dtype": dtype,
-            "max_model_len": max_seq_len,
-            "max_num_seqs": options.num_slots,
-            "max_logprobs": MAX_LOGPROBS,
-            "enforce_eager": options.compile == "off",
-            "enable_prefix_caching": options.prefix_cache_mib != 0,
-            "async_scheduling": False,
-            "worker_extension_cls": WORKER,
-            "disable_log_stats": True,
-            **speculative,
-            **arguments,
-        },
-    )
+    everything = {
+        "model": target,
+        "dtype": dtype,
+        "max_model_len": max_seq_len,
+        "max_num_seqs": options.num_slots,
+        "max_logprobs": MAX_LOGPROBS,
+        "enforce_eager": options.compile == "off",
+        "enable_prefix_caching": options.prefix_cache_mib != 0,
+        "async_scheduling": False,
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+        **speculative,
+        **arguments,
+    }
+    with environment_of_vllm(num_threads, options.num_slots * max_seq_len * _column_bytes(pair)):
+        return AsyncLLMEngine(pair, options, everything)
 
 
 def _column_bytes(pair: ModelPair) -> int:
     models = [model for model in (pair.target, pair.draft) if model is not None]
     return sum(KvShape.of(model).num_values * next(model.parameters()).dtype.itemsize for model in models)
-
-
-def require_vllm() -> None:
-    """Raises UnsupportedModelError."""
-    found = vllm_version()
-    if not found:
-        raise UnsupportedModelError(
-            "engine='vllm' needs vLLM, which is not installed here; `make setup-vllm` makes an environment "
-            "with it"
-        )
-    if found not in TESTED:
-        raise UnsupportedModelError(
-            f"engine='vllm': vLLM {found} is installed, and capture and swaps, which reach into its worker, "
-            f"were run with {', '.join(TESTED)} alone; in another they may serve wrong drafts"
-        )
-
-
-def _shared_memory() -> str | None:
-    """A folder in memory, where there is one: drafts pass through it."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

@@ -3,10 +3,11 @@
 On a processor its wheel wants Intel's OpenMP loaded first, and a cache of keys and values of whole gibibytes.
 """
 
+import contextlib
 import math
 import os
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 GIB = 2**30
@@ -27,9 +28,16 @@ def vllm_environment(num_threads: int | None, cache_bytes: int, given: Mapping[s
     return {name: value for name, value in wanted.items() if name not in given}
 
 
-def set_environment(num_threads: int | None, cache_bytes: int) -> None:
-    """For processes that this one starts from now on."""
-    os.environ.update(vllm_environment(num_threads, cache_bytes, os.environ))
+@contextlib.contextmanager
+def environment_of_vllm(num_threads: int | None, cache_bytes: int) -> Iterator[None]:
+    """For processes that are started inside the block, and for no others."""
+    added = vllm_environment(num_threads, cache_bytes, os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _openmp() -> Path | None:

@@ -43,17 +43,16 @@ class RunningGeneration:
         self._top_logprobs: list[TopLogprobs] = []
         self._messages: list[StepMessage] = []
         self._num_told = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     @property
     def has_begun(self) -> bool:
         return self._first_s is not None
 
     def add_message(self, message: StepMessage) -> None:
-        with self._changed:
+        with self._lock:
             self._messages.append(message)
             self._num_told += len(message.emitted)
-            self._changed.notify_all()
 
     def is_told(self) -> bool:
         """Whether the messages account for all tokens."""
@@ -71,16 +70,16 @@ class RunningGeneration:
                 return kept, "length"
         return kept, ""
 
-    def add_output(self, output: Any) -> TokenEvent:
-        """A part of vLLM's CompletionOutput, in delta form."""
-        token_ids = tuple(output.token_ids)
+    def add_output(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> TokenEvent:
+        """A part of the output; `logprobs`: vLLM's, one mapping a token."""
+        token_ids = tuple(token_ids)
         if token_ids and self._first_s is None:
             self._first_s = time.monotonic()
-        logprobs, top = self._logprobs_of(token_ids, output.logprobs)
+        chosen, top = self._logprobs_of(token_ids, logprobs)
         self._token_ids += token_ids
-        self._logprobs += logprobs
+        self._logprobs += chosen
         self._top_logprobs += top
-        return TokenEvent(self.request.request_id, token_ids, tuple(logprobs), tuple(top))
+        return TokenEvent(self.request.request_id, token_ids, tuple(chosen), tuple(top))
 
     def finished(self, event: TokenEvent, reason: str, stop_reason: Any, num_reused: int) -> TokenEvent:
         """The last event, with the whole generation."""
@@ -102,7 +101,7 @@ class RunningGeneration:
     def _generation(self, reason: FinishReason, stop_id: int | None) -> Generation:
         request, first_s = self.request, self._first_s or time.monotonic()
         rounds = _Rounds(len(request.prompt_token_ids), len(self._token_ids))
-        with self._changed:
+        with self._lock:
             for message in self._messages:
                 rounds.add(message)
         return Generation(

@@ -8,6 +8,8 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from serving.models.errors import UnsupportedModelError
+
 _log = logging.getLogger(__name__)
 
 TESTED = ("0.32.0",)
@@ -38,6 +40,21 @@ def vllm_version() -> str:
         except PackageNotFoundError:
             continue
     return ""
+
+
+def require_vllm() -> None:
+    """Raises UnsupportedModelError."""
+    found = vllm_version()
+    if not found:
+        raise UnsupportedModelError(
+            "engine='vllm' needs vLLM, which is not installed here; `make setup-vllm` makes an environment "
+            "with it"
+        )
+    if found not in TESTED:
+        raise UnsupportedModelError(
+            f"engine='vllm': vLLM {found} is installed, and capture and swaps, which reach into its worker, "
+            f"were run with {', '.join(TESTED)} alone; in another they may serve wrong drafts"
+        )
 
 
 def _start_when_warm() -> None:

@@ -3,6 +3,7 @@
 Knows vLLM's class only through its constructor's arguments.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from serving.engine.request import GenerationRequest, SamplingParams
@@ -11,11 +12,10 @@ MAX_LOGPROBS = 20
 
 
 def vllm_arguments(
-    request: GenerationRequest, eos_token_ids: tuple[int, ...], capture_key: str
+    request: GenerationRequest, stop_token_ids: Collection[int], capture_key: str
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.SamplingParams`."""
+    """Keyword arguments of `vllm.SamplingParams`. `stop_token_ids`: all that end the text."""
     sampling = request.sampling
-    own = {} if sampling.ignore_eos else dict.fromkeys(eos_token_ids)
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -24,7 +24,7 @@ def vllm_arguments(
         "seed": None if sampling.seed is None else sampling.seed % 2**63,
         "max_tokens": sampling.max_tokens,
         "min_tokens": sampling.min_tokens,
-        "stop_token_ids": list(dict.fromkeys((*own, *sampling.stop_token_ids))),
+        "stop_token_ids": sorted(stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "logprobs": sampling.logprobs,
         "presence_penalty": sampling.presence_penalty,
@@ -37,33 +37,26 @@ def vllm_arguments(
     }
 
 
-def check(request: GenerationRequest, *, max_seq_len: int, vocab_size: int, has_draft: bool) -> None:
-    """Raises ValueError; the message names the field."""
-    prompt, sampling = request.prompt_token_ids, request.sampling
-    if not prompt:
-        raise ValueError("prompt has 0 tokens; there is nothing to continue")
-    outside = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"prompt holds token id {outside}, outside the vocabulary 0..{vocab_size - 1}")
-    if len(prompt) + sampling.max_tokens > max_seq_len:
-        raise ValueError(
-            f"prompt of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed the context of "
-            f"{max_seq_len} tokens (max_seq_len); shorten one of them"
-        )
-    _check_ids("logit_bias", (token for token, _ in sampling.bias_pairs), vocab_size)
-    _check_ids("allowed_token_ids", sampling.allowed_token_ids or (), vocab_size)
-    if has_draft:
-        _check_speculation(sampling)
+def from_vllm(params: Any) -> SamplingParams:
+    """The other way: a request that somebody else gave vLLM. Raises ValueError for what we cannot say."""
+    return SamplingParams(
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        max_tokens=params.max_tokens or 1 << 20,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias or (),
+        allowed_token_ids=params.allowed_token_ids,
+    )
 
 
-def _check_ids(field: str, token_ids: Any, vocab_size: int) -> None:
-    outside = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"{field} holds token id {outside}, outside the vocabulary 0..{vocab_size - 1}")
-
-
-def _check_speculation(sampling: SamplingParams) -> None:
-    """vLLM's speculative decoding has one draft length for all, and no min-p and no bias of logits."""
+def check_speculation(sampling: SamplingParams) -> None:
+    """Raises ValueError: while a draft serves vLLM has one draft length for all, no min-p and no bias."""
     if sampling.num_draft_tokens is not None:
         raise ValueError(
             f"num_draft_tokens={sampling.num_draft_tokens}: vLLM drafts as many tokens for all requests; "

@@ -1,7 +1,7 @@
 """What vLLM's target said at every verified position of one step, as the numbers of a record's rounds.
 
-Knows no vLLM: rows of logits and sampling parameters in, arrays out. Two halves, because a sampler may work
-in place on the logits: `read_rows` before it runs, `finish_round` once the emitted tokens are known.
+Knows no vLLM: rows of logits and sampling parameters in, arrays out. Rows are read before a token is drawn,
+because a sampler may work in place on the logits.
 
 R rows of captured requests, one a verified position; E a request's; K kept entries; G drafted tokens.
 """
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from serving.engine.capture import TOP_K
 from serving.engine.sampling import SamplingMetadata, SamplingRow, processed_logprobs
-
-TOP_K = 32
-"""Kept entries a position (fewer in a smaller vocabulary)."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,14 @@ class RowCapture:
     topk_token_ids_EK: NDArray[np.int32]
     topk_logprobs_EK: NDArray[np.float16]
     retemper_E: NDArray[np.float32]
-    argmax_E: NDArray[np.int64]
     final_logprobs_EV: Tensor | None
     """Under the final distribution; None where the request is greedy."""
 
-    def target_logprobs(self, positions: NDArray[np.int64], token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def target_logprobs(self, positions: NDArray[np.int64], token_ids: ArrayLike) -> NDArray[np.float32]:
         """Final log-probability of each token at its position."""
         ids = np.asarray(token_ids, np.int64)
         if self.final_logprobs_EV is None:
-            hits = self.argmax_E[positions] == ids
+            hits = self.topk_token_ids_EK[positions, 0] == ids
             return np.where(hits, 0.0, -np.inf).astype(np.float32)
         found = self.final_logprobs_EV[torch.from_numpy(positions), torch.from_numpy(ids)]
         return found.float().numpy().astype(np.float32)
@@ -60,12 +57,7 @@ def read_rows(
             logits_EV = logits_RV[span]
             warm_E = (logits_EV / row[0]).logsumexp(-1)
             retemper_E = (log_z_R[span] / row[0] - warm_E).float().cpu().numpy()
-            final_EV = processed_logprobs(logits_EV[None], SamplingMetadata.stack([row], logits_EV.device))[
-                0
-            ].cpu()
-        found.append(
-            RowCapture(
-                ids_RK[span], logprobs_RK[span], retemper_E, ids_RK[span, 0].astype(np.int64), final_EV
-            )
-        )
+            metadata = SamplingMetadata.stack([row], logits_EV.device)
+            final_EV = processed_logprobs(logits_EV[None], metadata)[0].cpu()
+        found.append(RowCapture(ids_RK[span], logprobs_RK[span], retemper_E, final_EV))
     return found

@@ -6,6 +6,7 @@ number.
 """
 
 import contextlib
+import logging
 import socket
 import threading
 from collections import deque
@@ -17,10 +18,14 @@ import msgpack  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
+_log = logging.getLogger(__name__)
+
 MAX_QUEUE_BYTES = 32 * 2**20
 _MAX_MESSAGE_BYTES = 1 << 20
 _BUFFER_BYTES = 4 << 20
 _IDLE_S = 0.5
+ID_SUFFIX = 9
+"""vLLM's `-<8 hex>` behind a request's id."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +41,15 @@ class StepMessage:
     num_drafted: int
     emitted: list[int]
     step_s: float
-    """Since the step before; 0 where none ran right before."""
+    """Since the step before, told with one request of the step; 0 with the others, and where none ran right
+    before."""
     batch_size: int
     captured: "CapturedArrays | None" = None
+
+    @property
+    def given_id(self) -> str:
+        """The request's id as it was given to vLLM."""
+        return self.request_id[:-ID_SUFFIX]
 
     def encode(self) -> bytes:
         fields = [
@@ -87,7 +98,7 @@ class CapturedArrays:
 
 
 class MessageSender:
-    """Vllm's side."""
+    """vLLM's side."""
 
     def __init__(
         self, path: str, lost: Callable[[], None] = lambda: None, max_queue_bytes: int = MAX_QUEUE_BYTES
@@ -113,7 +124,7 @@ class MessageSender:
                 or self._num_bytes + len(data) > self._max_bytes
                 or len(data) > _MAX_MESSAGE_BYTES
             ):
-                self.num_dropped += 1
+                self._drop(1)
                 return
             self._num_bytes += len(data)
             self._queue.append(data)
@@ -123,6 +134,11 @@ class MessageSender:
         self._closed = True
         self._woken.set()
         self._socket.close()
+
+    def _drop(self, count: int) -> None:
+        if not self.num_dropped:
+            _log.warning("steps are no longer told of in full: records end early, answers are unaffected")
+        self.num_dropped += count
 
     def _watch(self) -> None:
         """The receiver sends nothing, so that a read ends when it does."""
@@ -144,7 +160,7 @@ class MessageSender:
                 except OSError:
                     with self._lock:
                         self._closed = True
-                        self.num_dropped += 1 + len(self._queue)
+                        self._drop(1 + len(self._queue))
                         self._queue.clear()
                     return
 

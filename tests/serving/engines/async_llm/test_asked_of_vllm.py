@@ -1,24 +1,33 @@
 """What goes to vLLM, what is refused in its place, and what its processes find around them."""
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from serving.engine.request import GenerationRequest, SamplingParams
-from serving.engines.async_llm import engine, plugin
-from serving.engines.async_llm.environment import vllm_environment
-from serving.engines.async_llm.sampling import check, vllm_arguments
+from serving.engine.request import GenerationRequest, SamplingParams, ending_ids
+from serving.engines.async_llm import plugin
+from serving.engines.async_llm.environment import environment_of_vllm, vllm_environment
+from serving.engines.async_llm.sampling import check_speculation, from_vllm, vllm_arguments
 from serving.models.errors import UnsupportedModelError
 from serving.settings import ServingSettings
 
 
 def asked(**params: Any) -> dict[str, Any]:
-    return vllm_arguments(GenerationRequest("r", (1, 2), SamplingParams(**params)), (2,), "capture")
+    request = GenerationRequest("r", (1, 2), SamplingParams(**params))
+    return vllm_arguments(request, ending_ids(request.sampling, (2,), 50), "capture")
 
 
 def test_end_of_text_stops_unless_it_is_ignored() -> None:
-    assert asked(stop_token_ids=(7,))["stop_token_ids"] == [2, 7]
+    assert asked(stop_token_ids=(7, 99))["stop_token_ids"] == [2, 7]
     assert asked(stop_token_ids=(7,), ignore_eos=True)["stop_token_ids"] == [7]
+
+
+def test_what_goes_to_vllm_comes_back() -> None:
+    params = SamplingParams(temperature=0.7, top_k=3, top_p=0.9, max_tokens=9, logit_bias={3: 1.0})
+    given = {"logprobs": None, **vllm_arguments(GenerationRequest("r", (1,), params), (), "capture")}
+    assert from_vllm(SimpleNamespace(**given)) == params
 
 
 def test_capture_is_asked_for_by_request() -> None:
@@ -33,20 +42,18 @@ def test_capture_is_asked_for_by_request() -> None:
         ({"num_draft_tokens": 2}, "num_draft_tokens=2"),
         ({"min_p": 0.1}, "min_p"),
         ({"logit_bias": {3: 1.0}}, "logit_bias"),
-        ({"allowed_token_ids": (99,)}, "allowed_token_ids holds token id 99"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_by_name(params: dict[str, Any], words: str) -> None:
-    request = GenerationRequest("r", (1, 2), SamplingParams(**params))
     with pytest.raises(ValueError, match=words):
-        check(request, max_seq_len=64, vocab_size=50, has_draft=True)
+        check_speculation(SamplingParams(**params))
 
 
 def test_a_version_that_was_not_tested_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, words in (("", "make setup-vllm"), ("0.99.0", "vLLM 0.99.0")):
-        monkeypatch.setattr(engine, "vllm_version", lambda found=found: found)
+        monkeypatch.setattr(plugin, "vllm_version", lambda found=found: found)
         with pytest.raises(UnsupportedModelError, match=words):
-            engine.require_vllm()
+            plugin.require_vllm()
 
 
 def test_an_untested_vllm_is_left_as_it_is(
@@ -60,6 +67,13 @@ def test_an_untested_vllm_is_left_as_it_is(
 def test_what_the_operator_set_stays() -> None:
     wanted = vllm_environment(2, 3 * 2**30 + 1, {"OMP_NUM_THREADS": "7"})
     assert wanted["VLLM_CPU_KVCACHE_SPACE"] == "4" and "OMP_NUM_THREADS" not in wanted
+
+
+def test_other_processes_find_nothing_of_it() -> None:
+    before = dict(os.environ)
+    with environment_of_vllm(1, 1):
+        assert os.environ["OMP_NUM_THREADS"] and os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

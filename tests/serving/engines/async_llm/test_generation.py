@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 from serving.engine.request import Generation, GenerationRequest, SamplingParams, VersionSpan
 from serving.engines.async_llm.generation import RunningGeneration
@@ -14,10 +13,6 @@ REQUEST = GenerationRequest(
 )
 
 
-def output(*token_ids: int, logprobs: Any = None) -> Any:
-    return SimpleNamespace(token_ids=list(token_ids), logprobs=logprobs)
-
-
 def step(number: int, version: int, *emitted: int, num_drafted: int = 2) -> StepMessage:
     return StepMessage("r", number, version, num_drafted, list(emitted), 0.01, 1, arrays())
 
@@ -25,7 +20,7 @@ def step(number: int, version: int, *emitted: int, num_drafted: int = 2) -> Step
 def finished(running: RunningGeneration, *messages: StepMessage, reason: str = "length") -> Generation:
     for message in messages:
         running.add_message(message)
-    event = running.finished(running.add_output(output()), reason, None, 0)
+    event = running.finished(running.add_output(()), reason, None, 0)
     assert event.generation is not None
     return event.generation
 
@@ -33,7 +28,7 @@ def finished(running: RunningGeneration, *messages: StepMessage, reason: str = "
 def test_rounds_versions_and_counts_follow_from_the_messages() -> None:
     running = RunningGeneration(REQUEST)
     for part in ((4,), (5, 6, 7), (8, 9)):
-        running.add_output(output(*part))
+        running.add_output(part)
     generation = finished(running, step(0, 0, 4, num_drafted=0), step(1, 0, 5, 6, 7), step(2, 1, 8, 9))
     assert generation.output_token_ids == [4, 5, 6, 7, 8, 9]
     assert generation.draft_versions == [VersionSpan(0, 0, 4), VersionSpan(1, 4, 6)]
@@ -45,8 +40,8 @@ def test_rounds_versions_and_counts_follow_from_the_messages() -> None:
 
 def test_positions_behind_the_cut_were_not_attempted() -> None:
     running = RunningGeneration(REQUEST)
-    running.add_output(output(4))
-    running.add_output(output(5))  # vLLM cut the text after the first of three
+    running.add_output((4,))
+    running.add_output((5,))  # vLLM cut the text after the first of three
     generation = finished(running, step(0, 0, 4, num_drafted=0), step(1, 0, 5, 6, 7))
     assert (generation.num_attempted, generation.num_accepted) == (1, 1)
     assert len(generation.captured_rounds[-1].emitted_target_logprobs_C) == 1
@@ -54,7 +49,16 @@ def test_positions_behind_the_cut_were_not_attempted() -> None:
 
 def test_a_lost_message_costs_the_record_from_there_on_and_no_token() -> None:
     running = RunningGeneration(REQUEST)
-    running.add_output(output(4, 5, 6, 7, 8, 9))
+    running.add_output(
+        (
+            4,
+            5,
+            6,
+            7,
+            8,
+            9,
+        )
+    )
     generation = finished(running, step(0, 0, 4, num_drafted=0), step(2, 0, 8, 9))
     assert generation.output_token_ids == [4, 5, 6, 7, 8, 9]
     assert [each.start for each in generation.captured_rounds] == [3]
@@ -70,7 +74,12 @@ def test_its_noise_is_not_ours() -> None:
 
 def test_a_stop_names_the_token_that_ended_it() -> None:
     running = RunningGeneration(REQUEST)
-    running.add_output(output(4, 2))
+    running.add_output(
+        (
+            4,
+            2,
+        )
+    )
     assert finished(running, reason="stop").stop_token_id == 2
 
 
@@ -80,5 +89,5 @@ def test_log_probabilities_are_cut_to_what_was_asked() -> None:
         4: SimpleNamespace(logprob=-2.0, rank=3),
         9: SimpleNamespace(logprob=-0.1, rank=1),
     }
-    event = RunningGeneration(asked).add_output(output(4, logprobs=[entry]))
+    event = RunningGeneration(asked).add_output((4,), [entry])
     assert event.logprobs == (-2.0,) and event.top_logprobs == (((9, -0.1),),)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,9 @@ def received(path: str) -> Iterator[list[StepMessage]]:
     receiver.close()
 
 
-def until(holds: object, wait_s: float = 5.0) -> None:
+def until(holds: Callable[[], bool], wait_s: float = 5.0) -> None:
     deadline_s = time.monotonic() + wait_s
-    while not holds():  # type: ignore[operator]
+    while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
 

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import AdapterManifest
-from serving.engine.draft_pool import BrokenDraftError
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.engine.sampling import SamplingMetadata, processed_logprobs
 from serving.engines.async_llm.draft_files import write_draft
@@ -131,7 +130,7 @@ def test_a_file_that_is_not_the_drafts_never_serves(untied: tuple[Any, Models], 
     manifest, weights = whole_weights(engine, models.target, 1)
     drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, manifest, weights))
     tensors = load_file(f"{models.target}/model.safetensors")
-    path, digest = write_draft(tmp_path, 7, tensors)
+    path, _ = write_draft(tmp_path, 7, tensors)
     other, other_digest = write_draft(tmp_path, 8, {"a": torch.zeros(1)})
     half, half_digest = write_draft(tmp_path, 9, tensors)
     half.write_bytes(half.read_bytes()[:-100])
@@ -143,12 +142,6 @@ def test_a_file_that_is_not_the_drafts_never_serves(untied: tuple[Any, Models], 
             engine.call("everdraft_swap")
     with pytest.raises(AdapterRejectedError, match="another model's adapter"):
         drafts.stage(DEFAULT_ROUTE, replace(manifest, draft_version=2, draft_revision="0" * 64), weights)
-    with pytest.raises(BrokenDraftError):
-        staged = drafts.stage(DEFAULT_ROUTE, replace(manifest, draft_version=2), weights)
-        staged.path.write_bytes(b"")
-        engine.call("everdraft_stage", str(path), digest, 7)
-        engine.call("everdraft_swap")
-        drafts.swap(DEFAULT_ROUTE, staged)
     assert acceptance(run(engine, PROMPTS)) >= 0.99
     drafts.swap(DEFAULT_ROUTE, drafts.stage(DEFAULT_ROUTE, None))
 
