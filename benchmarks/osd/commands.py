@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -24,6 +24,9 @@ DataOption = Annotated[
     Path | None,
     typer.Option(help="Folder of gsm8k, spider, mbpp, gpteacher and tldr rows; default: $EVERDRAFT_DATA."),
 ]
+
+
+T = TypeVar("T")
 
 
 def pair(
@@ -83,41 +86,49 @@ def osd(
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
 ) -> None:
     """Online distillation on real domains: ours, the paper's setting and the offline ceiling."""
-    import torch
-    from transformers.utils import logging
-
     from benchmarks.osd.corpus import DOMAINS, check_domains
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
     from benchmarks.osd.plan import ARMS, ExperimentPlan
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    _quietly_on_one_thread()
     folder = _data_folder(data)
     with plain_faults():
         check_domains(folder, domain or DOMAINS)
-        if set(temperature or ()) - {0.0, 1.0}:
-            raise typer.BadParameter(f"--temperature {temperature}: only 0 and 1 are recorded and replayed")
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
-        _check_arms(arm, part)
+        _check_arms(arm, part, temperature)
     if target is None or draft is None:
         home = _trained_pair(data)
         target, draft = str(home / "target"), str(home / "draft")
     cache = ExperimentCache(target, draft, folder, cache_folder())
-    temperatures = tuple(dict.fromkeys(temperature or (0.0, 1.0)))
-    wanted, arms = tuple(domain or DOMAINS), tuple(dict.fromkeys(arm or ARMS))
-    blocks = tuple(dict.fromkeys(block or ("whole", "attention")))
-    say, file = errors().print, report or RESULTS / f"osd_{experiment}.json"
+    temperatures, blocks = _each(temperature, (0.0, 1.0)), _each(block, ("whole", "attention"))
+    wanted, arms, say = _each(domain, DOMAINS), _each(arm, ARMS), errors().print
     plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine)
+    file = report or RESULTS / f"osd_{experiment}.json"
     run_experiment(experiment, plan, file, output(), turns=turns, compile=compile)
 
 
-def _check_arms(arms: list[str] | None, part: str) -> None:
+def _quietly_on_one_thread() -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def _each(asked: list[T] | None, default: tuple[T, ...]) -> tuple[T, ...]:
+    """What was asked for, once each."""
+    return tuple(dict.fromkeys(asked or default))
+
+
+def _check_arms(arms: list[str] | None, part: str, temperatures: list[float] | None) -> None:
     from benchmarks.osd.plan import ARMS
     from serving.models.target_part import TargetPart
 
+    if set(temperatures or ()) - {0.0, 1.0}:
+        raise typer.BadParameter(f"--temperature {temperatures}: only 0 and 1 are recorded and replayed")
     if unknown := sorted(set(arms or ()) - set(ARMS)):
         raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
     if TargetPart.named(part) is None:

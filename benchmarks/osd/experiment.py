@@ -69,22 +69,28 @@ def run_experiment(
     elif name == "cost":
         metrics, series = costs.measure(plan), {}
     else:
-        metrics, series = {}, {}
-        for arm in (each for each in ("ours", SELF) if each in plan.arms):
-            found, points = measure_deployed(
-                plan.cache,
-                plan.domains[0],
-                plan.num_records,
-                plan.report,
-                part=plan.draft_of(arm),
-                engine=plan.engine,
-            )
-            metrics[arm] = found
-            series |= {f"{arm}/{name}": values for name, values in points.items()}
+        metrics, series = _deployed(plan)
     _write(report, name, plan, metrics, series)
     if name != "domain":
         console.print_json(data=metrics)
     console.print(f"figures: {report}")
+
+
+def _deployed(plan: ExperimentPlan) -> tuple[Metrics, Series]:
+    metrics: Metrics = {}
+    series: Series = {}
+    for arm in (each for each in ("ours", SELF) if each in plan.arms):
+        found, points = measure_deployed(
+            plan.cache,
+            plan.domains[0],
+            plan.num_records,
+            plan.report,
+            part=plan.draft_of(arm),
+            engine=plan.engine,
+        )
+        metrics[arm] = found
+        series |= {f"{arm}/{name}": values for name, values in points.items()}
+    return metrics, series
 
 
 def _needed(name: str, plan: ExperimentPlan) -> ExperimentPlan:
