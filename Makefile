@@ -39,11 +39,13 @@ $(STAMP): pyproject.toml benchmarks/pyproject.toml constraints.txt
 setup-vllm: $(VLLM_STAMP)
 
 # vLLM pins other versions than we do, so it has an environment of its own. The three that are uninstalled serve
-# images and sound; a build of them that does not fit torch's stops vLLM's import.
+# images and sound; a build of them that does not fit torch's stops vLLM's import. Each start of vLLM is three
+# processes that import it, so it is compiled once.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@test -x $(VLLM_BIN)/python || { echo "making an environment in $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@$(VLLM_BIN)/python -I deploy/install.py constraints-vllm.txt $(VLLM) --editable '.[dev,demo]' --editable ./benchmarks
 	@$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	-@cd $(VLLM_VENV)/lib/python*/site-packages && ../../../bin/python -m compileall -q -j 0 vllm torch transformers
 	@touch $@
 
 test-vllm: setup-vllm

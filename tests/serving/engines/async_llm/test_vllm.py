@@ -216,8 +216,13 @@ def test_unmended_vllm_does_not(models: Callable[[bool], Models], monkeypatch: p
     """The control, vllm#55005: parameters of sampled requests are read from uninitialised memory."""
     monkeypatch.setenv(UNMENDED, "1")
     with engine_on(models(False)) as engine:
-        values = [p_value(engine, models(False).target, sampling, 1000) for sampling in SAMPLINGS]
-    assert min(values) < FALSE_ALARM_RATE
+        target = models(False).target
+        caught = any(  # what memory holds is chance, so that one look may see nothing
+            p_value(engine, target, sampling, 1000) < FALSE_ALARM_RATE / 10
+            for _ in range(3)
+            for sampling in SAMPLINGS
+        )
+    assert caught
 
 
 @pytest.mark.slow
