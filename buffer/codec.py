@@ -147,9 +147,26 @@ def _status_from_plain(plain: dict[str, Any]) -> ServingStatus:
     return cast(ServingStatus, from_plain(ServingStatus, absent | plain))
 
 
-_TO_PLAIN: dict[type, Callable[[Any], Any]] = {GenerationRecord: _record_to_plain, RouteTable: table_to_plain}
+def _state_to_plain(state: RouteState) -> dict[str, Any]:
+    """`settled` is there during a trial only, so that builds that know no trial read every other state."""
+    plain: dict[str, Any] = to_plain(state)
+    if state.settled is None:
+        del plain["settled"]
+    return plain
+
+
+def _state_from_plain(plain: dict[str, Any]) -> RouteState:
+    return cast(RouteState, from_plain(RouteState, {"settled": None} | plain))
+
+
+_TO_PLAIN: dict[type, Callable[[Any], Any]] = {
+    GenerationRecord: _record_to_plain,
+    RouteTable: table_to_plain,
+    RouteState: _state_to_plain,
+}
 _FROM_PLAIN: dict[type, Callable[[Any], Any]] = {
     GenerationRecord: _record_from_plain,
     ServingStatus: _status_from_plain,
+    RouteState: _state_from_plain,
     RouteTable: table_from_plain,
 }

@@ -146,16 +146,26 @@ class MemoryAdapterFeed:
         self._route_table: RouteTable | None = None
         self._lock = threading.RLock()
 
-    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
+    def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
         with self._lock:
-            state = self._state(manifest.route).published(version, parent, self._max_versions)
+            state = self._state(manifest.route).published(version, parent, self._max_versions, on_trial)
             self._adapters[manifest.route, version] = (manifest, bytes(weights))
-            self._store(state, promotion(manifest, self._clock()))
+            self._store(state, promotion(manifest, self._clock(), on_trial))
 
-    def latest(self, route: str) -> AdapterManifest | None:
+    def confirm(self, route: str, reason: str) -> None:
         with self._lock:
-            entry = self._adapters.get((route, self._state(route).serving))
+            if self.is_on_trial(route):
+                self._turn("confirmed", self._state(route).confirmed(), reason)
+
+    def is_on_trial(self, route: str) -> bool:
+        with self._lock:
+            return self._state(route).settled is not None
+
+    def latest(self, route: str, replica_id: str | None = None) -> AdapterManifest | None:
+        with self._lock:
+            version = self._state(route).served_by(replica_id, self.statuses)
+            entry = self._adapters.get((route, version))
             return entry[0] if entry else None
 
     def last_version(self, route: str) -> int:

@@ -145,7 +145,7 @@ class AdapterEvent:
     """One line of a route's history."""
 
     kind: str
-    """`promoted`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`; of a route, `opened`
+    """`promoted`, `confirmed`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`; of a route, `opened`
     and `closed`."""
     route: str
     draft_version: int

@@ -77,7 +77,7 @@ class RedisAdapterFeed:
         self._piece_bytes = piece_bytes
         self._has_moved_old_keys = False
 
-    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
+    def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
         whole, size = memoryview(weights), self._piece_bytes
         adapter: dict[str, bytes | memoryview] = {f"manifest:{version}": encode(manifest)}
@@ -85,15 +85,23 @@ class RedisAdapterFeed:
             adapter[_piece(version, number)] = whole[number * size : (number + 1) * size]
         self._change(
             manifest.route,
-            lambda state: state.published(version, parent, self._max_versions),
-            lambda state: promotion(manifest, self._clock()),
+            lambda state: state.published(version, parent, self._max_versions, on_trial),
+            lambda state: promotion(manifest, self._clock(), on_trial),
             adapter,
         )
 
-    def latest(self, route: str) -> AdapterManifest | None:
+    def confirm(self, route: str, reason: str) -> None:
+        if self.is_on_trial(route):
+            self._turn("confirmed", route, RouteState.confirmed, reason)
+
+    def is_on_trial(self, route: str) -> bool:
+        with self._reached():
+            return self._state(route).settled is not None
+
+    def latest(self, route: str, replica_id: str | None = None) -> AdapterManifest | None:
         with self._reached():
             for _ in range(_NUM_READS):
-                serving = self._state(route).serving
+                serving = self._state(route).served_by(replica_id, self.statuses)
                 if serving == FLOOR_VERSION:
                     return None
                 if data := self._link.client.get(self._key(route, f"manifest:{serving}")):

@@ -66,11 +66,17 @@ class RetryingFeed:
     def __init__(self, feed: AdapterFeed, wait: Wait) -> None:
         self._feed, self._wait = feed, wait
 
-    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
-        _until_reached(self._wait, lambda: self._feed.publish(manifest, weights))
+    def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
+        _until_reached(self._wait, lambda: self._feed.publish(manifest, weights, on_trial))
 
-    def latest(self, route: str) -> AdapterManifest | None:
-        return _until_reached(self._wait, lambda: self._feed.latest(route))
+    def confirm(self, route: str, reason: str) -> None:
+        _until_reached(self._wait, lambda: self._feed.confirm(route, reason))
+
+    def is_on_trial(self, route: str) -> bool:
+        return _until_reached(self._wait, lambda: self._feed.is_on_trial(route))
+
+    def latest(self, route: str, replica_id: str | None = None) -> AdapterManifest | None:
+        return _until_reached(self._wait, lambda: self._feed.latest(route, replica_id))
 
     def last_version(self, route: str) -> int:
         return _until_reached(self._wait, lambda: self._feed.last_version(route))

@@ -1,16 +1,16 @@
 """Which adapter of a route serves, and which are kept: the rules of an AdapterFeed, as pure functions.
 
 It knows nothing of weights, clocks or storage; both feeds apply it, one under a lock, one under WATCH.
-Invariants: versions only grow; the serving version, the one that would serve without the pin, and the parents
-of both are never trimmed.
+Invariants: versions only grow; the serving version, the one that would serve without the pin, the parents of
+both, and what serves beside a canary are never trimmed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.names import FLOOR_VERSION
-from buffer.records import AdapterEvent, AdapterManifest
+from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,20 @@ class RouteState:
     """The version that serves while nothing is pinned."""
     pinned: int | None = None
     parents: Mapping[int, int] = field(default_factory=dict)
+    settled: int | None = None
+    """While `pointer` is on trial on one replica, the canary: the version that all others serve."""
 
     @property
     def serving(self) -> int:
         return self.pointer if self.pinned is None else self.pinned
+
+    def served_by(self, replica_id: str | None, statuses: Callable[[], Iterable[ServingStatus]]) -> int:
+        """The version for this replica. The canary is the first by name of those that report, so that another
+        takes over from one that is gone; without a name it is meant. Asks for `statuses` only in a trial."""
+        if self.settled is None or self.pinned is not None or replica_id is None:
+            return self.serving
+        is_canary = all(replica_id <= status.replica_id for status in statuses())
+        return self.pointer if is_canary else self.settled
 
     def require(self, draft_version: int) -> None:
         """Raises UnknownVersionError unless the version is kept or the floor."""
@@ -42,9 +52,11 @@ class RouteState:
                 f"route {self.route!r} keeps versions {kept}, not {draft_version}; nothing changed"
             )
 
-    def published(self, draft_version: int, parent_version: int, max_versions: int) -> "RouteState":
-        """Point at a new version; keep the newest `max_versions` and those that a rollback or an unpin may
-        need."""
+    def published(
+        self, draft_version: int, parent_version: int, max_versions: int, on_trial: bool = False
+    ) -> "RouteState":
+        """Point at a new version, for the canary alone if `on_trial`; keep the newest `max_versions` and those
+        that a rollback or an unpin may need."""
         if draft_version <= self.last_version:
             raise VersionConflictError(
                 f"route {self.route!r}: draft_version {draft_version} does not exceed "
@@ -55,6 +67,7 @@ class RouteState:
             last_version=draft_version,
             pointer=draft_version,
             parents={**self.parents, draft_version: parent_version},
+            settled=(self.pointer if self.settled is None else self.settled) if on_trial else None,
         )
         return replace(grown, parents=grown._kept(max_versions))
 
@@ -66,7 +79,11 @@ class RouteState:
             parent = self.parents.get(self.pointer, FLOOR_VERSION)
             to_version = parent if parent in self.parents else FLOOR_VERSION
         self.require(to_version)
-        return replace(self, pointer=to_version)
+        return replace(self, pointer=to_version, settled=None)
+
+    def confirmed(self) -> "RouteState":
+        """The pointer serves on every replica."""
+        return replace(self, settled=None)
 
     def with_pin(self, draft_version: int) -> "RouteState":
         self.require(draft_version)
@@ -79,16 +96,21 @@ class RouteState:
         newest = sorted(self.parents)[-max_versions:]
         needed = {self.pointer, self.serving}
         needed |= {self.parents.get(version, FLOOR_VERSION) for version in needed}
-        return {v: parent for v, parent in self.parents.items() if v in needed or v in newest}
+        return {
+            version: parent
+            for version, parent in self.parents.items()
+            if version in needed or version in newest or version == self.settled
+        }
 
 
-def promotion(manifest: AdapterManifest, at_s: float) -> AdapterEvent:
+def promotion(manifest: AdapterManifest, at_s: float, on_trial: bool = False) -> AdapterEvent:
     """The history's event for a publish."""
+    where = "on one replica first, " if on_trial else ""
     return AdapterEvent(
         kind="promoted",
         route=manifest.route,
         draft_version=manifest.draft_version,
-        reason=f"judged against version {manifest.parent_version}{_gain(manifest.evidence)}",
+        reason=f"{where}judged against version {manifest.parent_version}{_gain(manifest.evidence)}",
         at_s=at_s,
         evidence=dict(manifest.evidence),
     )

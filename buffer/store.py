@@ -120,15 +120,24 @@ class AdapterFeed(Protocol):
     the table that routes prompts, and replicas' status. Another target has a separate feed, on the same
     server too."""
 
-    def publish(self, manifest: AdapterManifest, weights: bytes) -> None:
-        """Keep the adapter, point the route at it (unless pinned), add a `promoted` event.
+    def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
+        """Keep the adapter, point the route at it (unless pinned), add a `promoted` event. `on_trial`: one
+        replica serves it, the canary, until it is confirmed; the others what served before.
 
         Raises VersionConflictError unless draft_version exceeds every earlier one of the route.
         Only the last N adapters are kept; the one that serves and its parent always are."""
         ...
 
-    def latest(self, route: str) -> AdapterManifest | None:
-        """The adapter that replicas should serve now; None is the floor."""
+    def confirm(self, route: str, reason: str) -> None:
+        """End of a trial: every replica serves the version. Adds a `confirmed` event; nothing where none is
+        on trial."""
+        ...
+
+    def is_on_trial(self, route: str) -> bool: ...
+
+    def latest(self, route: str, replica_id: str | None = None) -> AdapterManifest | None:
+        """The adapter that replicas should serve now; None is the floor. While it is on trial: that of this
+        replica, the canary being the first by name of those that report; without a name, the canary's."""
         ...
 
     def last_version(self, route: str) -> int:

@@ -74,14 +74,19 @@ class Incumbent:
             return None
 
     def publish(
-        self, state: AdapterState, evidence: Mapping[str, float], num_records_seen: int, run_id: str
+        self,
+        state: AdapterState,
+        evidence: Mapping[str, float],
+        num_records_seen: int,
+        run_id: str,
+        on_trial: bool = False,
     ) -> AdapterManifest:
-        """Publish this state under the next version number."""
+        """Publish this state under the next version number; `on_trial`: on one replica first."""
         weights = export_weights(state)
         manifest = self._manifest(weights, evidence, num_records_seen, run_id)
         while True:
             try:
-                self._feed.publish(manifest, weights)
+                self._feed.publish(manifest, weights, on_trial)
                 break
             except VersionConflictError:
                 last_version = max(manifest.draft_version, self._feed.last_version(self._route))

@@ -115,13 +115,15 @@ class RouteLearner:
             self._roll_back(reason)
 
     def watch_live(self, sound: Sequence[GenerationRecord]) -> None:
-        """Evaluate arrived records; roll back a draft that is worse on live traffic or was swapped
-        wrongly."""
+        """Evaluate arrived records; roll back a draft that is worse on live traffic or was swapped wrongly;
+        let one that passed its trial on one replica serve on all."""
         if self.progress.arrived(observed_rates(sound)):
             self.judge.hurry()
         reason = self.watch.observe(sound)
         if reason:
             self._roll_back(reason)
+        elif self.watch.is_on_canary and not self.watch.trial:
+            self._confirm()
 
     @property
     def is_resting(self) -> bool:
@@ -201,9 +203,12 @@ class RouteLearner:
         """Publish the candidate; `rest` sleeps while replicas swap."""
         parent, state = self.serving, dict(self.trainer.candidate)
         evidence, progress = judgement.decision.evidence, self.progress
-        manifest = self.incumbent.publish(state, evidence, progress.num_records_seen, progress.tracker.run_id)
+        has_others = len(self._feed.statuses()) > 1 and self._settings.live_records_per_cycle > 0
+        manifest = self.incumbent.publish(
+            state, evidence, progress.num_records_seen, progress.tracker.run_id, on_trial=has_others
+        )
         self.judge.promoted((self.route, manifest.draft_version))
-        self.watch.begin(manifest, state, parent.state)
+        self.watch.begin(manifest, state, parent.state, is_on_canary=has_others)
         rest(self._settings.quiet_after_publish_s)
         progress.serving_changed("promoted", manifest, self.incumbent.weights, judgement.decision.reason)
 
@@ -267,10 +272,13 @@ class RouteLearner:
 
     def _watch_what_serves(self) -> None:
         """Watch the serving draft if it is not watched yet: after a restart, or if another process published
-        it."""
-        manifest, state = self.incumbent.manifest, self.incumbent.state
-        if manifest is not None and state is not None and manifest.draft_version > self.watch.last_version:
-            self.watch.begin(manifest, state, self._parent())
+        it, or if its trial was left when another was pinned."""
+        manifest, state, watch = self.incumbent.manifest, self.incumbent.state, self.watch
+        if manifest is None or state is None:
+            return
+        is_on_canary = self._feed.is_on_trial(self.route)
+        if manifest.draft_version > watch.last_version or (is_on_canary and watch.comparison is None):
+            watch.begin(manifest, state, self._parent(), is_on_canary)
 
     def _parent(self) -> AdapterState | None:
         """The weights that a rollback would go to."""
@@ -278,6 +286,13 @@ class RouteLearner:
         if manifest and manifest.parent_version == FLOOR_VERSION and self.route != DEFAULT_ROUTE:
             return self._fallback().state
         return self.incumbent.parent()
+
+    def _confirm(self) -> None:
+        version = self.incumbent.version
+        reason = f"the trial of version {version} on one replica is over: it serves on all"
+        self._feed.confirm(self.route, reason)
+        self.watch.is_on_canary = False
+        self.progress.decided("confirmed", version, reason)
 
     def _roll_back(self, reason: str) -> None:
         self._feed.rollback(self.route, reason)

@@ -125,12 +125,12 @@ class AdapterWatcher:
         """Whether the route should have a draft: the feed serves it by an adapter. A route that was rolled
         back to the floor is closed, and the default route's draft serves it; a feed that lost its data closes
         nothing."""
-        manifest = self._feed.latest(route)
+        manifest = self._feed.latest(route, self._replica_id)
         return manifest is not None or (route in self._followed and self._is_forgotten(route, manifest))
 
     def _follow(self, route: str, followed: _Followed) -> None:
         self._notice_broken_draft(route, followed)
-        manifest = self._feed.latest(route)
+        manifest = self._feed.latest(route, self._replica_id)
         wanted = FLOOR if manifest is None else (manifest.draft_version, manifest.sha256)
         if wanted in followed.rejected:
             return

@@ -132,12 +132,15 @@ def unpin(
 def _versions(feed: AdapterFeed, route: str) -> Table:
     latest, pinned, now_s = feed.latest(route), feed.pinned(route), time.time()
     serving = latest.draft_version if latest is not None else FLOOR_VERSION
+    on_trial = feed.is_on_trial(route)
     table = Table(title=f"drafts of route {route}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("draft", "parent", "acceptance", "parent's", "records", "size", "made", ""):
         table.add_column(heading, justify="left" if heading in ("made", "") else "right", no_wrap=True)
-    table.add_row("0", "", "", "", "", "", "", _mark(FLOOR_VERSION, serving, pinned, "the floor"))
+    table.add_row("0", "", "", "", "", "", "", _mark(FLOOR_VERSION, serving, pinned, name="the floor"))
     for manifest in feed.versions(route):
-        table.add_row(*_version_cells(manifest, now_s), _mark(manifest.draft_version, serving, pinned))
+        table.add_row(
+            *_version_cells(manifest, now_s), _mark(manifest.draft_version, serving, pinned, on_trial)
+        )
     return table
 
 
@@ -154,10 +157,12 @@ def _version_cells(manifest: AdapterManifest, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _mark(version: int, serving: int, pinned: int | None, name: str = "") -> Text:
+def _mark(version: int, serving: int, pinned: int | None, on_trial: bool = False, name: str = "") -> Text:
     marks = [Text(name)] if name else []
     if version == serving:
         marks.append(Text("serves", "bold green"))
+        if on_trial and pinned is None:
+            marks.append(Text("on trial on one replica", "yellow"))
     if version == pinned:
         marks.append(Text("pinned", "yellow"))
     return Text(", ").join(marks)

@@ -143,7 +143,9 @@ def _learner_line(learner: dict[str, Any]) -> str:
 def _route_line(feed: AdapterFeed, route: str) -> str:
     serving, pinned = _serving(feed, route), feed.pinned(route)
     line = f"{_named(serving)} serves, {feed.last_version(route)} promoted so far"
-    return line if pinned is None else f"{line}, pinned to {pinned}"
+    if pinned is not None:
+        return f"{line}, pinned to {pinned}"
+    return f"{line}, on trial on one replica" if feed.is_on_trial(route) else line
 
 
 def _replica_lines(status: ServingStatus) -> Iterator[str | Text]:

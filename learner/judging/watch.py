@@ -30,11 +30,20 @@ class LiveWatch:
         """The greatest version that was ever watched."""
         self.comparison: LiveComparison | None = None
         self.swap_check: SwapCheck | None = None
+        self.is_on_canary = False
+        """Whether only one replica serves the draft, until its trial ends."""
+        self._num_own_records = 0
+        """Of those looked at, the ones that the watched draft drafted."""
 
     def begin(
-        self, manifest: AdapterManifest, state: AdapterState, parent_state: AdapterState | None
+        self,
+        manifest: AdapterManifest,
+        state: AdapterState,
+        parent_state: AdapterState | None,
+        is_on_canary: bool = False,
     ) -> None:
         """Start watching a new draft."""
+        self.is_on_canary, self._num_own_records = is_on_canary, 0
         settings, version = self._settings, manifest.draft_version
         self._since_s, self._state, self._parent_state = manifest.created_at_s, state, parent_state
         self.last_version = max(self.last_version, version)
@@ -44,6 +53,7 @@ class LiveWatch:
     def end(self) -> None:
         """Stop watching: another draft serves."""
         self.comparison = self.swap_check = None
+        self.is_on_canary = False
 
     @property
     def trial(self) -> str:
@@ -51,10 +61,13 @@ class LiveWatch:
         if self.comparison is None or self._settings.live_records_per_cycle == 0:
             return ""
         seen, wanted = self.comparison.evidence.num_values, self._settings.live_trial_records
+        if self.is_on_canary:
+            seen = min(seen, self._num_own_records)
         if seen >= wanted:
             return ""
+        where = "on trial on one replica" if self.is_on_canary else "on trial"
         version = self.comparison.draft_version
-        return f"version {version} is on trial: {seen} of {wanted} records since its swap were looked at"
+        return f"version {version} is {where}: {seen} of {wanted} records since its swap were looked at"
 
     def observe(self, arrived: Sequence[GenerationRecord]) -> str:
         """Add arrived records. Returns the reason to roll back, or an empty string."""
@@ -75,6 +88,7 @@ class LiveWatch:
         self._compare(scored)
         own = [score for record, score in scored if drafted_by(record, self.swap_check.draft_version)]
         self.swap_check = self.swap_check.observe(own)
+        self._num_own_records += len(own)
         return self._objection()
 
     @property

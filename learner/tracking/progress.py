@@ -73,7 +73,7 @@ class Progress:
         """Log a decision; `kind` as in AdapterEvent."""
         logger.info("route %s, draft version %d %s: %s", self.route, draft_version, kind, reason)
         self._last_decision = {"kind": kind, "draft_version": draft_version, "reason": reason}
-        if kind != "rejected_by_replica":  # which is no decision on the candidate
+        if kind not in ("rejected_by_replica", "confirmed"):  # which are no decisions on the candidate
             self.num_refusals_in_a_row = self.num_refusals_in_a_row + 1 if kind == "refused" else 0
         if kind == "rolled_back":
             self.schedule = self.schedule.resumed()

@@ -15,7 +15,7 @@ from buffer.route_table import RouteTable
 from buffer.store import RecordStore
 
 START_S = 1_000_000.0
-STATUS_TTL_S = 0.3
+STATUS_TTL_S = 2.0
 
 OpenStore = Callable[..., RecordStore]
 """Bounds -> a store with them."""

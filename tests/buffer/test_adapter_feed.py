@@ -177,6 +177,64 @@ def test_unpinning_what_is_not_pinned_changes_nothing(feed: AdapterFeed) -> None
     assert feed.unpin(ROUTE, "habit") == serving(feed) == 1
 
 
+def seen_by(feed: AdapterFeed, *replica_ids: str) -> list[int]:
+    found = [feed.latest(ROUTE, replica_id) for replica_id in replica_ids]
+    return [manifest.draft_version if manifest else 0 for manifest in found]
+
+
+def report(feed: AdapterFeed, *replica_ids: str) -> None:
+    for replica_id in replica_ids:
+        feed.report(ServingStatus(replica_id, START_S, {}, ()))
+
+
+def test_on_trial_one_replica_serves_it_until_it_is_confirmed(feed: AdapterFeed) -> None:
+    report(feed, "r1", "r2", "r3")
+    publish(feed, 1)
+    assert seen_by(feed, "r1", "r2", "r3") == [1, 1, 1]
+    feed.publish(make_manifest(2, 1), b"weights 2", on_trial=True)
+    assert feed.is_on_trial(ROUTE) and serving(feed) == 2
+    assert seen_by(feed, "r1", "r2", "r3") == [2, 1, 1]
+    assert last_event(feed).reason.startswith("on one replica first")
+    feed.confirm(ROUTE, "32 records")
+    assert seen_by(feed, "r1", "r2", "r3") == [2, 2, 2]
+    assert (last_event(feed).kind, last_event(feed).draft_version) == ("confirmed", 2)
+    feed.confirm(ROUTE, "again")
+    assert (last_event(feed).reason, feed.is_on_trial(ROUTE)) == ("32 records", False)
+
+
+def test_a_trial_ends_with_a_rollback_and_rests_under_a_pin(feed: AdapterFeed) -> None:
+    report(feed, "r1", "r2")
+    publish(feed, 1)
+    feed.publish(make_manifest(2, 1), b"", on_trial=True)
+    feed.pin(ROUTE, 2, "all of them")
+    assert seen_by(feed, "r1", "r2") == [2, 2]
+    feed.unpin(ROUTE, "enough")
+    assert seen_by(feed, "r1", "r2") == [2, 1]
+    feed.rollback(ROUTE, "worse")
+    assert seen_by(feed, "r1", "r2") == [1, 1] and not feed.is_on_trial(ROUTE)
+
+
+def test_a_canary_that_is_gone_is_replaced(feed: AdapterFeed, clock: FakeClock) -> None:
+    report(feed, "r2")
+    feed.publish(make_manifest(1), b"", on_trial=True)
+    assert seen_by(feed, "r1", "r2", "r3") == [1, 1, 0], "r1 is about to report"
+    report(feed, "r1")
+    assert seen_by(feed, "r1", "r2") == [1, 0]
+    time.sleep(STATUS_TTL_S + 0.2)
+    clock.advance(STATUS_TTL_S + 0.2)
+    report(feed, "r2")
+    assert seen_by(feed, "r2", "r3") == [1, 0]
+
+
+def test_what_serves_beside_a_canary_is_kept_however_many_trials_follow(feed: AdapterFeed) -> None:
+    report(feed, "r1", "r2")
+    publish(feed, 1)
+    for version in range(2, 9):
+        feed.publish(make_manifest(version, version - 1), b"", on_trial=True)
+    assert seen_by(feed, "r1", "r2") == [8, 1]
+    assert feed.weights(ROUTE, 1) == b"weights 1"
+
+
 def test_history_is_oldest_first_and_bounded(feed: AdapterFeed) -> None:
     for i in range(60):
         feed.add_event(AdapterEvent("refused", ROUTE, i, f"reason {i}", START_S, {"gain": -0.1}))

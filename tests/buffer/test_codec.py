@@ -117,7 +117,13 @@ others = st.one_of(
         last_error=texts,
     ),
     st.builds(
-        RouteState, texts, counts, counts, st.none() | counts, st.dictionaries(counts, counts, max_size=3)
+        RouteState,
+        texts,
+        counts,
+        counts,
+        st.none() | counts,
+        st.dictionaries(counts, counts, max_size=3),
+        st.none() | counts,
     ),
 )
 

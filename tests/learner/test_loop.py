@@ -252,6 +252,77 @@ def test_a_broken_swap_is_rolled_back(testbed: LoopTestbed, traffic: Traffic) ->
     assert [why for _, _, why in testbed.tracker.serving if why.startswith("rolled back: broken swap")]
 
 
+def report(testbed: LoopTestbed, *replica_ids: str) -> None:
+    for replica_id in replica_ids:
+        testbed.feed.report(ServingStatus(replica_id, NOW_S, {}, ()))
+
+
+def seen_by(testbed: LoopTestbed, replica_id: str) -> int:
+    manifest = testbed.feed.latest("default", replica_id)
+    return manifest.draft_version if manifest else 0
+
+
+def test_of_two_replicas_one_serves_first_and_the_other_once_its_records_were_looked_at(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    testbed.learner = testbed.build(swap_check_margin=0.2, swap_false_alarm=1e-12)
+    report(testbed, "r1", "r2")
+    version = testbed.learn_until_promoted(traffic).draft_version
+    assert (seen_by(testbed, "r1"), seen_by(testbed, "r2")) == (version, 0)
+    testbed.serve([again(record) for record in traffic[0]])
+    testbed.learner.run_cycle()
+    assert seen_by(testbed, "r2") == 0, "none of these records was drafted by the canary's draft"
+    assert "on trial on one replica: 0 of 16" in testbed.feed.history("default")[-1].reason
+    testbed.serve([served_as(version, again(record)) for record in traffic[0]])
+    testbed.learner.run_cycle()
+    assert seen_by(testbed, "r2") == version
+    assert testbed.feed.history("default")[-2].kind == "confirmed"
+    assert any(text.startswith("confirmed: ") for text in testbed.tracker.decisions)
+
+
+def test_a_canary_with_a_draft_that_is_worse_live_is_rolled_back_and_no_other_replica_served_it(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    good = testbed.learn_until_promoted(traffic, least_gain=0.12)
+    report(testbed, "r1", "r2")
+    worse = export_weights(
+        {key: tensor * 0 for key, tensor in import_weights(weights_of(testbed, good)).items()}
+    )
+    version = good.draft_version + 1
+    manifest = replace(
+        good,
+        draft_version=version,
+        parent_version=good.draft_version,
+        sha256=hashlib.sha256(worse).hexdigest(),
+    )
+    testbed.feed.publish(manifest, worse, on_trial=True)
+    assert (seen_by(testbed, "r1"), seen_by(testbed, "r2")) == (version, good.draft_version)
+    for records in traffic[1:5]:
+        testbed.serve([again(record) for record in records])
+        testbed.learner.run_cycle()
+        assert seen_by(testbed, "r2") == good.draft_version
+    assert seen_by(testbed, "r1") == good.draft_version
+    event = next(event for event in testbed.feed.history("default") if event.kind == "rolled_back")
+    assert "worse on live traffic" in event.reason
+
+
+def test_a_killed_learner_takes_up_the_trial(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learner = testbed.build(swap_check_margin=0.2, swap_false_alarm=1e-12)
+    report(testbed, "r1", "r2")
+    version = testbed.learn_until_promoted(traffic).draft_version
+    testbed.learner = testbed.build(swap_check_margin=0.2, swap_false_alarm=1e-12)
+    testbed.serve([served_as(version, again(record)) for record in traffic[0]])
+    testbed.learner.run_cycle()
+    assert seen_by(testbed, "r2") == version
+
+
+def test_without_live_tests_there_is_no_trial(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.learner = testbed.build(live_records_per_cycle=0)
+    report(testbed, "r1", "r2")
+    version = testbed.learn_until_promoted(traffic).draft_version
+    assert seen_by(testbed, "r2") == version
+
+
 def test_a_replicas_rejection_is_told_once_with_its_reason(testbed: LoopTestbed, traffic: Traffic) -> None:
     testbed.learn_until_promoted(traffic)
     rejection = AdapterEvent("rejected_by_replica", "default", 1, "r0: bytes were corrupted", NOW_S + 1)

@@ -24,10 +24,10 @@ class AbsentFeed(MemoryAdapterFeed):
 
     absent = True
 
-    def latest(self, route: str) -> AdapterManifest | None:
+    def latest(self, route: str, replica_id: str | None = None) -> AdapterManifest | None:
         if self.absent:
             raise StoreUnavailableError("nobody answers; nothing was read")
-        return super().latest(route)
+        return super().latest(route, replica_id)
 
     def report(self, status: ServingStatus) -> None:
         if self.absent:
