@@ -6,7 +6,7 @@ The command line finds `app` by an entry point. A command imports what it measur
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -160,6 +160,58 @@ def engines(
     output().print(f"figures: {report}")
 
 
+def swaps(
+    engine: Annotated[
+        Literal["everdraft", "vllm"], typer.Option(help="vllm: in the environment of `make setup-vllm`.")
+    ] = "everdraft",
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    adapter: AdapterOption = None,
+    threads: ThreadsOption = 1,
+    compile: CompileOption = "on",
+    num_swaps: Annotated[int, typer.Option("--swaps", help="There and back, in turn.", min=2)] = 20,
+    pairs: Annotated[int, typer.Option(help="Turns of capture, with and without.", min=2)] = 16,
+    report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
+) -> None:
+    """What clients of a running engine notice of a swap, and what capture costs them."""
+    import torch
+
+    from benchmarks.adapted import adapter_for, check_adapter
+    from benchmarks.engines import EnginesPlan, load_one
+    from benchmarks.overheads import Work, capture_cost
+    from benchmarks.prompts import demo_prompts
+    from benchmarks.swaps import NUM_STREAMS, measure_swaps
+    from deploy.demo.report import write_report
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+    torch.set_num_threads(threads)
+    pair = load_pair(target, draft)
+    learnt = adapter_for(
+        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
+    )
+    if learnt is None:
+        raise typer.BadParameter("nothing could be learnt, so there is no version to swap to")
+    plan = EnginesPlan(target, draft, cache_folder(), (NUM_STREAMS,), threads=threads, compile=compile)
+    prompts = demo_prompts(pair.tokenizer, 64)
+    running = load_one(plan, engine, "draft")
+    try:
+        metrics = {
+            "passes": running.passes,
+            "swaps": measure_swaps(running, learnt, prompts, num_swaps=num_swaps, num_tokens=160),
+            "capture": capture_cost(
+                Work(pair, prompts, pairs, compile, errors().print), running, NUM_STREAMS
+            ),
+        }
+    finally:
+        running.close()
+    output().print_json(data=metrics)
+    report = report or RESULTS / f"swaps_{engine}.json"
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "swaps", {"engine": engine, "threads": threads, **metrics}, {})
+
+
 def overheads(
     target: TargetOption = DEMO_TARGET,
     draft: DraftOption = DEMO_DRAFT,
@@ -251,6 +303,7 @@ def fit(
 app.command()(engine)
 app.command()(throughput)
 app.command()(overheads)
+app.command()(swaps)
 app.command()(engines)
 app.command()(prefix)
 app.command()(fit)

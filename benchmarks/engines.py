@@ -120,6 +120,20 @@ def _identical(outcomes: dict[str, list[ModeOutcome]]) -> dict[str, float]:
 
 def _maker(plan: EnginesPlan, arm: str, adapter: Adapter | None) -> Callable[[], Mode]:
     engine_name, _, mode = arm.partition("_")
+
+    def make() -> Mode:
+        engine = load_one(plan, engine_name, mode)
+        drafts: DraftPort[Any] | None = engine.drafts
+        if adapter is not None and mode != "off" and drafts is not None:
+            staged = drafts.stage(DEFAULT_ROUTE, manifest_of(engine, adapter), adapter.weights)
+            drafts.swap(DEFAULT_ROUTE, staged)
+        return EngineMode(engine, cap=None)
+
+    return make
+
+
+def load_one(plan: EnginesPlan, engine_name: str, mode: str) -> ServingEngine:
+    """`everdraft` or `vllm`, which drafts as `mode` says: off, draft (a fixed length), adaptive."""
     options = EngineOptions(
         num_slots=max(plan.clients),
         max_seq_len=ROOM,
@@ -128,25 +142,15 @@ def _maker(plan: EnginesPlan, arm: str, adapter: Adapter | None) -> Callable[[],
         compile=plan.compile,
         prefix_cache_mib=0,
     )
+    if engine_name == "vllm":
+        from serving.engines.async_llm.engine import load_async_llm
 
-    def make() -> Mode:
-        engine: ServingEngine
-        if engine_name == "vllm":
-            from serving.engines.async_llm.engine import load_async_llm
-
-            engine = load_async_llm(plan.target, plan.draft, options, num_threads=plan.threads)
-        else:
-            engine = load_engine(plan.target, plan.draft, options)
-        drafts: DraftPort[Any] | None = engine.drafts
-        if adapter is not None and mode != "off" and drafts is not None:
-            staged = drafts.stage(DEFAULT_ROUTE, _manifest(engine, adapter), adapter.weights)
-            drafts.swap(DEFAULT_ROUTE, staged)
-        return EngineMode(engine, cap=None)
-
-    return make
+        return load_async_llm(plan.target, plan.draft, options, num_threads=plan.threads)
+    return load_engine(plan.target, plan.draft, options)
 
 
-def _manifest(engine: Any, adapter: Adapter) -> AdapterManifest:
+def manifest_of(engine: Any, adapter: Adapter) -> AdapterManifest:
+    """Version 1 of what was learnt."""
     config = json.loads(adapter.config_json)
     return AdapterManifest(
         route=DEFAULT_ROUTE,

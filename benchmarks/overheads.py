@@ -33,6 +33,7 @@ from serving.models.loading import ModelPair
 from serving.options import EngineOptions
 from serving.recorder import Recorder
 from serving.runner_check import prepare_runner
+from serving.serving_engine import ServingEngine
 
 BATCHES = (1, 8)
 MAX_SEQ_LEN = 512
@@ -140,25 +141,27 @@ def _own_ms(
 
 
 def _capture(work: Work, batch: int) -> dict[str, Any]:
+    with build_engine(
+        work.pair,
+        options=EngineOptions(
+            num_slots=batch,
+            max_seq_len=MAX_SEQ_LEN,
+            compile=work.compile,
+            speculation="model",
+            prefix_cache_mib=0,
+        ),
+    ) as engine:
+        return capture_cost(work, engine, batch)
+
+
+def capture_cost(work: Work, engine: ServingEngine, batch: int) -> dict[str, Any]:
     """Tokens a second with every request captured, recorded and exported to a real Redis, over without."""
-    with (
-        EmbeddedRedis() as redis,
-        build_engine(
-            work.pair,
-            options=EngineOptions(
-                num_slots=batch,
-                max_seq_len=MAX_SEQ_LEN,
-                compile=work.compile,
-                speculation="model",
-                prefix_cache_mib=0,
-            ),
-        ) as engine,
-    ):
+    with EmbeddedRedis() as redis:
         store = RedisRecordStore(redis.url)
         exporter = RecordExporter(store)
         recorder = Recorder(
             exporter,
-            target_revision=work.pair.target_revision,
+            target_revision=engine.target_revision,
             replica_id="bench",
             capture_rate=1.0,
             record_ttl_s=3600.0,
@@ -206,7 +209,10 @@ def _random_draft(work: Work, batch: int) -> dict[str, Any]:
 
 
 def _tokens_per_s(
-    engine: Engine, prompts: list[list[int]], recorder: Recorder | None, num_draft_tokens: int | None = None
+    engine: ServingEngine,
+    prompts: list[list[int]],
+    recorder: Recorder | None,
+    num_draft_tokens: int | None = None,
 ) -> float:
     params = SamplingParams(
         temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, num_draft_tokens=num_draft_tokens

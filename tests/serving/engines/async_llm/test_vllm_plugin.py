@@ -1,5 +1,8 @@
-"""everdraft inside a vLLM server that it did not start: records, a learner beside it, swaps, and faults."""
+"""everdraft inside two vLLM servers that it did not start: records, a learner beside them, swaps on one first
+and then on both, and faults."""
 
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -10,16 +13,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from buffer.names import DEFAULT_ROUTE
+from buffer.records import AdapterManifest, ServingStatus
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from deploy.demo.corpus import prompts
+from learner.draft import export_weights, import_weights
 from serving.engines.async_llm.environment import vllm_environment
 from serving.engines.async_llm.plugin import REDIS_URL
 from serving.models.loading import load_model, weights_revision
@@ -35,12 +40,19 @@ START_S, LEARN_S = 240.0, 400.0
 
 @dataclass
 class Server:
-    """A plain vLLM, and the Redis that it was told of."""
+    """A plain vLLM."""
 
     url: str
-    redis: EmbeddedRedis
-    folder: Path
-    feed: RedisAdapterFeed
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2):
+                return True
+        except OSError:
+            return False
 
     def ask(self, text: str) -> dict[str, Any]:
         body = {"model": "demo", "prompt": text, "max_tokens": 40, "temperature": 0}
@@ -75,93 +87,146 @@ class Server:
         return spent["accepted_tokens_total"] / spent["draft_tokens_total"]
 
 
+@dataclass
+class Fleet:
+    """Two plain vLLMs, and the Redis that both were told of."""
+
+    servers: tuple[Server, Server]
+    redis: EmbeddedRedis
+    folder: Path
+    feed: RedisAdapterFeed
+
+    def ask_both(self, texts: list[str]) -> list[list[str]]:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda server: server.ask_all(texts), self.servers))
+
+    def statuses(self) -> list[ServingStatus]:
+        """The canary's first."""
+        return sorted(self.feed.statuses(), key=lambda status: status.replica_id)
+
+    def serving(self) -> list[int]:
+        return [status.serving_versions[DEFAULT_ROUTE] for status in self.statuses()]
+
+    def events(self, kind: str) -> list[Any]:
+        return [event for event in self.feed.history(DEFAULT_ROUTE) if event.kind == kind]
+
+    def until(self, holds: Callable[[], bool], wait_s: float = 60.0) -> None:
+        deadline_s = time.monotonic() + wait_s
+        while not holds():
+            logs = "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
+            assert time.monotonic() < deadline_s, logs
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("plugin")
     redis = EmbeddedRedis(folder=folder / "redis").start()
+    servers = (_start(folder, redis.url, 1), _start(folder, redis.url, 2))
+    revision = weights_revision(load_model(TARGET))
+    found = Fleet(servers, redis, folder, RedisAdapterFeed(redis.url, revision))
+    try:
+        found.until(lambda: all(server.is_up for server in servers), START_S)
+        yield found
+    finally:
+        for server in servers:
+            server.process.send_signal(signal.SIGTERM)
+        for server in servers:
+            server.process.wait(60)
+        redis.stop()
+
+
+def _start(folder: Path, redis_url: str, number: int) -> Server:
     port = free_port()
     speculative = {"method": "draft_model", "model": DRAFT, "num_speculative_tokens": 3}
-    environment = {**os.environ, REDIS_URL: redis.url}
+    environment = {**os.environ, REDIS_URL: redis_url}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", TARGET]
     command += ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "256"]
     command += ["--max-num-seqs", "8", "--enforce-eager", "--no-async-scheduling", "--port", str(port)]
     command += ["--speculative-config", json.dumps(speculative), "--host", "127.0.0.1"]
     command += ["--worker-extension-cls", "serving.engines.async_llm.worker.EverdraftWorker"]
-    with (folder / "vllm.log").open("w") as log:
+    path = folder / f"vllm-{number}.log"
+    with path.open("w") as log:
         process = subprocess.Popen(
-            command, env=environment | vllm_environment(None, 1, environment), stdout=log, stderr=log
+            command, env=environment | vllm_environment(1, 1, environment), stdout=log, stderr=log
         )
-    revision = weights_revision(load_model(TARGET))
-    found = Server(f"http://127.0.0.1:{port}", redis, folder, RedisAdapterFeed(redis.url, revision))
-    try:
-        _until(lambda: _is_up(found.url), START_S, folder / "vllm.log")
-        yield found
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        redis.stop()
+    return Server(f"http://127.0.0.1:{port}", path, process)
 
 
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-def _until(holds: Callable[[], bool], wait_s: float, log: Path) -> None:
-    deadline_s = time.monotonic() + wait_s
-    while not holds():
-        assert time.monotonic() < deadline_s, log.read_text()[-3000:]
-        time.sleep(0.2)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_plain_vllm_learns_and_survives(server: Server) -> None:
-    stream = prompts("sql", "replay")
-    texts = [prompt.messages[-1]["content"] for prompt in islice(stream, 400)]
-    held = texts[:12]
-    said = server.ask_all(held)
-    before = server.acceptance(held)
-    learner_log = server.folder / "learner.log"
-    with learner_log.open("w") as log:
-        command = [sys.executable, "-c", "from deploy.cli import main; main()", "learn"]
-        command += ["--target", TARGET, "--draft", DRAFT, "--redis-url", server.redis.url]
-        command += ["--state-dir", str(server.folder / "state")]
+@contextlib.contextmanager
+def _learner(fleet: Fleet) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", "from deploy.cli import main; main()", "learn"]
+    command += ["--target", TARGET, "--draft", DRAFT, "--redis-url", fleet.redis.url]
+    command += ["--state-dir", str(fleet.folder / "state")]
+    with (fleet.folder / "learner.log").open("w") as log:
         learner = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        began_s, at = time.monotonic(), 0
-        while server.feed.latest(DEFAULT_ROUTE) is None:
-            assert time.monotonic() - began_s < LEARN_S, learner_log.read_text()[-2000:]
-            server.ask_all(texts[at % 384 : at % 384 + 16])
-            at += 16
-        _until(lambda: _served(server) >= 1, 30.0, server.folder / "vllm.log")
-        assert server.ask_all(held) == said, "the text is the target's, whatever drafts"
-        assert server.acceptance(held) >= before + 0.2
-
-        # what does not fit is refused, and what serves goes on
-        latest = server.feed.latest(DEFAULT_ROUTE)
-        assert latest is not None
-        learner.kill()
-        manifest, weights = tiny_adapter(DRAFT, draft_version=900, target_revision=latest.target_revision)
-        server.feed.publish(replace(manifest, draft_revision="0" * 64), weights)
-        _until(lambda: bool(_rejections(server)), 30.0, server.folder / "vllm.log")
-        assert server.ask_all(held) == said
-        assert _served(server) < 900
-
-        # the floor is one call away
-        server.redis.stop()
-        assert server.ask_all(held) == said, "without Redis, without a learner"
+        yield learner
     finally:
         learner.kill()
         learner.wait(10)
 
 
-def _served(server: Server) -> int:
-    return max((status.serving_versions[DEFAULT_ROUTE] for status in server.feed.statuses()), default=0)
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_two_plain_vllms_learn_and_survive(fleet: Fleet) -> None:
+    texts = [prompt.messages[-1]["content"] for prompt in islice(prompts("sql", "replay"), 400)]
+    held, first = texts[:12], fleet.servers[0]
+    said = first.ask_all(held)
+    before = [server.acceptance(held) for server in fleet.servers]
+    traffic = cycle([texts[at : at + 16] for at in range(16, 400, 16)])
+
+    def until(holds: Callable[[], bool]) -> None:
+        began_s = time.monotonic()
+        while not holds():
+            assert time.monotonic() - began_s < LEARN_S, (fleet.folder / "learner.log").read_text()[-2000:]
+            fleet.ask_both(next(traffic))
+
+    with _learner(fleet) as learner:
+        # one serves what passed the gate, then both
+        until(lambda: bool(fleet.events("promoted")))
+        fleet.until(lambda: fleet.serving()[0] >= 1 or bool(fleet.events("confirmed")))
+        assert fleet.serving()[1] == 0 or fleet.events("confirmed")
+        until(lambda: bool(fleet.events("confirmed")))
+        fleet.until(lambda: min(fleet.serving()) >= 1)
+        assert fleet.ask_both(held) == [said, said], "the text is the target's, whatever drafts"
+        for server, floor in zip(fleet.servers, before, strict=True):
+            assert server.acceptance(held) >= floor + 0.2
+
+        # a draft that is worse live goes back from the one, and the other never served it
+        until(lambda: not fleet.feed.is_on_trial(DEFAULT_ROUTE))
+        worse = _publish_worse(fleet)
+        fleet.until(lambda: fleet.serving()[0] == worse.draft_version)
+        until(lambda: bool(fleet.events("rolled_back")))
+        assert "worse on live traffic" in fleet.events("rolled_back")[0].reason
+        fleet.until(lambda: worse.draft_version not in fleet.serving())
+        drafted = [{each.draft_version for each in status.counts} for status in fleet.statuses()]
+        assert worse.draft_version in drafted[0] and worse.draft_version not in drafted[1]
+
+        # what does not fit is refused by both, and what serves goes on; nobody is left to roll it back
+        learner.kill()
+    manifest, weights = tiny_adapter(DRAFT, draft_version=900, target_revision=worse.target_revision)
+    fleet.feed.publish(replace(manifest, draft_revision="0" * 64), weights)
+    fleet.until(lambda: len(fleet.events("rejected_by_replica")) == 2)
+    assert fleet.ask_both(held) == [said, said]
+    assert max(fleet.serving()) < 900
+
+    fleet.redis.stop()
+    assert fleet.ask_both(held) == [said, said], "without Redis, without a learner"
 
 
-def _rejections(server: Server) -> list[Any]:
-    return [event for event in server.feed.history(DEFAULT_ROUTE) if event.kind == "rejected_by_replica"]
+def _publish_worse(fleet: Fleet) -> AdapterManifest:
+    """The floor in the name of a successor, on trial on one replica."""
+    good = fleet.feed.latest(DEFAULT_ROUTE)
+    assert good is not None
+    learnt = import_weights(fleet.feed.weights(DEFAULT_ROUTE, good.draft_version))
+    weights = export_weights({key: tensor * 0 for key, tensor in learnt.items()})
+    manifest = replace(
+        good,
+        draft_version=fleet.feed.last_version(DEFAULT_ROUTE) + 1,
+        parent_version=good.draft_version,
+        sha256=hashlib.sha256(weights).hexdigest(),
+        created_at_s=time.time(),
+    )
+    fleet.feed.publish(manifest, weights, on_trial=True)
+    return manifest
