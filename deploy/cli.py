@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands import demo, doctor, draft, drafts, learn, serve, status
+from deploy.commands import convert, demo, doctor, draft, drafts, learn, serve, status
 from deploy.commands.console import fail
 from deploy.environment import quieten_libraries
 
@@ -39,6 +39,7 @@ app.command()(status.status)
 app.add_typer(drafts.app, name="drafts")
 app.add_typer(draft.app, name="draft")
 app.command()(doctor.doctor)
+app.command()(convert.convert)
 
 
 def _show_version(wanted: bool) -> None:

@@ -28,6 +28,7 @@ from deploy.settings import ClusterSettings
 from serving.api.request_ids import SERVE_PROXY_ENVIRONMENT
 
 APPLICATION = "everdraft"
+_REASON_CHARACTERS = 300
 _ANSWER_S = 30.0
 """A replica that runs answers at once; it may be kept from it by a busy machine."""
 
@@ -64,17 +65,18 @@ def own_ray(
     _await_proxy()
     with _guarded_folder(locks) as folder:
         try:
-            ray.init(
-                address="local",
-                namespace=namespace,
-                num_cpus=num_cpus,
-                object_store_memory=object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-            )
+            with _refused("Ray did not start, and nothing was started on it; this machine may be too busy"):
+                ray.init(
+                    address="local",
+                    namespace=namespace,
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                )
             yield
         finally:
             with redirect_stdout(io.StringIO()):
@@ -121,13 +123,24 @@ def endpoint(application: serve.Application, *, host: str, port: int) -> Iterato
     Raises ClusterError when the application cannot start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port})
+    with _refused(f"Ray Serve did not start on port {port}; this machine may be too busy"):
+        serve.start(http_options={"host": host, "port": port})
     try:
         yield _run(application)
     finally:
         with suppress(Exception), redirect_stdout(io.StringIO()):
             # Ray may be gone already, for example after SIGKILL of one of its processes.
             serve.shutdown()
+
+
+@contextmanager
+def _refused(failure: str) -> Iterator[None]:
+    """Whatever Ray raises inside is a ClusterError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_REASON_CHARACTERS] or type(error).__name__
+        raise ClusterError(redacted(f"{failure}: {reason}")) from error
 
 
 def _run(application: serve.Application) -> str:

@@ -22,6 +22,7 @@ from buffer.store import AdapterFeed, RecordStore
 from deploy.draft_checkpoint import with_draft_checkpoint
 from deploy.environment import quieten_libraries
 from deploy.errors import ClusterError, ModelPairError, SettingsError
+from deploy.gguf_target import with_converted_target
 from deploy.part_choice import as_if_chosen, with_chosen_part
 from deploy.ports import require_free_port
 from deploy.running import RunningNote, claimed_folder, own_note, write_learner_snapshot, write_note
@@ -95,6 +96,7 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         url, learns = _url(cluster.host, cluster.port), cluster.learn and settings.serving.draft is not None
         locks = parts.enter_context(claimed_folder(settings.state_dir, url=url, learns=learns))
         require_free_port(cluster.host, cluster.port)
+        settings = with_converted_target(settings, narrate)
         check_models(as_if_chosen(settings))
         settings = with_draft_checkpoint(settings, narrate)
         if settings.serving.engine == "everdraft":  # vLLM plans its own memory

@@ -104,7 +104,8 @@ def build_engine(
     router = PromptRouter(pair.target_revision) if options.max_route_drafts else None
     embedder = None if router is None else embedder_of(target)
     compiling = Compiling(target, draft_runner, options.compile, embedder)
-    costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS)
+    drafts = options.speculation != "off" and options.num_draft_tokens != 0
+    costs = measure_costs(target, draft_runner, max_draft_tokens=MAX_DRAFT_TOKENS if drafts else 0)
     for runner in filter(None, (target, draft_runner)):
         runner.cache.clear_all()
     engine = LocalEngine(

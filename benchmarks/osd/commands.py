@@ -65,8 +65,19 @@ def osd(
         list[float] | None, typer.Option(help="0 or 1; may be given again; default: both.")
     ] = None,
     data: DataOption = None,
+    held_out: Annotated[int, typer.Option(help="Requests of each domain to judge by.", min=16)] = 200,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="The longest prompt; a longer question loses its beginning.", min=16)
+    ] = 96,
+    answer_tokens: Annotated[int, typer.Option(help="The longest answer.", min=4)] = 40,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Path or hub id; default: trained here, once. self, self:E …: a part of --target for the "
+            "arm `self`, and for the others its first two layers, fitted to it, as a model of its own."
+        ),
+    ] = None,
     part: Annotated[str, typer.Option(help="The target's part that the arm `self` drafts with.")] = "self:2",
     arm: Annotated[
         list[str] | None,
@@ -90,6 +101,8 @@ def osd(
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
     from benchmarks.osd.plan import ARMS, ExperimentPlan
+    from benchmarks.osd.recorded_answers import Asking
+    from serving.models.target_part import TargetPart
 
     _quietly_on_one_thread()
     folder = _data_folder(data)
@@ -98,10 +111,13 @@ def osd(
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
         _check_arms(arm, part, temperature)
+    asking, num_stream = Asking(prompt_tokens, answer_tokens), records
     if target is None or draft is None:
         home = _trained_pair(data)
-        target, draft = str(home / "target"), str(home / "draft")
-    cache = ExperimentCache(target, draft, folder, cache_folder())
+        target, draft, num_stream = str(home / "target"), str(home / "draft"), max(records, 2000)
+    elif TargetPart.named(draft) is not None:
+        part, draft = draft, str(_two_layers_of(target))
+    cache = ExperimentCache(target, draft, folder, cache_folder(), asking, num_stream, held_out)
     temperatures, blocks = _each(temperature, (0.0, 1.0)), _each(block, ("whole", "attention"))
     wanted, arms, say = _each(domain, DOMAINS), _each(arm, ARMS), errors().print
     plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine)
@@ -188,6 +204,22 @@ def _trained_pair(data: Path | None, shape: tuple[int, int] = (22, 192), **other
     with plain_faults():
         train_pair(PairPlan(_data_folder(data), out, target=Shape(layers, width), **others), errors().print)
     return out
+
+
+def _two_layers_of(target: str) -> Path:
+    """A draft model of the target's first two layers, written once."""
+    from hashlib import sha256
+
+    from serving.models.loading import load_model, weights_revision
+    from serving.models.part_checkpoint import write_draft
+
+    with plain_faults():
+        revision = weights_revision(load_model(target))
+        folder = cache_folder() / "drafts" / f"two-layers-{sha256(revision.encode()).hexdigest()[:12]}"
+        if not folder.exists():
+            errors().print(f"writing the first two layers of {target} as a draft model: {folder}")
+            write_draft(target, folder, num_layers=2)
+    return folder
 
 
 def _data_folder(data: Path | None) -> Path:

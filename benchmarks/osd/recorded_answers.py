@@ -64,10 +64,13 @@ class RecordedAnswer:
 
 @dataclass(frozen=True)
 class Asking:
-    """How requests are put: the longest prompt (cut from the left) and answer, in tokens."""
+    """How requests are put: the longest prompt and answer, in tokens. A longer question loses its beginning,
+    the chat template nothing."""
 
     prompt_tokens: int = 96
     max_tokens: int = 40
+    cut: str = "question"
+    """Names what is cut, for what was recorded when it was the whole prompt."""
 
 
 def record_answers(
@@ -140,11 +143,25 @@ def _request(
     pair: ModelPair, row: CorpusExchange, number: int, temperature: float, asking: Asking
 ) -> GenerationRequest:
     assert pair.tokenizer is not None
-    asked = token_ids(pair.tokenizer, [said("user", row.question)])[-asking.prompt_tokens :]
+    asked = fitted_prompt(pair.tokenizer, row.question, asking.prompt_tokens)
     seed = number if temperature else None
     sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=asking.max_tokens)
     name = f"{row.domain}-{number}" + (f"@{temperature:g}" if temperature else "")
     return GenerationRequest(name, tuple(asked), sampling, capture=True)
+
+
+def fitted_prompt(tokenizer: Any, question: str, max_tokens: int) -> list[int]:
+    """The question in the chat template, without as many of its first tokens as it takes to fit. Raises
+    ValueError where the template alone is too long."""
+    words = list(tokenizer.encode(question, add_special_tokens=False))
+    while len(asked := token_ids(tokenizer, [said("user", question)])) > max_tokens:
+        if not words:
+            raise ValueError(
+                f"the chat template alone takes {len(asked)} tokens, more than prompt_tokens={max_tokens}"
+            )
+        words = words[len(asked) - max_tokens :]
+        question = tokenizer.decode(words)
+    return asked
 
 
 def _recorded(

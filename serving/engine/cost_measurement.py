@@ -21,10 +21,12 @@ def measure_costs(
     repeats: int = 5,
 ) -> CostTable:
     """Time passes on the engine's own caches, which must be idle. Takes the fastest of `repeats`, the one
-    that other work on the machine disturbed least."""
+    that other work on the machine disturbed least. `max_draft_tokens` 0: nobody drafts, and one token a
+    sequence is all that is timed."""
     batch_sizes = tuple(sorted({1, (target.num_slots + 1) // 2, target.num_slots}))
     token_counts = tuple(sorted({1, 2, 4, max_draft_tokens + 1}))
-    token_counts = tuple(count for count in token_counts if count < target.max_seq_len)
+    most = min(max_draft_tokens + 1, target.max_seq_len - 1)
+    token_counts = tuple(count for count in token_counts if count <= most)
     start = max(0, min(context_tokens, target.max_seq_len - max(token_counts)))
     target_pass_s = tuple(
         tuple(_time_pass(target, batch, count, start, repeats) for count in token_counts)

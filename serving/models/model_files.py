@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from serving.models.errors import UnsupportedModelError, first_few, refusing
+from serving.models.gguf_checkpoint import SUFFIX, converted_folder
 
 CONFIG = "config.json"
 _WEIGHTS = (
@@ -115,9 +116,14 @@ def find_model(name: str) -> ModelFiles:
         if not (path / CONFIG).is_file():
             raise UnsupportedModelError(f"model {name!r} is a folder without {CONFIG}; {_contents(path)}")
         return ModelFiles(name, name, path)
+    if path.suffix == SUFFIX and path.is_file():
+        if (folder := converted_folder(path)).is_dir():
+            return ModelFiles(name, str(folder), folder)
+        raise UnsupportedModelError(
+            f"model {name!r} is a GGUF file and was not converted yet: `everdraft convert {name}`, once"
+        )
     if path.exists():
-        hint = "GGUF files are not read; " if path.suffix == ".gguf" else ""
-        raise UnsupportedModelError(f"model {name!r} is a file; {hint}give the folder with its {CONFIG}")
+        raise UnsupportedModelError(f"model {name!r} is a file; give the folder with its {CONFIG}")
     if name.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(name):
         raise UnsupportedModelError(f"model {name!r} is no folder")
     return _from_hub(name)
@@ -144,9 +150,7 @@ def _contents(folder: Path) -> str:
     if not files:
         return "it is empty"
     if any(name.endswith(".gguf") for name in files):
-        return (
-            f"it holds {first_few(files)}, and GGUF files are not read: give the safetensors they came from"
-        )
+        return f"it holds {first_few(files)}: give the path of one GGUF file, or the safetensors it came from"
     if "adapter_config.json" in files:
         return f"it holds {first_few(files)}: an adapter is no model, merge it into its base"
     return f"it holds {first_few(files)}"

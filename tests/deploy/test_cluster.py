@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from deploy import ray_guard
-from deploy.cluster import temp_root
+from deploy.cluster import own_ray, temp_root
 from deploy.errors import ClusterError
 from deploy.ports import port_is_free, require_free_port
 from tests.deploy.everdraft_process import wait_for
@@ -77,3 +77,18 @@ def test_the_temporary_folder_leaves_room_for_sockets(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("long" * 20)))
     assert len(str(temp_root())) <= 24
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: object) -> None:
+        raise RuntimeError("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setattr("ray.init", init)
+    with (
+        pytest.raises(
+            ClusterError, match=r"Ray did not start.*too busy: The current node timed out"
+        ) as caught,
+        own_ray(namespace="n", num_cpus=1, object_store_bytes=10**8),
+    ):
+        pass
+    assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -273,3 +274,16 @@ def test_the_controller_stops_drafting_when_it_does_not_pay(paths: tuple[str, st
         while engine.stats().num_draft_tokens > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert engine.stats().num_draft_tokens <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [({"speculation": "off"}, (1,)), ({"num_draft_tokens": 0}, (1,)), ({}, (1, 2, 4, 9))],
+)
+def test_where_nobody_drafts_only_passes_of_one_token_are_timed(
+    options: dict[str, Any], counts: tuple[int, ...], tiny_pair: tuple[str, str]
+) -> None:
+    with load_engine(*tiny_pair, EngineOptions(num_slots=2, max_seq_len=64, **options)) as engine:
+        assert engine.costs is not None and engine.costs.token_counts == counts
+        [generation] = engine.generate([[5, 6]], SamplingParams(temperature=0.0, max_tokens=4))
+        assert generation.output_token_ids

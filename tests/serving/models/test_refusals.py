@@ -167,7 +167,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["has none of", "no weights to load"],
     ),
     "the folder is empty": (empty, ["without config.json", "it is empty"]),
-    "the folder holds GGUF": (leave_gguf, ["'tiny.gguf'", "GGUF files are not read"]),
+    "the folder holds GGUF": (leave_gguf, ["'tiny.gguf'", "give the path of one GGUF file"]),
     "the folder holds an adapter": (leave_adapter, ["without config.json", "an adapter is no model"]),
     "no configuration": (lambda f: (f / "config.json").unlink(), ["without config.json", "it holds"]),
     "no JSON": (
@@ -329,9 +329,7 @@ def test_a_path_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     if name == "none" or name.endswith("gguf"):
         name = str(tmp_path / name)
-    refused(
-        name, load_pair, ["is a file; GGUF files are not read" if name.endswith("gguf") else "is no folder"]
-    )
+    refused(name, load_pair, ["everdraft convert" if name.endswith("gguf") else "is no folder"])
 
 
 def test_a_hub_id_is_refused_at_once_when_the_hub_is_switched_off() -> None:
