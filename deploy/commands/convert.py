@@ -12,9 +12,7 @@ def convert(
     file: Annotated[Path, typer.Argument(help="GGUF file of a model.", exists=True, dir_okay=False)],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to write; default: a cache, and FILE itself is a model's name from then on."
-        ),
+        typer.Option(help="Folder to write; default: a cache, and FILE is a model's name from then on."),
     ] = None,
 ) -> None:
     """Write FILE's model as an ordinary checkpoint, in float32."""
