@@ -145,8 +145,8 @@ class AdapterEvent:
     """One line of a route's history."""
 
     kind: str
-    """`promoted`, `confirmed`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`; of a route, `opened`
-    and `closed`."""
+    """`promoted`, `confirmed`, `refused`, `rolled_back`, `pinned`, `unpinned`, `rejected_by_replica`;
+    of a route, `opened` and `closed`."""
     route: str
     draft_version: int
     """`refused`: the version that the candidate would have had; `rejected_by_replica`: the version that was

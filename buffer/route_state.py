@@ -55,8 +55,8 @@ class RouteState:
     def published(
         self, draft_version: int, parent_version: int, max_versions: int, on_trial: bool = False
     ) -> "RouteState":
-        """Point at a new version, for the canary alone if `on_trial`; keep the newest `max_versions` and those
-        that a rollback or an unpin may need."""
+        """Point at a new version, for the canary alone if `on_trial`; keep the newest `max_versions` and
+        those that a rollback or an unpin may need."""
         if draft_version <= self.last_version:
             raise VersionConflictError(
                 f"route {self.route!r}: draft_version {draft_version} does not exceed "
