@@ -6,10 +6,11 @@ The command line finds `app` by an entry point. A command imports what it measur
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from benchmarks import engine_commands
 from benchmarks.options import (
     DEMO_DRAFT,
     DEMO_TARGET,
@@ -109,109 +110,6 @@ def throughput(
     output().print(f"figures: {report}", f"picture: {plot}", sep="\n")
 
 
-def engines(
-    target: TargetOption = DEMO_TARGET,
-    draft: DraftOption = DEMO_DRAFT,
-    adapter: AdapterOption = None,
-    threads: ThreadsOption = 1,
-    compile: CompileOption = "on",
-    clients: Annotated[
-        list[int] | None, typer.Option(help="Requests at once; again for more; default: 1, 8, 16.")
-    ] = None,
-    turns: Annotated[int, typer.Option(help="Of every arm, warm-up aside.", min=1)] = 3,
-    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "engines.json",
-) -> None:
-    """Our engine and vLLM on the same work, in turn; runs in the environment of `make setup-vllm`."""
-    import torch
-
-    from benchmarks.adapted import check_adapter
-    from benchmarks.engines import ARMS, EnginesPlan, measure_engines
-    from benchmarks.screen import ProgressScreen
-    from deploy.demo.report import write_report
-    from serving.engines.async_llm.plugin import require_vllm
-
-    with plain_faults():
-        check_adapter(adapter)
-        require_vllm()
-    torch.set_num_threads(threads)
-    plan = EnginesPlan(
-        target,
-        draft,
-        cache_folder(),
-        clients=tuple(dict.fromkeys(clients or (1, 8, 16))),
-        turns=turns,
-        threads=threads,
-        compile=compile,
-        adapter=adapter,
-        learner=demo_settings(),
-    )
-    steps = len(plan.clients) * (turns + 1) * len(ARMS)
-    with ProgressScreen(errors(), num_steps=steps, num_requests=1000) as screen:
-        metrics = measure_engines(plan, screen.on_cycle, screen.report)
-    for count, rows in metrics["by_clients"].items():
-        for arm, row in rows.items():
-            output().print(
-                f"{count:>2} at once  {arm:<19} {row['tokens_per_s']:7.0f} tokens/s, "
-                f"{row['over_own_off']:.2f} of its engine without a draft, {row['over_vllm_off']:.2f} of "
-                f"vLLM's; accepted {row['acceptance_rate']:.2f}"
-            )
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(report, "engines", {"threads": threads, **metrics}, {})
-    output().print(f"figures: {report}")
-
-
-def swaps(
-    engine: Annotated[
-        Literal["everdraft", "vllm"], typer.Option(help="vllm: in the environment of `make setup-vllm`.")
-    ] = "everdraft",
-    target: TargetOption = DEMO_TARGET,
-    draft: DraftOption = DEMO_DRAFT,
-    adapter: AdapterOption = None,
-    threads: ThreadsOption = 1,
-    compile: CompileOption = "on",
-    num_swaps: Annotated[int, typer.Option("--swaps", help="There and back, in turn.", min=2)] = 20,
-    pairs: Annotated[int, typer.Option(help="Turns of capture, with and without.", min=2)] = 16,
-    report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
-) -> None:
-    """What clients of a running engine notice of a swap, and what capture costs them."""
-    import torch
-
-    from benchmarks.adapted import adapter_for, check_adapter
-    from benchmarks.engines import EnginesPlan, load_one
-    from benchmarks.overheads import Work, capture_cost
-    from benchmarks.prompts import demo_prompts
-    from benchmarks.swaps import NUM_STREAMS, measure_swaps
-    from deploy.demo.report import write_report
-    from serving.models.loading import load_pair
-
-    with plain_faults():
-        check_adapter(adapter)
-    torch.set_num_threads(threads)
-    pair = load_pair(target, draft)
-    learnt = adapter_for(
-        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
-    )
-    if learnt is None:
-        raise typer.BadParameter("nothing could be learnt, so there is no version to swap to")
-    plan = EnginesPlan(target, draft, cache_folder(), (NUM_STREAMS,), threads=threads, compile=compile)
-    prompts = demo_prompts(pair.tokenizer, 64)
-    running = load_one(plan, engine, "draft")
-    try:
-        metrics = {
-            "passes": running.passes,
-            "swaps": measure_swaps(running, learnt, prompts, num_swaps=num_swaps, num_tokens=160),
-            "capture": capture_cost(
-                Work(pair, prompts, pairs, compile, errors().print), running, NUM_STREAMS
-            ),
-        }
-    finally:
-        running.close()
-    output().print_json(data=metrics)
-    report = report or RESULTS / f"swaps_{engine}.json"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(report, "swaps", {"engine": engine, "threads": threads, **metrics}, {})
-
-
 def overheads(
     target: TargetOption = DEMO_TARGET,
     draft: DraftOption = DEMO_DRAFT,
@@ -303,8 +201,9 @@ def fit(
 app.command()(engine)
 app.command()(throughput)
 app.command()(overheads)
-app.command()(swaps)
-app.command()(engines)
+app.command()(engine_commands.revisions)
+app.command()(engine_commands.swaps)
+app.command()(engine_commands.engines)
 app.command()(prefix)
 app.command()(fit)
 app.command()(osd_commands.pair)

@@ -255,12 +255,12 @@ def _pairs(
         "num_pairs": len(ratios),
         "ratio_median": statistics.median(ratios),
         "ratio_mean": statistics.fmean(ratios),
-        "ratio_lower_95": _lower_bound(ratios),
+        "ratio_lower_95": lower_bound(ratios),
         "ratios": ratios,
     }
 
 
-def _lower_bound(values: list[float]) -> float:
+def lower_bound(values: list[float]) -> float:
     """The mean is above it with 95 % confidence."""
     generator = random.Random(0)
     means = [statistics.fmean(generator.choices(values, k=len(values))) for _ in range(NUM_RESAMPLES)]
