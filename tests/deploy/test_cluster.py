@@ -85,7 +85,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("ray.init", init)
     with (
-        pytest.raises(ClusterError, match="Ray did not start.*busy: The current node timed") as caught,
+        pytest.raises(ClusterError, match=r"Ray did not start.*busy: The current node timed") as caught,
         own_ray(namespace="n", num_cpus=1, object_store_bytes=10**8),
     ):
         pass

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.osd.arms import settings_of, trainable
 from benchmarks.osd.corpus import CorpusExchange
-from benchmarks.osd.recorded_answers import Asking, RecordedAnswer, load, record_answers, save
+from benchmarks.osd.recorded_answers import Asking, RecordedAnswer, fitted_prompt, load, record_answers, save
 from benchmarks.osd.replay import Replay
 from deploy.commands.demo import PAIR
 from deploy.demo.corpus import prompts
@@ -98,3 +98,17 @@ def test_what_was_recorded_survives_its_file(tmp_path: Path, recorded: list[Reco
         assert vars(one).keys() == vars(other).keys()
         for name, value in vars(one).items():
             np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+
+
+def test_a_long_question_loses_its_beginning_and_the_template_nothing(pair: ModelPair) -> None:
+    tokenizer = pair.tokenizer
+    assert tokenizer is not None
+    question = " ".join(f"word{number}" for number in range(60))
+    whole, cut = fitted_prompt(tokenizer, question, 4096), fitted_prompt(tokenizer, question, 48)
+    empty = fitted_prompt(tokenizer, "", 48)
+    assert len(cut) <= 48 < len(whole)
+    head = next(index for index, (a, b) in enumerate(zip(empty, whole, strict=False)) if a != b)
+    tail = len(empty) - head
+    assert cut[:head] == whole[:head] and cut[-tail - 4 :] == whole[-tail - 4 :]
+    with pytest.raises(ValueError, match="template alone"):
+        fitted_prompt(tokenizer, question, len(empty) - 1)
