@@ -38,5 +38,5 @@ def test_what_is_no_such_file_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelPairError, match="broken.gguf.*cannot be converted"):
+    with pytest.raises(ModelPairError, match=r"broken\.gguf.*cannot be converted"):
         with_converted_target(settings(tmp_path / "broken.gguf"), print)
