@@ -21,10 +21,10 @@ EDITABLE := --editable '.[dev,demo,docs]' --editable ./benchmarks
 export TORCH_INDEX TORCH_CUDA
 export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm demo serve test test-all fuzz check docs bench format clean
+.PHONY: help setup setup-vllm test-vllm demo demo-real serve test test-all fuzz check docs bench format clean
 
 help:
-	@echo "make setup | setup-vllm | test-vllm | demo | serve | test | test-all | fuzz | check | docs | bench | format | clean"
+	@echo "make setup | setup-vllm | test-vllm | demo | demo-real | serve | test | test-all | fuzz | check | docs | bench | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -54,6 +54,9 @@ test-vllm: setup-vllm
 
 demo: setup
 	$(BIN)/everdraft demo $(ARGS)
+
+demo-real: setup
+	$(BIN)/everdraft demo --real $(ARGS)
 
 serve: setup
 	$(BIN)/everdraft serve $(ARGS)

@@ -42,9 +42,23 @@ def demo(
     state_dir: Annotated[
         Path | None, typer.Option(help="State folder; default: a new one in .everdraft.")
     ] = None,
+    real: Annotated[
+        bool,
+        typer.Option(
+            "--real", help="A pretrained chat model, fetched once, drafts for itself; 12 minutes."
+        ),
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="With --real: .jsonl rows with `prompt` to ask; default: the demo's corpus."),
+    ] = None,
 ) -> None:
     """Start everything on this machine, replay traffic while drafts learn, measure, and stay up."""
     began_s = time.monotonic()
+    fresh = DEFAULT_STATE_DIR / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    if real:
+        _real_demo(port, leave, report, data, config, state_dir or fresh, began_s)
+        return
     from deploy.commands.invitation import invite
     from deploy.demo.figures import metrics_of, save_plot, series
     from deploy.demo.plan import DemoPlan, Timekeeper
@@ -56,7 +70,6 @@ def demo(
     from deploy.signals import wait_for_stop
     from deploy.wiring import open_feed, open_store, running_system
 
-    fresh = DEFAULT_STATE_DIR / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     overrides: dict[str, dict[str, Any]] = {
         "serving": {"target": str(PAIR / "target"), "draft": str(PAIR / "draft"), **SERVING},
         "learner": LEARNER,
@@ -79,6 +92,52 @@ def demo(
             console.print(f"acceptance over requests: {plot}")
             if report is not None:
                 write_report(report, "demo", metrics, series(result))
+                console.print(f"figures: {report}")
+            if not leave:
+                invite(console, system)
+                wait_for_stop(system.note_learner)
+            errors().print("stopping")
+
+
+def _real_demo(
+    port: int | None,
+    leave: bool,
+    report: Path | None,
+    data: Path | None,
+    config: Path | None,
+    state_dir: Path,
+    began_s: float,
+) -> None:
+    from deploy.commands.invitation import invite
+    from deploy.demo.real import LEARNER, SERVING, asked_for, metrics_of, run_real, summary_lines
+    from deploy.demo.real_model import fetch_model
+    from deploy.demo.report import write_report
+    from deploy.demo.screen import DemoScreen
+    from deploy.settings_source import load_settings
+    from deploy.signals import wait_for_stop
+    from deploy.wiring import open_feed, running_system
+
+    console = output()
+    with plain_faults():
+        asked = asked_for(data)
+        overrides: dict[str, dict[str, Any]] = {
+            "serving": {"target": str(fetch_model(errors().print)), **SERVING},
+            "learner": LEARNER,
+            "cluster": {"port": port, "state_dir": state_dir},
+        }
+        settings = load_settings(config, os.environ, overrides)
+        with running_system(settings, errors().print) as system:
+            with (
+                closing(open_feed(system.redis_url, system.target_revision)) as feed,
+                DemoScreen(console) as screen,
+            ):
+                result = run_real(system, feed, screen, asked)
+            metrics = metrics_of(result, time.monotonic() - began_s)
+            console.print(screen.traffic_table())
+            for line in summary_lines(metrics):
+                console.print(line)
+            if report is not None:
+                write_report(report, "demo_real", metrics, {"acceptance": result.moving_acceptance})
                 console.print(f"figures: {report}")
             if not leave:
                 invite(console, system)
