@@ -55,6 +55,8 @@ def ablations(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     """Ours with one setting changed at a time, on the first domain of the plan, and what records lose."""
     domain, count = plan.domains[0], min(plan.num_records, NUM_RECORDS)
     jobs = _ablation_jobs(domain, count, plan.part)
+    if plan.ablations:
+        jobs = {(what, value): job for (what, value), job in jobs.items() if what in plan.ablations}
     results = plan.work(jobs.values())
     metrics: Metrics = {"domain": domain, "num_records": count}
     for (what, value), job in jobs.items():
@@ -68,10 +70,16 @@ def ablations(plan: ExperimentPlan) -> tuple[Metrics, Series]:
         if what.startswith("num_kept"):
             row["bytes_per_token"] = bytes_per_token(min(job.num_kept, plan.cache.pair().vocab_size))
         metrics.setdefault(what, {})[value] = row
+    if plan.ablations:
+        return metrics, {}
     folder = results[jobs["divergence", "forward_kl"]].adapter
     metrics["estimator"] = _estimator(plan, domain, folder)
     metrics["sampling"] = _sampling(plan, domain, folder)
     return metrics, {}
+
+
+def ablation_names() -> list[str]:
+    return sorted({what for what, _ in _ablation_jobs("", 1, "")})
 
 
 def _ablation_jobs(domain: str, count: int, part: str) -> dict[tuple[str, str], Job]:

@@ -87,6 +87,10 @@ def osd(
         list[str] | None,
         typer.Option(help="Of the experiment `parts`: whole or attention; default: both."),
     ] = None,
+    ablation: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the experiment `ablations`: a setting, or self/ and a setting; default: all."),
+    ] = None,
     engine: Annotated[
         Literal["everdraft", "vllm"],
         typer.Option(help="Of the experiment `deployed`: who runs the models; vllm in its environment."),
@@ -97,6 +101,7 @@ def osd(
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
 ) -> None:
     """Online distillation on real domains: ours, the paper's setting and the offline ceiling."""
+    from benchmarks.osd.ablations import ablation_names
     from benchmarks.osd.corpus import DOMAINS, check_domains
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
@@ -111,6 +116,8 @@ def osd(
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
         _check_arms(arm, part, temperature)
+        if unknown := sorted(set(ablation or ()) - set(ablation_names())):
+            raise typer.BadParameter(f"--ablation {unknown[0]} is none of {', '.join(ablation_names())}")
     asking, num_stream = Asking(prompt_tokens, answer_tokens), records
     if target is None or draft is None:
         home = _trained_pair(data)
@@ -120,7 +127,20 @@ def osd(
     cache = ExperimentCache(target, draft, folder, cache_folder(), asking, num_stream, held_out)
     temperatures, blocks = _each(temperature, (0.0, 1.0)), _each(block, ("whole", "attention"))
     wanted, arms, say = _each(domain, DOMAINS), _each(arm, ARMS), errors().print
-    plan = ExperimentPlan(cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine)
+    plan = ExperimentPlan(
+        cache,
+        wanted,
+        records,
+        seeds,
+        jobs,
+        say,
+        temperatures,
+        part,
+        arms,
+        blocks,
+        engine,
+        tuple(ablation or ()),
+    )
     file = report or RESULTS / f"osd_{experiment}.json"
     run_experiment(experiment, plan, file, output(), turns=turns, compile=compile)
 

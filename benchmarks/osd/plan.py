@@ -44,6 +44,8 @@ class ExperimentPlan:
     """Of the experiment on parts."""
     engine: str = "everdraft"
     """Of the whole deployment: who runs the models."""
+    ablations: tuple[str, ...] = ()
+    """Settings that are changed, one at a time; none named: all."""
 
     def draft_of(self, arm: str) -> str:
         """What the arm drafts with; empty: the pair's draft."""
