@@ -60,8 +60,8 @@ class Candidate:
 
 
 def candidates(target: nn.Module) -> Iterator[TargetPart]:
-    """Whole blocks, which learn more a second than attention alone at little more cost; with the whole head,
-    and, where the vocabulary is large, with a smaller one."""
+    """Whole blocks, of which learning has shown most, though attention alone was as good at some exits; with
+    the whole head, and, where the vocabulary is large, with a smaller one."""
     shape = KvShape.of(target)
     heads = dict.fromkeys((None, smaller_head(shape.vocab_size)))
     for exit_layer in LEARNT:
