@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -18,13 +18,19 @@ from benchmarks.options import (
     cache_folder,
     demo_settings,
 )
+from benchmarks.osd.options import (
+    AblationsOption,
+    ArmsOption,
+    BlocksOption,
+    DataOption,
+    DomainsOption,
+    DraftOrPartOption,
+    EngineOption,
+    ExperimentOption,
+    PromptTokensOption,
+    TemperaturesOption,
+)
 from deploy.commands.console import errors, output, plain_faults
-
-DataOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder of gsm8k, spider, mbpp, gpteacher and tldr rows; default: $EVERDRAFT_DATA."),
-]
-
 
 T = TypeVar("T")
 
@@ -52,56 +58,28 @@ def pair(
 
 
 def osd(
-    experiment: Annotated[
-        Literal["domain", "shift", "mixture", "ablations", "parts", "cost", "deployed"],
-        typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
-    ] = "domain",
-    domain: Annotated[
-        list[str] | None, typer.Option(help="gsm8k, spider, python, chat; may be given again; default: all.")
-    ] = None,
+    experiment: ExperimentOption = "domain",
+    domain: DomainsOption = None,
     records: Annotated[int, typer.Option(help="Requests streamed of each domain.", min=16)] = 2000,
     seeds: Annotated[int, typer.Option(help="Orders of arrival and starts of the draft.", min=1)] = 3,
-    temperature: Annotated[
-        list[float] | None, typer.Option(help="0 or 1; may be given again; default: both.")
-    ] = None,
+    temperature: TemperaturesOption = None,
     data: DataOption = None,
     held_out: Annotated[int, typer.Option(help="Requests of each domain to judge by.", min=16)] = 200,
-    prompt_tokens: Annotated[
-        int, typer.Option(help="The longest prompt; a longer question loses its beginning.", min=16)
-    ] = 96,
+    prompt_tokens: PromptTokensOption = 96,
     answer_tokens: Annotated[int, typer.Option(help="The longest answer.", min=4)] = 40,
     target: Annotated[str | None, typer.Option(help="Path or hub id; default: trained here, once.")] = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Path or hub id; default: trained here, once. self, self:E …: a part of --target for the "
-            "arm `self`, and for the others its first two layers, fitted to it, as a model of its own."
-        ),
-    ] = None,
+    draft: DraftOrPartOption = None,
     part: Annotated[str, typer.Option(help="The target's part that the arm `self` drafts with.")] = "self:2",
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="Of the experiment `domain`, such as ours and self; again for more; default: all."),
-    ] = None,
-    block: Annotated[
-        list[str] | None,
-        typer.Option(help="Of the experiment `parts`: whole or attention; default: both."),
-    ] = None,
-    ablation: Annotated[
-        list[str] | None,
-        typer.Option(help="Of the experiment `ablations`: a setting, or self/ and a setting; default: all."),
-    ] = None,
-    engine: Annotated[
-        Literal["everdraft", "vllm"],
-        typer.Option(help="Of the experiment `deployed`: who runs the models; vllm in its environment."),
-    ] = "everdraft",
+    arm: ArmsOption = None,
+    block: BlocksOption = None,
+    ablation: AblationsOption = None,
+    engine: EngineOption = "everdraft",
     compile: CompileOption = "auto",
     jobs: Annotated[int, typer.Option(help="Processes, each of one thread.", min=1)] = 2,
     turns: Annotated[int, typer.Option(help="Of every arm when speed is measured.", min=1)] = 5,
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
 ) -> None:
     """Online distillation on real domains: ours, the paper's setting and the offline ceiling."""
-    from benchmarks.osd.ablations import ablation_names
     from benchmarks.osd.corpus import DOMAINS, check_domains
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
@@ -116,8 +94,7 @@ def osd(
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
         _check_arms(arm, part, temperature)
-        if unknown := sorted(set(ablation or ()) - set(ablation_names())):
-            raise typer.BadParameter(f"--ablation {unknown[0]} is none of {', '.join(ablation_names())}")
+        _check_ablations(ablation)
     asking, num_stream = Asking(prompt_tokens, answer_tokens), records
     if target is None or draft is None:
         home = _trained_pair(data)
@@ -126,20 +103,9 @@ def osd(
         part, draft = draft, str(_two_layers_of(target))
     cache = ExperimentCache(target, draft, folder, cache_folder(), asking, num_stream, held_out)
     temperatures, blocks = _each(temperature, (0.0, 1.0)), _each(block, ("whole", "attention"))
-    wanted, arms, say = _each(domain, DOMAINS), _each(arm, ARMS), errors().print
+    wanted, arms, changed, say = _each(domain, DOMAINS), _each(arm, ARMS), _each(ablation, ()), errors().print
     plan = ExperimentPlan(
-        cache,
-        wanted,
-        records,
-        seeds,
-        jobs,
-        say,
-        temperatures,
-        part,
-        arms,
-        blocks,
-        engine,
-        tuple(ablation or ()),
+        cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine, changed
     )
     file = report or RESULTS / f"osd_{experiment}.json"
     run_experiment(experiment, plan, file, output(), turns=turns, compile=compile)
@@ -169,6 +135,14 @@ def _check_arms(arms: list[str] | None, part: str, temperatures: list[float] | N
         raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
     if TargetPart.named(part) is None:
         raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
+
+
+def _check_ablations(names: list[str] | None) -> None:
+    from benchmarks.osd.ablations import ablation_names
+
+    known = ablation_names()
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise typer.BadParameter(f"--ablation {unknown[0]} is none of {', '.join(known)}")
 
 
 def attacks(

@@ -32,6 +32,14 @@ LEARNER = {
 }
 """Chosen on an early checkpoint of this pair, see LOG.md, where LoRA on the embeddings too learnt worse."""
 
+RealOption = Annotated[
+    bool, typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; 13 minutes.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="With --real: .jsonl rows with `prompt` to ask; default: the demo's corpus."),
+]
+
 
 def demo(
     port: Annotated[int | None, typer.Option(help="Port of the endpoint; default 8000.")] = None,
@@ -42,14 +50,8 @@ def demo(
     state_dir: Annotated[
         Path | None, typer.Option(help="State folder; default: a new one in .everdraft.")
     ] = None,
-    real: Annotated[
-        bool,
-        typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; 12 minutes."),
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="With --real: .jsonl rows with `prompt` to ask; default: the demo's corpus."),
-    ] = None,
+    real: RealOption = False,
+    data: DataOption = None,
 ) -> None:
     """Start everything on this machine, replay traffic while drafts learn, measure, and stay up."""
     began_s = time.monotonic()

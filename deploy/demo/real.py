@@ -39,7 +39,7 @@ SERVING: dict[str, Any] = {
 LEARNER: dict[str, Any] = {"max_routes": 0, "min_records_per_cycle": 12, "gate_min_records": 4}
 
 
-class DataError(DeployError, ValueError):
+class NoPromptsError(DeployError, ValueError):
     """A file or folder without prompts; nothing was started."""
 
 
@@ -75,7 +75,7 @@ class RealResult:
 
 
 def read_prompts(data: Path | None) -> Iterator[Prompt]:
-    """Of the demo's corpus, endless, or of the rows with `prompt` of every .jsonl file. Raises DataError."""
+    """Of the demo's corpus, endless, or of the rows with `prompt` of .jsonl files. Raises NoPromptsError."""
     if data is None:
         streams = [prompts(domain, "replay") for domain in DOMAINS]
         while True:
@@ -88,14 +88,16 @@ def read_prompts(data: Path | None) -> Iterator[Prompt]:
             lines = file.read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line.strip()]
         except (OSError, ValueError) as error:
-            raise DataError(f"--data {file} cannot be read as lines of JSON: {error}") from error
+            raise NoPromptsError(f"--data {file} cannot be read as lines of JSON: {error}") from error
         for row in rows:
             if isinstance(row, dict) and row.get("prompt"):
                 count += 1
                 message = {"role": "user", "content": str(row["prompt"])}
                 yield Prompt(file.stem, f"{file.stem}-{count}", (message,), "")
     if not count:
-        raise DataError(f"--data {data} holds no .jsonl file whose rows have `prompt`; nothing was started")
+        raise NoPromptsError(
+            f"--data {data} holds no .jsonl file whose rows have `prompt`; nothing was started"
+        )
 
 
 def run_real(
@@ -228,14 +230,14 @@ def _texts(outcomes: Sequence[RequestOutcome]) -> dict[str, tuple[int, ...]]:
 
 
 def asked_for(data: Path | None) -> list[Prompt]:
-    """Distinct prompts, held out and streamed. Raises DataError for too few."""
+    """Distinct prompts, held out and streamed. Raises NoPromptsError for too few."""
     found: dict[str, Prompt] = {}
     for prompt in islice(read_prompts(data), 20 * (NUM_HELD_OUT + NUM_REQUESTS)):
         found.setdefault(prompt.messages[-1]["content"], prompt)
         if len(found) == NUM_HELD_OUT + NUM_REQUESTS:
             return list(found.values())
     if len(found) < 2 * NUM_HELD_OUT:
-        raise DataError(
+        raise NoPromptsError(
             f"--data {data} has {len(found)} different prompts, at least {2 * NUM_HELD_OUT} are needed"
         )
     return list(found.values())

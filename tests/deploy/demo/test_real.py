@@ -15,7 +15,7 @@ from deploy.demo.real import (
     NUM_HELD_OUT,
     NUM_REQUESTS,
     WINDOW,
-    DataError,
+    NoPromptsError,
     RealResult,
     asked_for,
     metrics_of,
@@ -50,7 +50,7 @@ def test_prompts_are_different_and_as_many_as_there_are(tmp_path: Path) -> None:
 )
 def test_rows_that_will_not_do_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(NoPromptsError, match=message):
         asked_for(tmp_path)
 
 
