@@ -22,6 +22,7 @@ from benchmarks.options import (
     ThreadsOption,
     cache_folder,
     demo_settings,
+    pair_and_adapter,
 )
 from benchmarks.osd import commands as osd_commands
 from deploy.commands.console import errors, output, plain_faults
@@ -122,19 +123,12 @@ def overheads(
     """A round's own time, what capture costs, and a draft that never pays."""
     import torch
 
-    from benchmarks.adapted import adapter_for, check_adapter
     from benchmarks.overheads import Work, measure
     from benchmarks.prompts import demo_prompts
     from deploy.demo.report import write_report
-    from serving.models.loading import load_pair
 
-    with plain_faults():
-        check_adapter(adapter)
     torch.set_num_threads(threads)
-    pair = load_pair(target, draft)
-    learnt = adapter_for(
-        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
-    )
+    pair, learnt = pair_and_adapter(target, draft, adapter)
     if learnt is not None and pair.draft is not None:
         pair = replace(pair, draft=learnt.merged(pair.draft))
     work = Work(pair, demo_prompts(pair.tokenizer, 64), pairs, compile, errors().print)

@@ -16,6 +16,7 @@ from benchmarks.options import (
     ThreadsOption,
     cache_folder,
     demo_settings,
+    pair_and_adapter,
 )
 from deploy.commands.console import errors, output, plain_faults
 
@@ -87,21 +88,14 @@ def swaps(
     """What clients of a running engine notice of a swap, and what capture costs them."""
     import torch
 
-    from benchmarks.adapted import adapter_for, check_adapter
     from benchmarks.engines import EnginesPlan, load_one
     from benchmarks.overheads import Work, capture_cost
     from benchmarks.prompts import demo_prompts
     from benchmarks.swaps import NUM_STREAMS, measure_swaps
     from deploy.demo.report import write_report
-    from serving.models.loading import load_pair
 
-    with plain_faults():
-        check_adapter(adapter)
     torch.set_num_threads(threads)
-    pair = load_pair(target, draft)
-    learnt = adapter_for(
-        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
-    )
+    pair, learnt = pair_and_adapter(target, draft, adapter)
     if learnt is None:
         raise typer.BadParameter("nothing could be learnt, so there is no version to swap to")
     plan = EnginesPlan(target, draft, cache_folder(), (NUM_STREAMS,), threads=threads, compile=compile)
@@ -142,21 +136,14 @@ def revisions(
 
     from transformers import AutoTokenizer
 
-    from benchmarks.adapted import adapter_for, check_adapter
     from benchmarks.prompts import demo_prompts
     from benchmarks.revisions import ARMS, compare, started
     from deploy.demo.report import write_report
-    from serving.models.loading import load_pair
 
-    with plain_faults():
-        check_adapter(adapter)
     arms = tuple(dict.fromkeys(arm or ARMS))
     if unknown := sorted(set(arms) - set(ARMS)):
         raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
-    pair = load_pair(target, draft)
-    learnt = adapter_for(
-        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
-    )
+    pair, learnt = pair_and_adapter(target, draft, adapter)
     with ExitStack() as parts:
         if learnt is not None and pair.draft is not None:
             merged: Any = learnt.merged(pair.draft)

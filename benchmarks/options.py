@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from deploy.commands.console import errors, plain_faults
 from deploy.commands.demo import LEARNER, PAIR
 
 if TYPE_CHECKING:
+    from benchmarks.adapted import Adapter
     from learner.settings import LearnerSettings
+    from serving.models.loading import ModelPair
 
 RESULTS = Path("benchmarks") / "results"
 DEMO_TARGET, DEMO_DRAFT = str(PAIR / "target"), str(PAIR / "draft")
@@ -38,3 +41,17 @@ def demo_settings() -> "LearnerSettings":
 def cache_folder() -> Path:
     """Where what takes long to work out is kept between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everdraft"
+
+
+def pair_and_adapter(target: str, draft: str, adapter: Path | None) -> "tuple[ModelPair, Adapter | None]":
+    """The pair, and what its draft learnt: --adapter, or from the demo's traffic, here and once."""
+    from benchmarks.adapted import adapter_for, check_adapter
+    from serving.models.loading import load_pair
+
+    with plain_faults():
+        check_adapter(adapter)
+    pair = load_pair(target, draft)
+    learnt = adapter_for(
+        pair, adapter, cache_folder(), demo_settings(), lambda cycle: errors().print(str(cycle))
+    )
+    return pair, learnt

@@ -17,6 +17,7 @@ from benchmarks.options import (
     ThreadsOption,
     cache_folder,
     demo_settings,
+    pair_and_adapter,
 )
 from benchmarks.osd.options import (
     AblationsOption,
@@ -161,20 +162,16 @@ def attacks(
 
     import torch
 
-    from benchmarks.adapted import adapter_for, check_adapter
     from benchmarks.osd.attack_views import check_families, metrics, table
     from benchmarks.osd.attacks import run
     from benchmarks.osd.testbed import demo_testbed
     from deploy.demo.report import write_report
-    from serving.models.loading import load_pair
 
     with plain_faults():
-        check_adapter(adapter)
         check_families(family)
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # every refusal is one, and all of them are in the report
-    pair = load_pair(target, draft)
-    learnt = adapter_for(pair, adapter, cache_folder(), demo_settings(), lambda one: errors().print(str(one)))
+    pair, learnt = pair_and_adapter(target, draft, adapter)
     assert learnt is not None, "the demo's traffic always teaches something"
     with demo_testbed(pair, learnt, demo_settings()) as testbed:
         errors().print("honest records are served first")
