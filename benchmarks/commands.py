@@ -74,10 +74,10 @@ def throughput(
     from transformers.utils import logging
 
     from benchmarks.adapted import check_adapter
-    from benchmarks.prompts import check_folder
     from benchmarks.screen import ProgressScreen
     from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
     from benchmarks.throughput_views import plot_throughput, table
+    from deploy.demo.question_rows import check_folder
     from deploy.demo.report import write_report
 
     with plain_faults():

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.prompts import check_folder, demo_prompts, folder_prompts
+from benchmarks.prompts import demo_prompts, folder_prompts
+from deploy.demo.question_rows import check_folder
 from serving.engine import SamplingParams
 from serving.local import build_engine
 from serving.models.loading import ModelPair

@@ -58,6 +58,15 @@ class Work:
     def take(self, count: int) -> list[list[int]]:
         return list(itertools.islice(self.prompts, count))
 
+    def options(self, batch: int) -> EngineOptions:
+        return EngineOptions(
+            num_slots=batch,
+            max_seq_len=MAX_SEQ_LEN,
+            compile=self.compile,
+            speculation="model",
+            prefix_cache_mib=0,
+        )
+
 
 def measure(work: Work) -> dict[str, Any]:
     """All three, by batch size."""
@@ -141,16 +150,7 @@ def _own_ms(
 
 
 def _capture(work: Work, batch: int) -> dict[str, Any]:
-    with build_engine(
-        work.pair,
-        options=EngineOptions(
-            num_slots=batch,
-            max_seq_len=MAX_SEQ_LEN,
-            compile=work.compile,
-            speculation="model",
-            prefix_cache_mib=0,
-        ),
-    ) as engine:
+    with build_engine(work.pair, work.options(batch)) as engine:
         return capture_cost(work, engine, batch)
 
 
@@ -181,16 +181,7 @@ def capture_cost(work: Work, engine: ServingEngine, batch: int) -> dict[str, Any
 def _random_draft(work: Work, batch: int) -> dict[str, Any]:
     """Adaptive with a draft that knows nothing, over the same engine with speculation off."""
     pair = replace(work.pair, draft=random_like(work.pair.draft))
-    with build_engine(
-        pair,
-        options=EngineOptions(
-            num_slots=batch,
-            max_seq_len=MAX_SEQ_LEN,
-            compile=work.compile,
-            speculation="model",
-            prefix_cache_mib=0,
-        ),
-    ) as engine:
+    with build_engine(pair, work.options(batch)) as engine:
         num_tokens = 0
         while num_tokens < WARM_UP_TOKENS:
             _tokens_per_s(engine, work.take(batch), None)

@@ -5,32 +5,18 @@ a conversation, the question that is asked now and before it earlier exchanges o
 turns; a stream never repeats before its source does.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from deploy.demo.corpus import DOMAINS
 from deploy.demo.corpus import prompts as demo_stream
-from deploy.errors import DeployError
+from deploy.demo.question_rows import Exchange, check_folder, rows
 
 SHORT_TOKENS = 64
 """Up to this length nothing is put before a question: models that were never trained on conversations would
 answer it with noise."""
-
-
-class DataError(DeployError, ValueError):
-    """A folder that holds no prompts; nothing was measured."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A question and an answer to it, which is only ever read as context."""
-
-    question: str
-    answer: str
 
 
 def demo_prompts(
@@ -53,19 +39,6 @@ def folder_prompts(tokenizer: Any, folder: Path, num_tokens: int) -> Iterator[li
     Raises DataError, before the first prompt, where there is none.
     """
     return _prompts(tokenizer, [_endless(file) for file in check_folder(folder)], num_tokens)
-
-
-def check_folder(folder: Path | None) -> list[Path]:
-    """Its files with prompts; none for None. Raises DataError."""
-    if folder is None:
-        return []
-    files = [file for file in sorted(folder.rglob("*.jsonl")) if next(_rows(file), None) is not None]
-    if not files:
-        raise DataError(
-            f"data={folder} holds no .jsonl file whose rows have `prompt`; nothing was measured. Give a "
-            "folder that does, or leave it out for the demo's prompts"
-        )
-    return files
 
 
 def _prompts(tokenizer: Any, topics: list[Iterator[Exchange]], num_tokens: int) -> Iterator[list[int]]:
@@ -96,15 +69,4 @@ def _demo_exchanges(domain: str, split: str, seed: int) -> Iterator[Exchange]:
 
 def _endless(file: Path) -> Iterator[Exchange]:
     while True:
-        yield from _rows(file)
-
-
-def _rows(file: Path) -> Iterator[Exchange]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.get("prompt"):
-                yield Exchange(str(row["prompt"]), str(row.get("response", "")))
+        yield from rows(file)

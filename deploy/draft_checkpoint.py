@@ -7,12 +7,11 @@ writes, kept by target, and the learner trains its last block alone. Starts noth
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from deploy.child_command import run_everdraft
 from deploy.errors import ModelPairError
 from deploy.part_choice import AUTO
 from deploy.settings import Settings
@@ -65,12 +64,11 @@ def _name(target: str, dtype: str, num_layers: int) -> str:
 
 
 def _write(target: str, folder: Path, num_layers: int, dtype: str) -> None:
-    """In a process of its own, which gives its memory back; whole or not at all."""
+    """In a process of its own; whole or not at all."""
     aside = folder.with_name(f"{folder.name}.{os.getpid()}")
-    command = [sys.executable, "-c", "from deploy.cli import main; main()", "draft", "init"]
-    command += ["--target", target, "--out", str(aside), "--layers", str(num_layers), "--dtype", dtype]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
+    arguments = ("--target", target, "--out", str(aside), "--layers", str(num_layers), "--dtype", dtype)
+    try:
+        run_everdraft("draft", "init", *arguments, failure=f"serving.draft='{SELF}'")
+        aside.rename(folder)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise ModelPairError(f"serving.draft='{SELF}': {child.stderr.strip()[-300:]}; nothing was started")
-    aside.rename(folder)

@@ -1,11 +1,9 @@
 """A target that is a GGUF file, as the checkpoint that every engine loads. Starts nothing."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.errors import ModelPairError
+from deploy.child_command import run_everdraft
 from deploy.settings import Settings
 from serving.models.gguf_checkpoint import SUFFIX, converted_folder
 
@@ -19,9 +17,6 @@ def with_converted_target(settings: Settings, narrate: Callable[[str], None]) ->
     folder = converted_folder(file)
     if not folder.is_dir():
         narrate(f"converting {file.name} once, about a minute for each hundred million weights: {folder}")
-        command = [sys.executable, "-c", "from deploy.cli import main; main()", "convert", str(file)]
-        child = subprocess.run(command, capture_output=True, text=True, check=False)  # gives its memory back
-        if child.returncode:
-            raise ModelPairError(f"serving.target={str(file)!r}: {child.stderr.strip()[-300:]}")
+        run_everdraft("convert", str(file), failure=f"serving.target={str(file)!r}")
     serving = settings.serving.model_copy(update={"target": str(folder)})
     return settings.model_copy(update={"serving": serving})

@@ -276,8 +276,11 @@ class RouteLearner:
         manifest, state, watch = self.incumbent.manifest, self.incumbent.state, self.watch
         if manifest is None or state is None:
             return
+        is_new = manifest.draft_version > watch.last_version
+        if not is_new and watch.comparison is not None:
+            return
         is_on_canary = self._feed.is_on_trial(self.route)
-        if manifest.draft_version > watch.last_version or (is_on_canary and watch.comparison is None):
+        if is_new or is_on_canary:
             watch.begin(manifest, state, self._parent(), is_on_canary)
 
     def _parent(self) -> AdapterState | None:

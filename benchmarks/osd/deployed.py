@@ -4,7 +4,7 @@ The same requests as the replayed streams, sent by clients; acceptance is what a
 Learner and replicas share the machine, so how many records a draft has seen depends on its speed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,10 +15,9 @@ from benchmarks.osd.experiment_cache import ExperimentCache, Report
 from benchmarks.osd.plan import moving_acceptance
 from buffer.names import DEFAULT_ROUTE
 from deploy.demo.corpus import Prompt
-from deploy.demo.traffic import Ask, Clients, RequestOutcome
+from deploy.demo.traffic import Ask, Clients, RequestOutcome, acceptance_of, answers
 from deploy.settings_source import load_settings
 from deploy.wiring import RunningSystem, open_feed, running_system
-from serving.engine.counters import acceptance_rate
 
 NUM_CLIENTS = 8
 NUM_HELD_OUT = 64
@@ -62,9 +61,9 @@ def measure_deployed(
     return {
         "num_requests": len(outcomes),
         "num_failed": sum(bool(outcome.error) for outcome in [*before, *outcomes, *after]),
-        "floor": _rate(before),
-        "learnt": _rate(after),
-        "answers_unchanged": _texts(before) == _texts(after),
+        "floor": acceptance_of(before),
+        "learnt": acceptance_of(after),
+        "answers_unchanged": answers(before) == answers(after),
         "events": events,
     }, {"acceptance": moving, "draft_version": [outcome.draft_version for outcome in outcomes]}
 
@@ -107,13 +106,3 @@ def _events(system: RunningSystem) -> dict[str, int]:
     finally:
         feed.close()
     return counts
-
-
-def _rate(outcomes: Sequence[RequestOutcome]) -> float:
-    return acceptance_rate(
-        sum(outcome.num_accepted for outcome in outcomes), sum(outcome.num_attempted for outcome in outcomes)
-    )
-
-
-def _texts(outcomes: Sequence[RequestOutcome]) -> dict[str, tuple[int, ...]]:
-    return {outcome.question: outcome.token_ids for outcome in outcomes}

@@ -109,6 +109,7 @@ def _real_demo(
     began_s: float,
 ) -> None:
     from deploy.commands.invitation import invite
+    from deploy.demo.plot import moving_acceptance
     from deploy.demo.real import LEARNER, SERVING, asked_for, metrics_of, run_real, summary_lines
     from deploy.demo.real_model import fetch_model
     from deploy.demo.report import write_report
@@ -137,7 +138,7 @@ def _real_demo(
             for line in summary_lines(metrics):
                 console.print(line)
             if report is not None:
-                write_report(report, "demo_real", metrics, {"acceptance": result.moving_acceptance})
+                write_report(report, "demo_real", metrics, {"acceptance": moving_acceptance(result.outcomes)})
                 console.print(f"figures: {report}")
             if not leave:
                 invite(console, system)

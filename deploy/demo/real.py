@@ -3,7 +3,6 @@
 The same service as any; what is asked, and what came of it. The text is compared with transformers' own.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,15 +16,14 @@ import torch
 from buffer.names import DEFAULT_ROUTE
 from buffer.store import AdapterFeed
 from deploy.demo.corpus import Prompt, prompts
+from deploy.demo.question_rows import DataError, check_folder, rows
 from deploy.demo.screen import DemoScreen
-from deploy.demo.traffic import Ask, Clients, RequestOutcome
-from deploy.errors import DeployError
+from deploy.demo.traffic import Ask, Clients, RequestOutcome, acceptance_of, answers
 from deploy.wiring import RunningSystem
-from serving.engine.counters import acceptance_rate
 
 DOMAINS = ("sql", "code")
 NUM_REQUESTS, NUM_HELD_OUT, NUM_COMPARED = 150, 12, 6
-NUM_CLIENTS, MAX_TOKENS, WINDOW, PAIRS = 2, 48, 25, 3
+NUM_CLIENTS, MAX_TOKENS, PAIRS = 2, 48, 3
 STREAM = "requests"
 
 SERVING: dict[str, Any] = {
@@ -37,10 +35,6 @@ SERVING: dict[str, Any] = {
     "max_route_drafts": 0,
 }
 LEARNER: dict[str, Any] = {"max_routes": 0, "min_records_per_cycle": 12, "gate_min_records": 4}
-
-
-class NoPromptsError(DeployError, ValueError):
-    """A file or folder without prompts; nothing was started."""
 
 
 @dataclass
@@ -65,39 +59,17 @@ class RealResult:
     is_unchanged: bool = False
     """Whether held-out answers before, after and without speculation are the same."""
 
-    @property
-    def moving_acceptance(self) -> list[tuple[int, float]]:
-        points = []
-        for end in range(WINDOW, len(self.outcomes) + 1, 5):
-            window = self.outcomes[end - WINDOW : end]
-            points.append((end, _acceptance(window)))
-        return points
-
 
 def read_prompts(data: Path | None) -> Iterator[Prompt]:
-    """Of the demo's corpus, endless, or of the rows with `prompt` of .jsonl files. Raises NoPromptsError."""
+    """Of the demo's corpus, endless, or of the rows with `prompt` of .jsonl files. Raises DataError."""
     if data is None:
         streams = [prompts(domain, "replay") for domain in DOMAINS]
         while True:
             for stream in streams:
                 yield next(stream)
-    files = sorted(data.rglob("*.jsonl")) if data.is_dir() else [data]
-    count = 0
-    for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except (OSError, ValueError) as error:
-            raise NoPromptsError(f"--data {file} cannot be read as lines of JSON: {error}") from error
-        for row in rows:
-            if isinstance(row, dict) and row.get("prompt"):
-                count += 1
-                message = {"role": "user", "content": str(row["prompt"])}
-                yield Prompt(file.stem, f"{file.stem}-{count}", (message,), "")
-    if not count:
-        raise NoPromptsError(
-            f"--data {data} holds no .jsonl file whose rows have `prompt`; nothing was started"
-        )
+    for file in check_folder(data):
+        for number, row in enumerate(rows(file)):
+            yield Prompt(file.stem, f"{file.stem}-{number}", ({"role": "user", "content": row.question},), "")
 
 
 def run_real(
@@ -137,9 +109,9 @@ def run_real(
             rates[name] = sum(len(each.token_ids) for each in outcomes) / (time.perf_counter() - began_s)
             (after if name == "chosen" else alone).append(outcomes)
         result.speed_ratios.append(rates["chosen"] / rates["off"])
-    texts = [_texts(outcomes) for outcomes in (before, *after, *alone)]
+    texts = [answers(outcomes) for outcomes in (before, *after, *alone)]
     result.is_unchanged = all(text == texts[0] for text in texts)
-    result.before, result.after = _acceptance(before), _acceptance(after[-1])
+    result.before, result.after = acceptance_of(before), acceptance_of(after[-1])
     result.drafted_before, result.drafted_after = _drafted(before), _drafted(after[-1])
     screen.narrate("comparing answers with transformers' own")
     _compare(result, system.settings.serving.target, before[:NUM_COMPARED])
@@ -214,30 +186,20 @@ def _learnt(metrics: dict[str, Any]) -> str:
     return f"acceptance of the draft, as the gate judged: {before:.2f} fitted, {after:.2f} learnt ({part})"
 
 
-def _acceptance(outcomes: Sequence[RequestOutcome]) -> float:
-    return acceptance_rate(
-        sum(outcome.num_accepted for outcome in outcomes), sum(outcome.num_attempted for outcome in outcomes)
-    )
-
-
 def _drafted(outcomes: Sequence[RequestOutcome]) -> float:
     num_tokens = sum(len(outcome.token_ids) for outcome in outcomes)
     return sum(outcome.num_attempted for outcome in outcomes) / max(1, num_tokens)
 
 
-def _texts(outcomes: Sequence[RequestOutcome]) -> dict[str, tuple[int, ...]]:
-    return {outcome.question: outcome.token_ids for outcome in outcomes}
-
-
 def asked_for(data: Path | None) -> list[Prompt]:
-    """Distinct prompts, held out and streamed. Raises NoPromptsError for too few."""
+    """Distinct prompts, held out and streamed. Raises DataError for too few."""
     found: dict[str, Prompt] = {}
     for prompt in islice(read_prompts(data), 20 * (NUM_HELD_OUT + NUM_REQUESTS)):
         found.setdefault(prompt.messages[-1]["content"], prompt)
         if len(found) == NUM_HELD_OUT + NUM_REQUESTS:
             return list(found.values())
     if len(found) < 2 * NUM_HELD_OUT:
-        raise NoPromptsError(
+        raise DataError(
             f"--data {data} has {len(found)} different prompts, at least {2 * NUM_HELD_OUT} are needed"
         )
     return list(found.values())

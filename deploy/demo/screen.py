@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer.records import AdapterEvent
-from deploy.demo.traffic import RequestOutcome
+from deploy.demo.traffic import RequestOutcome, acceptance_of
 from deploy.terminal import visible
-from serving.engine.counters import acceptance_rate
 
 _SHOWN_EVENTS = 6
 _EDGE = 25
@@ -84,9 +83,7 @@ class DemoScreen:
 
 
 def _percent(outcomes: Sequence[RequestOutcome]) -> str:
-    attempted = sum(outcome.num_attempted for outcome in outcomes)
-    rate = acceptance_rate(sum(outcome.num_accepted for outcome in outcomes), attempted)
-    return f"{rate:.2f}" if attempted else "-"
+    return f"{acceptance_of(outcomes):.2f}" if any(outcome.num_attempted for outcome in outcomes) else "-"
 
 
 def _event_line(event: AdapterEvent) -> Text:

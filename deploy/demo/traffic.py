@@ -6,13 +6,14 @@ with an error, never an exception.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from deploy.demo.corpus import Prompt
+from serving.engine.counters import acceptance_rate
 
 REQUEST_TIMEOUT_S = 120.0
 
@@ -52,6 +53,18 @@ class RequestOutcome:
     def question(self) -> str:
         """What was asked; a prompt's key will not do, since prompts cut from one passage share it."""
         return self.ask.prompt.messages[-1]["content"]
+
+
+def acceptance_of(outcomes: Sequence[RequestOutcome]) -> float:
+    """Accepted over judged draft tokens; 0 where none was judged."""
+    return acceptance_rate(
+        sum(outcome.num_accepted for outcome in outcomes), sum(outcome.num_attempted for outcome in outcomes)
+    )
+
+
+def answers(outcomes: Sequence[RequestOutcome]) -> dict[str, tuple[int, ...]]:
+    """Token ids by question."""
+    return {outcome.question: outcome.token_ids for outcome in outcomes}
 
 
 class Clients:

@@ -14,10 +14,11 @@ from benchmarks.engine_modes import ask_by_clients
 from benchmarks.forwards import ForwardTimes, measure_forwards, pass_runners
 from benchmarks.lineup import Lineup
 from benchmarks.modes import MODES, ModeOutcome, Rounds
-from benchmarks.prompts import SHORT_TOKENS, DataError, demo_prompts, folder_prompts
+from benchmarks.prompts import SHORT_TOKENS, demo_prompts, folder_prompts
 from benchmarks.rows import KEYS, MeasuredSetting, Setting
 from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
 from benchmarks.throughput_views import plot_throughput, table
+from deploy.demo.question_rows import DataError
 from serving.engine import SamplingParams
 from serving.local import load_engine
 from serving.models.loading import ModelPair, load_pair

@@ -5,7 +5,9 @@ Invariant: a version that was not tested is named and left as it is.
 
 import logging
 import os
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from serving.models.errors import UnsupportedModelError
@@ -55,6 +57,14 @@ def require_vllm() -> None:
             f"engine='vllm': vLLM {found} is installed, and capture and swaps, which reach into its worker, "
             f"were run with {', '.join(TESTED)} alone; in another they may serve wrong drafts"
         )
+    if find_spec("torchvision") is not None:
+        try:
+            import_module("torchvision")
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"engine='vllm': torchvision is installed and does not fit torch ({error}), so vLLM cannot "
+                "be imported: `pip uninstall torchvision`"
+            ) from error
 
 
 def _start_when_warm() -> None:

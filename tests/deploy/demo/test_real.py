@@ -10,19 +10,16 @@ import pytest
 
 from buffer.records import AdapterEvent
 from deploy.demo import real_model
-from deploy.demo.corpus import Prompt
+from deploy.demo.question_rows import DataError
 from deploy.demo.real import (
     NUM_HELD_OUT,
     NUM_REQUESTS,
-    WINDOW,
-    NoPromptsError,
     RealResult,
     asked_for,
     metrics_of,
     summary_lines,
 )
 from deploy.demo.real_model import DownloadError, fetch_model
-from deploy.demo.traffic import Ask, RequestOutcome
 
 
 @pytest.fixture(autouse=True)
@@ -41,26 +38,17 @@ def test_prompts_are_different_and_as_many_as_there_are(tmp_path: Path) -> None:
     questions = [prompt.messages[-1]["content"] for prompt in asked_for(None)]
     assert len(set(questions)) == len(questions) == whole
     assert len(asked_for(rows(tmp_path, 40))) == 40
-    assert len(asked_for(rows(tmp_path, 400) / "some.jsonl")) == whole
+    assert len(asked_for(rows(tmp_path, 400))) == whole
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no .jsonl"), ('{"prompt": "one"}', "1 different prompts"), ("no json", "cannot be read")],
+    [("", "holds no .jsonl"), ('{"prompt": "one"}', "1 different prompts"), ("no json", "holds no .jsonl")],
 )
 def test_rows_that_will_not_do_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(NoPromptsError, match=message):
+    with pytest.raises(DataError, match=message):
         asked_for(tmp_path)
-
-
-def test_acceptance_moves_over_a_window() -> None:
-    ask = Ask(Prompt("sql", "k", ({"role": "user", "content": "q"},), ""), 8)
-    rejected = RequestOutcome(ask, num_attempted=4, num_accepted=0)
-    accepted = RequestOutcome(ask, num_attempted=4, num_accepted=4)
-    result = RealResult("self:0", outcomes=[rejected] * WINDOW + [accepted] * WINDOW)
-    assert result.moving_acceptance[0] == (WINDOW, 0.0)
-    assert result.moving_acceptance[-1] == (2 * WINDOW, 1.0)
 
 
 def test_the_summary_says_what_the_gate_saw_and_whether_texts_are_the_same() -> None:

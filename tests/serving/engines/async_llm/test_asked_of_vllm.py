@@ -1,6 +1,9 @@
 """What goes to vLLM, what is refused in its place, and what its processes find around them."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +57,20 @@ def test_a_version_that_was_not_tested_is_refused_with_the_reason(monkeypatch: p
         monkeypatch.setattr(plugin, "vllm_version", lambda found=found: found)
         with pytest.raises(UnsupportedModelError, match=words):
             plugin.require_vllm()
+
+
+def test_a_torchvision_that_does_not_fit_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plugin, "vllm_version", lambda: plugin.TESTED[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    with pytest.raises(UnsupportedModelError, match=r"torchvision::nms.*pip uninstall torchvision"):
+        plugin.require_vllm()
+    (tmp_path / "torchvision.py").unlink()
+    importlib.invalidate_caches()
+    plugin.require_vllm()
 
 
 def test_an_untested_vllm_is_left_as_it_is(
