@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.osd.jobs import Job, Result
-from benchmarks.osd.plan import SELF, ExperimentPlan, Metrics, Series, moving_acceptance, with_seeds
+from benchmarks.osd.plan import (
+    SELF,
+    WHOLE_STREAMS,
+    ExperimentPlan,
+    Metrics,
+    Series,
+    moving_acceptance,
+    with_seeds,
+)
 
 PHASE_RECORDS = 600
 
@@ -23,9 +31,15 @@ def shift(plan: ExperimentPlan) -> tuple[Metrics, Series]:
         "routes": replace(replay, routing="tags"),
         SELF: replace(replay, draft=plan.part),
     }
-    lives = {arm: with_seeds(job, plan.num_seeds if arm == "replay" else 1) for arm, job in arms.items()}
+    lives = {
+        arm: with_seeds(arms[arm], plan.num_seeds if arm == "replay" else 1) for arm in plan.arms_of("shift")
+    }
+    drafts = {arms[arm].draft for arm in lives}
     single = {
-        domain: with_seeds(Job("ours", (domain,), num_records=plan.num_records), plan.num_seeds)
+        (draft, domain): with_seeds(
+            Job("ours", (domain,), num_records=plan.num_records, draft=draft), plan.num_seeds
+        )
+        for draft in sorted(drafts)
         for domain in plan.domains
     }
     results = plan.work(job for jobs in [*lives.values(), *single.values()] for job in jobs)
@@ -38,19 +52,16 @@ def shift(plan: ExperimentPlan) -> tuple[Metrics, Series]:
             for domain, curve in result.held_out.items():
                 series[f"{arm}/{seed}/{domain}"] = [list(point) for point in curve]
         _add_shift(metrics, plan, arm, [results[job] for job in jobs], count)
-    for domain, jobs in single.items():
+    for (draft, domain), jobs in single.items():
         curves = [results[job].held_out[domain] for job in jobs]
-        metrics.setdefault("single", {})[domain] = {
+        metrics.setdefault(f"single of {draft}" if draft else "single", {})[domain] = known = {
             "as_many_records": statistics.median(_at(curve, count) for curve in curves),
             "final": statistics.median(curve[-1][1] for curve in curves),
         }
-    for arm in lives:
-        behind = metrics[arm]["behind_single"] = {}
-        for domain in plan.domains:
-            known = metrics["single"][domain]
-            behind[domain] = {
-                "as_many_records": known["as_many_records"] - metrics[arm]["at_end_of_phase"][domain],
-                "final": known["final"] - metrics[arm]["at_end_of_phase"][domain],
+        for arm in (arm for arm in lives if arms[arm].draft == draft):
+            reached = metrics[arm]["at_end_of_phase"][domain]
+            metrics[arm].setdefault("behind_single", {})[domain] = {
+                name: value - reached for name, value in known.items()
             }
     return metrics, series
 
@@ -64,7 +75,11 @@ def _add_shift(metrics: Metrics, plan: ExperimentPlan, arm: str, found: Sequence
     forgotten = statistics.median(
         _at(result.held_out[first], count) - result.held_out[first][-1][1] for result in found
     )
-    metrics[arm] = {"at_end_of_phase": at_end, "forgotten_of_first": forgotten}
+    metrics[arm] = {
+        "at_end_of_phase": at_end,
+        "forgotten_of_first": forgotten,
+        "learner_s": statistics.median(result.learner_s for result in found),
+    }
 
 
 def _at(curve: Sequence[Sequence[float]], count: int) -> float:
@@ -85,18 +100,16 @@ def mixture(plan: ExperimentPlan) -> tuple[Metrics, Series]:
         SELF: replace(one, draft=plan.part),
         f"{SELF}, tags": replace(tags, draft=plan.part),
     }
-    several = ("one", "router")
-    lives = {arm: with_seeds(job, plan.num_seeds if arm in several else 1) for arm, job in arms.items()}
-    whole = replace(one, num_records=plan.num_records, evaluate_every=1600)
-    alone = {domain: Job("ours", (domain,), num_records=plan.num_records) for domain in plan.domains}
-    results = plan.work([*(job for jobs in lives.values() for job in jobs), whole, *alone.values()])
-    metrics: Metrics = {
-        "records_per_domain": count,
-        "whole_streams": {"records_per_domain": plan.num_records},
+    asked, several = plan.arms_of("mixture"), ("one", "router")
+    lives = {
+        arm: with_seeds(job, plan.num_seeds if arm in several else 1)
+        for arm, job in arms.items()
+        if arm in asked
     }
-    for domain, job in alone.items():
-        for_all, own = results[whole].final[domain].acceptance, results[job].final[domain].acceptance
-        metrics["whole_streams"][domain] = {"one": for_all, "own": own, "gain": own - for_all}
+    metrics: Metrics = {"records_per_domain": count}
+    if WHOLE_STREAMS in asked:
+        metrics["whole_streams"] = _whole_streams(plan, one)
+    results = plan.work(job for jobs in lives.values() for job in jobs)
     series: Series = {}
     for arm, jobs in lives.items():
         found = [results[job] for job in jobs]
@@ -105,11 +118,24 @@ def mixture(plan: ExperimentPlan) -> tuple[Metrics, Series]:
             for domain in plan.domains
         }
         metrics[arm] = {"acceptance_rate": by_domain, "mean": statistics.fmean(by_domain.values())}
+        metrics[arm]["learner_s"] = statistics.median(result.learner_s for result in found)
         metrics[arm]["purity"] = [purity(result.facts["held_out_routes"]) for result in found]
         metrics[arm]["routes_of"] = [result.facts["held_out_routes"] for result in found]
         for seed, result in enumerate(found):
             series[f"{arm}/{seed}"] = moving_acceptance(result.accepted, result.attempted)
     return metrics, series
+
+
+def _whole_streams(plan: ExperimentPlan, one: Job) -> Metrics:
+    """All records of every domain: by one draft, and by a draft for each."""
+    whole = replace(one, num_records=plan.num_records, evaluate_every=1600)
+    alone = {domain: Job("ours", (domain,), num_records=plan.num_records) for domain in plan.domains}
+    results = plan.work([whole, *alone.values()])
+    metrics: Metrics = {"records_per_domain": plan.num_records}
+    for domain, job in alone.items():
+        for_all, own = results[whole].final[domain].acceptance, results[job].final[domain].acceptance
+        metrics[domain] = {"one": for_all, "own": own, "gain": own - for_all}
+    return metrics
 
 
 def purity(routes_of: Mapping[str, Mapping[str, int]]) -> float:

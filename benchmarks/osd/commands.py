@@ -84,7 +84,7 @@ def osd(
     from benchmarks.osd.corpus import DOMAINS, check_domains
     from benchmarks.osd.experiment import run_experiment
     from benchmarks.osd.experiment_cache import ExperimentCache
-    from benchmarks.osd.plan import ARMS, ExperimentPlan
+    from benchmarks.osd.plan import ExperimentPlan
     from benchmarks.osd.recorded_answers import Asking
     from serving.models.target_part import TargetPart
 
@@ -94,7 +94,7 @@ def osd(
         check_domains(folder, domain or DOMAINS)
         if (target is None) != (draft is None):
             raise typer.BadParameter("--target and --draft belong together: give both, or neither")
-        _check_arms(arm, part, temperature)
+        _check_arms(experiment, arm, part, temperature)
         _check_ablations(ablation)
     asking, num_stream = Asking(prompt_tokens, answer_tokens), records
     if target is None or draft is None:
@@ -104,7 +104,7 @@ def osd(
         part, draft = draft, str(_two_layers_of(target))
     cache = ExperimentCache(target, draft, folder, cache_folder(), asking, num_stream, held_out)
     temperatures, blocks = _each(temperature, (0.0, 1.0)), _each(block, ("whole", "attention"))
-    wanted, arms, changed, say = _each(domain, DOMAINS), _each(arm, ARMS), _each(ablation, ()), errors().print
+    wanted, arms, changed, say = _each(domain, DOMAINS), _each(arm, ()), _each(ablation, ()), errors().print
     plan = ExperimentPlan(
         cache, wanted, records, seeds, jobs, say, temperatures, part, arms, blocks, engine, changed
     )
@@ -126,14 +126,17 @@ def _each(asked: list[T] | None, default: tuple[T, ...]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(asked or default))
 
 
-def _check_arms(arms: list[str] | None, part: str, temperatures: list[float] | None) -> None:
+def _check_arms(experiment: str, arms: list[str] | None, part: str, temperatures: list[float] | None) -> None:
     from benchmarks.osd.plan import ARMS
     from serving.models.target_part import TargetPart
 
     if set(temperatures or ()) - {0.0, 1.0}:
         raise typer.BadParameter(f"--temperature {temperatures}: only 0 and 1 are recorded and replayed")
-    if unknown := sorted(set(arms or ()) - set(ARMS)):
-        raise typer.BadParameter(f"--arm {unknown[0]} is none of {', '.join(ARMS)}")
+    known = ARMS.get(experiment, ())
+    if unknown := sorted(set(arms or ()) - set(known)):
+        raise typer.BadParameter(
+            f"--arm {unknown[0]} is no arm of {experiment}, which has {', '.join(known) or 'none'}"
+        )
     if TargetPart.named(part) is None:
         raise typer.BadParameter(f"--part {part} names no part of the target, as self:2 does")
 

@@ -16,7 +16,7 @@ from benchmarks.osd.changing_traffic import mixture, shift
 from benchmarks.osd.deployed import measure_deployed
 from benchmarks.osd.parts import parts
 from benchmarks.osd.per_domain import per_domain
-from benchmarks.osd.plan import SELF, ExperimentPlan, Metrics, Series
+from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
 from benchmarks.osd.speed import measure_speed
 from deploy.demo.report import write_report
 from serving.compiling import CompileChoice
@@ -79,7 +79,7 @@ def run_experiment(
 def _deployed(plan: ExperimentPlan) -> tuple[Metrics, Series]:
     metrics: Metrics = {}
     series: Series = {}
-    for arm in (each for each in ("ours", SELF) if each in plan.arms):
+    for arm in plan.arms_of("deployed"):
         found, points = measure_deployed(
             plan.cache,
             plan.domains[0],

@@ -31,7 +31,7 @@ DraftOrPartOption = Annotated[
 ]
 ArmsOption = Annotated[
     list[str] | None,
-    typer.Option(help="Of the experiment `domain`, such as ours and self; again for more; default: all."),
+    typer.Option(help="Of the experiment, such as ours and self; again for more; default: all."),
 ]
 BlocksOption = Annotated[
     list[str] | None,

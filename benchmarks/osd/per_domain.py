@@ -19,14 +19,14 @@ def per_domain(plan: ExperimentPlan) -> tuple[Metrics, Series, dict[str, dict[st
     """Floor, the paper's setting at its best rate, ours with the draft and with a part of the target, and the
     ceiling, on every domain. The last value: by domain, temperature and arm, the folder of the first seed's
     adapter."""
-    rates = paper_rates(plan) if "paper" in plan.arms else {}
+    rates = paper_rates(plan) if "paper" in plan.arms_of("domain") else {}
     lives = {
         (domain, temperature, arm): [
             _life(plan, domain, temperature, arm, rates.get(domain, 0.0), seed)
             for seed in _seeds(plan, temperature)
         ]
         for temperature in plan.temperatures
-        for arm in plan.arms
+        for arm in plan.arms_of("domain")
         for domain in plan.domains
         if arm != "offline_full" or not temperature
     }

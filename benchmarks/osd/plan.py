@@ -16,7 +16,14 @@ WINDOW = 50
 """Records of the moving average, as in the paper."""
 SELF = "self"
 """The arm of our loop with a part of the target in the draft's place."""
-ARMS = ("floor", "ours", SELF, "paper", "offline", "offline_full")
+WHOLE_STREAMS = "whole streams"
+ARMS = {
+    "domain": ("floor", "ours", SELF, "paper", "offline", "offline_full"),
+    "deployed": ("ours", SELF),
+    "shift": ("replay", "no_replay", "routes", SELF),
+    "mixture": ("one", "tags", "router", SELF, f"{SELF}, tags", WHOLE_STREAMS),
+}
+"""Of an experiment that compares them; each can be asked for alone."""
 THINNING = 10
 """Every so many records a point of a series."""
 
@@ -38,14 +45,18 @@ class ExperimentPlan:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     part: str = "self:2"
     """Of the target, which the arm `self` drafts with."""
-    arms: tuple[str, ...] = ARMS
-    """Of the experiments on single domains and on the whole deployment."""
+    arms: tuple[str, ...] = ()
+    """Those of the experiment that are run; none named: all."""
     blocks: tuple[str, ...] = ("whole", "attention")
     """Of the experiment on parts."""
     engine: str = "everdraft"
     """Of the whole deployment: who runs the models."""
     ablations: tuple[str, ...] = ()
     """Settings that are changed, one at a time; none named: all."""
+
+    def arms_of(self, experiment: str) -> tuple[str, ...]:
+        """In the experiment's own order."""
+        return tuple(arm for arm in ARMS[experiment] if not self.arms or arm in self.arms)
 
     def draft_of(self, arm: str) -> str:
         """What the arm drafts with; empty: the pair's draft."""

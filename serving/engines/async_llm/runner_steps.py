@@ -130,7 +130,7 @@ def _drafted(batch: Any, starts: NDArray[np.int32]) -> NDArray[np.int32]:
 def _draft_probs(
     batch: Any, num_drafted: NDArray[np.int64], params: list[Any], draft_logits_QGV: Tensor | None
 ) -> Tensor | None:
-    """`draft_logits_QGV`: by the runner's place of a request and the draft token's, before the temperature."""
+    """`draft_logits_QGV`: by the place of a request and its draft token, before the temperature."""
     if draft_logits_QGV is None:
         return None
     rows = []

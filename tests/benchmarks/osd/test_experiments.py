@@ -88,10 +88,16 @@ def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cach
 
 @pytest.mark.slow
 def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) -> None:
-    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, temperatures=(0.0,))
+    asked = {"temperatures": (0.0,), "part": "self:1", "arms": ("self", "replay")}
+    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 2, lambda line: None, **asked)
     plan.record_answers()
     metrics, series = shift(plan)
     assert metrics["replay"]["forgotten_of_first"] == pytest.approx(0.0)
+    assert "routes" not in metrics, "arms that were not asked for are not run"
+    for arm, single in (("replay", "single"), ("self", "single of self:1")):
+        reached = metrics[arm]["at_end_of_phase"]["gsm8k"]
+        behind = metrics[arm]["behind_single"]["gsm8k"]["as_many_records"]
+        assert metrics[single]["gsm8k"]["as_many_records"] == pytest.approx(reached + behind)
     views.plot_phases(metrics, series, plan.domains, plan.cache.cache / "shift.png")
 
 
