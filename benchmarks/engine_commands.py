@@ -1,4 +1,4 @@
-"""`everdraft bench engines, swaps, revisions`: one engine beside another, on the same work, in turn."""
+"""`everdraft bench engines, swaps, revisions, memory`: whole engines, in turn or beside their plan."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,3 +162,30 @@ def revisions(
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, "revisions", {"threads": threads, "num_pairs": pairs, **metrics}, {})
     output().print(f"figures: {report}")
+
+
+def memory(
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    slots: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 2,
+    tokens: Annotated[int, typer.Option(help="Of each request, prompt and answer.", min=32)] = 256,
+    requests: Annotated[int, typer.Option(min=1)] = 24,
+    port: Annotated[int, typer.Option(help="Of the endpoint.")] = 8000,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "memory.json",
+) -> None:
+    """The memory plan against what replica and learner hold, in a whole service under load."""
+    from benchmarks.memory import measure_memory
+    from deploy.demo.report import write_report
+
+    say = errors().print
+    found = measure_memory(
+        target, draft, num_slots=slots, max_seq_len=tokens, num_requests=requests, port=port, report=say
+    )
+    for name in ("replica", "learner"):
+        row = found[name]
+        output().print(
+            f"{name}: {row['planned_mib']:,.0f} MiB planned, {row['measured_mib']:,.0f} MiB held "
+            f"({row['planned_over_measured']:.2f})"
+        )
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "memory", {"slots": slots, "tokens": tokens, "requests": requests, **found}, {})

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from buffer.codec import decode, encode
 from buffer.memory_stream import Entry, Stream
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
-from buffer.route_state import RouteState, promotion, turn
+from buffer.route_state import MAX_VERSION_BYTES, RouteState, num_versions_kept, promotion, turn
 from buffer.route_table import RouteTable
 from buffer.store import (
     Bounds,
@@ -133,11 +133,12 @@ class MemoryAdapterFeed:
         *,
         clock: Callable[[], float] = time.time,
         max_versions: int = 8,
+        max_version_bytes: int = MAX_VERSION_BYTES,
         max_events: int = 1_000,
         status_ttl_s: float = 10.0,
     ) -> None:
         self._clock = clock
-        self._max_versions = max_versions
+        self._max_versions, self._max_version_bytes = max_versions, max_version_bytes
         self._status_ttl_s = status_ttl_s
         self._states: dict[str, RouteState] = {}
         self._adapters: dict[tuple[str, int], tuple[AdapterManifest, bytes]] = {}
@@ -149,7 +150,8 @@ class MemoryAdapterFeed:
     def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
         with self._lock:
-            state = self._state(manifest.route).published(version, parent, self._max_versions, on_trial)
+            kept = num_versions_kept(self._max_versions, self._max_version_bytes, len(weights))
+            state = self._state(manifest.route).published(version, parent, kept, on_trial)
             self._adapters[manifest.route, version] = (manifest, bytes(weights))
             self._store(state, promotion(manifest, self._clock(), on_trial))
 

@@ -19,7 +19,7 @@ from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
 from buffer.redis_old_keys import OldKeys
 from buffer.redis_store import RedisLink
-from buffer.route_state import RouteState, promotion, turn
+from buffer.route_state import MAX_VERSION_BYTES, RouteState, num_versions_kept, promotion, turn
 from buffer.route_table import RouteTable
 
 PIECE_BYTES = 256 * 2**20
@@ -51,8 +51,8 @@ def _tag(*names: str) -> str:
 class RedisAdapterFeed:
     """An AdapterFeed of one target, shared by the learner, any number of replicas and operators.
 
-    Keeps `max_versions` adapters and `max_events` lines of history a route; a status expires after
-    `status_ttl_s` by the server's clock."""
+    Keeps `max_versions` adapters of `max_version_bytes` together, and `max_events` lines of history a route;
+    a status expires after `status_ttl_s` by the server's clock."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class RedisAdapterFeed:
         *,
         clock: Callable[[], float] = time.time,
         max_versions: int = 8,
+        max_version_bytes: int = MAX_VERSION_BYTES,
         max_events: int = 1_000,
         status_ttl_s: float = 10.0,
         prefix: str = "everdraft",
@@ -69,7 +70,7 @@ class RedisAdapterFeed:
     ) -> None:
         self._link = RedisLink(url, timeout_s)
         self._clock = clock
-        self._max_versions = max_versions
+        self._max_versions, self._max_version_bytes = max_versions, max_version_bytes
         self._max_events = max_events
         self._status_ttl_s = status_ttl_s
         self._prefix = prefix
@@ -80,12 +81,13 @@ class RedisAdapterFeed:
     def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
         version, parent = manifest.draft_version, manifest.parent_version
         whole, size = memoryview(weights), self._piece_bytes
+        kept = num_versions_kept(self._max_versions, self._max_version_bytes, len(weights))
         adapter: dict[str, bytes | memoryview] = {f"manifest:{version}": encode(manifest)}
         for number in range(max(1, -(-len(whole) // size))):
             adapter[_piece(version, number)] = whole[number * size : (number + 1) * size]
         self._change(
             manifest.route,
-            lambda state: state.published(version, parent, self._max_versions, on_trial),
+            lambda state: state.published(version, parent, kept, on_trial),
             lambda state: promotion(manifest, self._clock(), on_trial),
             adapter,
         )

@@ -12,6 +12,14 @@ from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
 
+MAX_VERSION_BYTES = 512 * 2**20
+"""Of a route's kept adapters, beside those that a rollback or an unpin may need."""
+
+
+def num_versions_kept(max_versions: int, max_bytes: int, num_bytes: int) -> int:
+    """How many adapters of `num_bytes` a route keeps: whole weights of a draft are as large as the draft."""
+    return max(1, min(max_versions, max_bytes // max(1, num_bytes)))
+
 
 @dataclass(frozen=True)
 class RouteState:

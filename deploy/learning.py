@@ -8,6 +8,8 @@ import re
 from functools import partial
 from pathlib import PurePath
 
+from torch import nn
+
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_store import RedisRecordStore
 from learner.draft import build_draft
@@ -34,7 +36,10 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
     )
     assert pair.draft is not None, "a learner is wired only where there is a draft"
     draft = build_draft(
-        pair.draft.float(), learner, draft_id=pair.draft_id, draft_revision=pair.draft_revision
+        with_own_memory(pair.draft.float()),
+        learner,
+        draft_id=pair.draft_id,
+        draft_revision=pair.draft_revision,
     )
     return Learner(
         draft,
@@ -46,6 +51,14 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
             _tracker, learner, registered_base_name(learner, serving.target, pair.target_revision)
         ),
     )
+
+
+def with_own_memory(model: nn.Module) -> nn.Module:
+    """The model with its weights copied: as loaded they are windows on the whole file, which for a part of
+    the target is the target's, and stays in memory as long as one of them is used."""
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.clone()
+    return model
 
 
 def registered_base_name(learner: LearnerSettings, target: str, target_revision: str) -> str:

@@ -31,7 +31,6 @@ from learner.settings import LearnerSettings
 
 if TYPE_CHECKING:
     from deploy.learner_process import LearnerHandle
-    from serving.memory_plan import MemoryPlan
 
 Narrate = Callable[[str], None]
 """Told what is being done, a line at a time, in words for a person."""
@@ -100,6 +99,8 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
         check_models(as_if_chosen(settings))
         settings = with_draft_checkpoint(settings, narrate)
         if settings.serving.engine == "everdraft":  # vLLM plans its own memory
+            from deploy.memory import check_memory
+
             for line in check_memory(as_if_chosen(settings)).lines():
                 narrate(line)
         redis_url = parts.enter_context(_redis(settings, narrate))
@@ -157,31 +158,6 @@ def check_models(settings: Settings) -> None:
         inspect_pair(serving.target, serving.draft, dtype=serving.dtype)
     except UnsupportedModelError as error:
         raise ModelPairError(f"serving: {error}; nothing was started") from error
-
-
-def check_memory(settings: Settings) -> "MemoryPlan":
-    """What one replica will hold, from the configurations alone. Raises SettingsError for what cannot fit.
-
-    A CUDA device is asked by the replica that opens it, and machines behind a given Ray by theirs.
-    """
-    import torch
-
-    from buffer.exporter import MAX_QUEUE_BYTES
-    from serving.free_memory import FreeMemory, host_free_bytes
-    from serving.memory_plan import MemoryPlan, MemoryPlanError
-    from serving.options import EngineOptions
-
-    serving = settings.serving
-    options = EngineOptions.of(serving, export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0)
-    plan = MemoryPlan.outlined(
-        serving.target, serving.draft, options, dtype=serving.dtype, untie_draft=serving.untie_draft
-    )
-    if settings.cluster.ray_address is None and torch.device(serving.device).type != "cuda":
-        try:
-            plan.require_fit(FreeMemory(host_free_bytes() // serving.num_replicas))
-        except MemoryPlanError as error:
-            raise SettingsError(f"serving: {error}; nothing was started") from None
-    return plan
 
 
 def with_absolute_paths(settings: Settings) -> Settings:

@@ -52,12 +52,13 @@ class Checkpoint:
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write, flush, rename, delete all but the last files. Returns the new file."""
     folder.mkdir(parents=True, exist_ok=True)
-    data = _to_bytes(checkpoint)
-    digest = hashlib.sha256(data).hexdigest()
     files = _files(folder)
     number = _number(files[-1]) + 1 if files else 1
-    path = folder / f"{number:010d}-{digest[:32]}.safetensors"
-    replace_file(path, data)
+    aside = folder / f"{number:010d}.part"
+    tensors, header = _contents(checkpoint)
+    safetensors.torch.save_file(tensors, aside, header)
+    path = folder / f"{number:010d}-{_digest(aside)}.safetensors"
+    _put_in_place(aside, path)
     for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
         old.unlink(missing_ok=True)
     return path
@@ -84,19 +85,14 @@ def folder_of_target(folder: Path, target_revision: str) -> Path:
 def replace_file(path: Path, data: bytes) -> None:
     """Replace a file atomically, even across a loss of power."""
     aside = path.with_suffix(".part")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _flush_folder(path.parent)
+    aside.write_bytes(data)
+    _put_in_place(aside, path)
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
     """The newest intact checkpoint; None where there is none."""
     for path in reversed(_files(folder)):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] == path.stem.split("-")[1]:
+        if _digest(path) == path.stem.split("-")[1]:
             return _from_file(path)
     return None
 
@@ -104,11 +100,11 @@ def read_latest(folder: Path) -> Checkpoint | None:
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's moments by `<moment>.<parameter key>`, copied to the CPU."""
+    """The optimizer's live moments by `<moment>.<parameter key>`, on the CPU."""
     found: dict[str, Tensor] = {}
     for key, parameter in parameters.items():
         for moment, value in optimizer.state.get(parameter, {}).items():
-            found[f"{moment}.{key}"] = torch.as_tensor(value).detach().cpu().clone()
+            found[f"{moment}.{key}"] = torch.as_tensor(value).detach().cpu()
     return found
 
 
@@ -124,7 +120,8 @@ def load_optimizer_state(
         optimizer.state[parameter][moment] = value.to(device).clone()
 
 
-def _to_bytes(checkpoint: Checkpoint) -> bytes:
+def _contents(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header."""
     tensors = {f"adapter.{key}": tensor for key, tensor in checkpoint.adapter.items()}
     tensors |= {f"optimizer.{key}": tensor for key, tensor in checkpoint.optimizer.items()}
     if checkpoint.incumbent_weights:
@@ -140,7 +137,7 @@ def _to_bytes(checkpoint: Checkpoint) -> bytes:
         "mlflow_run_id": checkpoint.mlflow_run_id,
         "schedule": checkpoint.schedule,
     }
-    return safetensors.torch.save(tensors, {"schema": _SCHEMA, "state": json.dumps(plain)})
+    return tensors, {"schema": _SCHEMA, "state": json.dumps(plain)}
 
 
 def _from_file(path: Path) -> Checkpoint | None:
@@ -181,6 +178,22 @@ def _files(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     return int(path.stem.split("-")[0])
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Rename a written file, which survives loss of power before its name does."""
+    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    aside.replace(path)
+    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -22,12 +22,14 @@ from learner import checkpoint
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
 from learner.judging.draft_selection import ExistingDraft
+from learner.memory_plan import route_bytes
 from learner.record_inbox import CLAIM_IDLE_S, RecordInbox
 from learner.route_learner import RouteLearner
 from learner.routes import Routes
 from learner.rows import record_fault
 from learner.settings import LearnerSettings
 from learner.tracking.tracker import NullTracker, Tracker
+from serving.free_memory import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Learner:
             target_revision=target_revision,
             is_sound=lambda record: not self._fault(record),
             now_s=now_s,
+            has_memory=self._has_memory,
         )
         self._inbox = RecordInbox(
             self._store, target_revision, settings.consumer_name, self._routes.used_entry_ids()
@@ -243,6 +246,11 @@ class Learner:
             fallback=fallback,
             found=found,
         )
+
+    def _has_memory(self) -> bool:
+        """Whether one more route's training state fits now."""
+        needed = route_bytes(self._draft.num_parameters, self._draft.export_dtype.itemsize)
+        return needed < free_memory(self._draft.device).device_bytes
 
     def _wait_for_store(self, error: StoreUnavailableError) -> None:
         """Wait between two attempts; raises LearnerStopped if stopped meanwhile."""

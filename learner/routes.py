@@ -51,7 +51,12 @@ class Routes:
         target_revision: str,
         is_sound: Callable[[GenerationRecord], bool],
         now_s: Callable[[], float],
+        has_memory: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`has_memory`: whether the training state of one more route fits now."""
+        self._has_memory = has_memory
+        self._refused: set[str] = set()
+        """Routes that found no memory, which is told once."""
         self._build, self._store, self._feed, self._settings = build, store, feed, settings
         self._target_revision, self._now_s = target_revision, now_s
         self._is_sound = is_sound
@@ -151,7 +156,11 @@ class Routes:
             self._num_unreviewed = 0
             self._look_again_at_kinds()
         for route in routes_to_open(self._standings, self._policy):
-            self._open(route)
+            if self._has_memory():
+                self._open(route)
+            elif route not in self._refused:
+                self._refused.add(route)
+                logger.warning("route %s gets no draft of its own: too little memory is free", route)
 
     def decided(self, draft: RouteLearner) -> None:
         """After each decision on a route's candidate: check whether its own draft is the best one for it."""

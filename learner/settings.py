@@ -21,6 +21,8 @@ DivergenceName = Literal[
 TrainableName = Literal["lora", "full"]
 
 NEVER, NEVER_S = 10**9, 1e9
+LOGITS_COPIES = 4
+"""Held at once: logits, the tempered ones, their log-softmax and its gradient; see `bench memory`."""
 
 
 class LearnerSettings(BaseModel):
@@ -75,8 +77,9 @@ class LearnerSettings(BaseModel):
     """Longer contexts are cut from the left."""
     max_tokens_per_pass: int = Field(4096, ge=2)
     """Bounds a pass: padded tokens of all its rows."""
-    max_positions_per_pass: int = Field(1024, ge=1)
-    """Bounds the logits held at once: positions times vocabulary times 4 bytes."""
+    max_logits_mib_per_pass: float = Field(512.0, gt=0)
+    """Bounds a pass's logits, float32 over the vocabulary at each position that is learnt from, with all
+    copies of them that a step or a score holds at once. A row is always taken whole."""
 
     # when to train
     min_records_per_cycle: int = Field(24, ge=1)
@@ -180,6 +183,10 @@ class LearnerSettings(BaseModel):
     """MLflow's experiment."""
     registered_model_name: str = "everdraft-draft"
     """Base name: each route's model is called `<name>-<target>-<revision>-<route>`."""
+
+    def positions_per_pass(self, vocab_size: int) -> int:
+        """Most positions of a pass over several rows."""
+        return max(1, int(self.max_logits_mib_per_pass * 2**20) // (4 * vocab_size * LOGITS_COPIES))
 
 
 def paper_setting(learning_rate: float = 1e-4) -> LearnerSettings:

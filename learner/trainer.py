@@ -120,7 +120,7 @@ class Trainer:
                 settings.rejected_suffix_weight,
                 self.rng,
             )
-        groups = pack(rows, settings.max_tokens_per_pass, settings.max_positions_per_pass)
+        groups = pack(rows, settings.max_tokens_per_pass, settings.positions_per_pass(self.draft.vocab_size))
         return [collate(group, self.draft.device) for group in groups]
 
     def score(
@@ -135,7 +135,7 @@ class Trainer:
             records,
             max_row_tokens=self._settings.max_row_tokens,
             max_tokens_per_pass=self._settings.max_tokens_per_pass,
-            max_positions_per_pass=self._settings.max_positions_per_pass,
+            max_positions_per_pass=self._settings.positions_per_pass(self.draft.vocab_size),
         )
         self.busy_s += time.perf_counter() - began_s
         return scores

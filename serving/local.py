@@ -1,8 +1,10 @@
 """The library entry: an engine in this process, without Ray, Redis or HTTP."""
 
 import logging
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from serving.compiling import Compiling
@@ -84,7 +86,8 @@ def build_engine(
     """Start an engine on a loaded pair. A draft that is not used takes no memory, and no adapter is swapped
     in. `free` None: queries the device. Raises MemoryPlanError before anything is allocated."""
     plan = MemoryPlan.of(pair, options)
-    plan.require_fit(free or free_memory(next(pair.target.parameters()).device))
+    device = next(pair.target.parameters()).device
+    plan.require_fit(free or free_memory(device))
     _log.info("%s", "\n".join(plan.lines()))
     options = plan.options
     target = Runner(pair.target, num_slots=options.num_slots, max_seq_len=options.max_seq_len)
@@ -125,9 +128,16 @@ def build_engine(
     engine.pair, engine.router, engine.memory_plan, engine.compiling = pair, router, plan, compiling
     engine.drafts = None
     if weights is not None:
-        engine.drafts = ServedDrafts(engine, weights, new_route_draft, options.max_route_drafts)
+        engine.drafts = ServedDrafts(
+            engine, weights, new_route_draft, options.max_route_drafts, partial(_has_room, plan, device)
+        )
     compiling.start(engine)
     return engine
+
+
+def _has_room(plan: MemoryPlan, device: torch.device) -> bool:
+    """Whether the draft of one more route fits now; one that was planned does."""
+    return plan.options.plans_route_drafts or plan.route_draft_bytes < free_memory(device).device_bytes
 
 
 def new_prefix_cache(target: Runner, plan: MemoryPlan) -> PrefixCache | None:

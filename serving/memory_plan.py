@@ -6,7 +6,7 @@ the libraries themselves, staged adapters, compiled code, and what the learner t
 keys and values and the prefix cache are exactly the bytes that are allocated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -138,6 +138,13 @@ class MemoryPlan:
         return self.prefix_cache_bytes // self.target.column_bytes * self.draft.column_bytes
 
     @property
+    def route_draft_bytes(self) -> int:
+        """Bytes of the draft of one more route."""
+        if self.draft is None:
+            return 0
+        return self.draft.weights_bytes + self._kv_bytes(self.draft) + self.draft_prefix_cache_bytes
+
+    @property
     def capture_bytes(self) -> int:
         """Bytes of captured rounds in the worst case: a round for every token, each with the longest
         draft."""
@@ -161,10 +168,7 @@ class MemoryPlan:
                 Part("weights of the live draft", self.draft.weights_bytes),
                 Part("keys and values of the draft", self._kv_bytes(self.draft)),
                 Part("cached prefixes of the draft", self.draft_prefix_cache_bytes),
-                Part(
-                    f"drafts of {self.options.max_route_drafts} more routes",
-                    self._route_drafts_bytes(self.draft),
-                ),
+                Part(f"drafts of {self._num_route_drafts} more routes", self._route_drafts_bytes()),
             ]
         parts += [
             Part("keys and values of the target", self._kv_bytes(self.target)),
@@ -175,15 +179,18 @@ class MemoryPlan:
         ]
         return tuple(part for part in parts if part.num_bytes)
 
-    def lines(self) -> list[str]:
-        """For display: a line for each part and one for the sum."""
-        parts = self.parts()
-        total = sum(part.num_bytes for part in parts)
+    def lines(self, *others: Part) -> list[str]:
+        """For display: a line for each part, those of the process among them, and one for the sum."""
         head = (
             f"memory planned for num_slots={self.options.num_slots}, max_seq_len={self.options.max_seq_len}:"
         )
-        rows = [f"  {_mib(part.num_bytes):>10} MiB  {part.name}" for part in parts]
-        return [head, *rows, f"  {_mib(total):>10} MiB  in all"]
+        lines = lines_of(head, (*others, *self.parts()))
+        if self.options.max_route_drafts and not self.options.plans_route_drafts and self.draft is not None:
+            lines.append(
+                f"  {_mib(self.route_draft_bytes):>10} MiB  more for each route with a draft of its own, at "
+                f"most {self.options.max_route_drafts}, where so much is free then"
+            )
+        return lines
 
     def fits(self, free: FreeMemory) -> bool:
         on_host, on_device = self._to_come()
@@ -213,7 +220,7 @@ class MemoryPlan:
         length = _largest(self.options.max_seq_len, lambda tokens: self._with(max_seq_len=tokens).fits(free))
         fitting = [f"num_slots={slots} at this max_seq_len"] if slots >= 1 else []
         fitting += [f"max_seq_len={length} at this num_slots"] if length >= 2 else []
-        if self.options.max_route_drafts and self._with(max_route_drafts=0).fits(free):
+        if self._num_route_drafts and self._with(max_route_drafts=0).fits(free):
             routes = _largest(
                 self.options.max_route_drafts, lambda n: self._with(max_route_drafts=n).fits(free)
             )
@@ -229,16 +236,25 @@ class MemoryPlan:
         """Includes the trash column."""
         return self.options.num_slots * (self.options.max_seq_len + 1) * model.column_bytes
 
-    def _route_drafts_bytes(self, draft: ModelSize) -> int:
-        """Bytes of all route drafts that may be open; each is allocated when its route opens."""
-        each = draft.weights_bytes + self._kv_bytes(draft) + self.draft_prefix_cache_bytes
-        return self.options.max_route_drafts * each
+    @property
+    def _num_route_drafts(self) -> int:
+        """Those that are planned; each is allocated when its route opens."""
+        return self.options.max_route_drafts if self.options.plans_route_drafts else 0
+
+    def _route_drafts_bytes(self) -> int:
+        return self._num_route_drafts * self.route_draft_bytes
 
     def _to_come(self) -> tuple[int, int]:
         """(bytes always on the host, bytes where the models run), without what is allocated already."""
         coming: list[Part] = [part for part in self.parts() if not part.is_held]
         on_host = sum(part.num_bytes for part in coming if part.on_host)
         return on_host, sum(part.num_bytes for part in coming) - on_host
+
+
+def lines_of(head: str, parts: Sequence[Part]) -> list[str]:
+    """A heading, a line for each part, and their sum."""
+    rows = [f"  {_mib(part.num_bytes):>10} MiB  {part.name}" for part in parts]
+    return [head, *rows, f"  {_mib(sum(part.num_bytes for part in parts)):>10} MiB  in all"]
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

@@ -33,6 +33,8 @@ class EngineOptions:
     """Bytes that a recorder's queue may hold; 0: nothing is recorded."""
     max_route_drafts: int = 0
     """Routes beyond `default` that may be given drafts of their own."""
+    plans_route_drafts: bool = True
+    """Whether their memory is planned; else a route gets a draft where its memory is free when it opens."""
 
     @classmethod
     def of(cls, settings: ServingSettings, *, export_queue_bytes: int) -> Self:
@@ -47,7 +49,8 @@ class EngineOptions:
             compile=settings.compile,
             prefix_cache_mib=settings.prefix_cache_mib,
             export_queue_bytes=export_queue_bytes,
-            max_route_drafts=settings.max_route_drafts,
+            max_route_drafts=settings.num_route_drafts,
+            plans_route_drafts=settings.max_route_drafts is not None,
         )
 
     @property

@@ -2,7 +2,8 @@
 
 The default route's draft exists from the start. A further route's draft is created when the route first has
 an adapter, with its own merged weights, runner, keys and values, and deleted when the route closes. Knows no
-feed. Invariant: there are never more than `max_route_drafts` further drafts, for which memory was planned.
+feed. Invariant: there are never more than `max_route_drafts` further drafts, each with memory that was
+planned, or free when it opened.
 """
 
 import logging
@@ -28,11 +29,17 @@ class ServedDrafts:
     """The operations of an adapter watcher on drafts. Used by one thread at a time."""
 
     def __init__(
-        self, engine: Engine, default: DraftWeights, new_draft: NewDraft, max_route_drafts: int = 0
+        self,
+        engine: Engine,
+        default: DraftWeights,
+        new_draft: NewDraft,
+        max_route_drafts: int = 0,
+        has_memory: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`default`: the weights of the draft that the engine was built with."""
+        """`default`: the weights of the draft that the engine was built with. `has_memory`: whether one more
+        draft would fit now."""
         self.max_route_drafts = max_route_drafts
-        self._engine, self._new_draft = engine, new_draft
+        self._engine, self._new_draft, self._has_memory = engine, new_draft, has_memory
         self._weights = {DEFAULT_ROUTE: default}
         self._failed: set[str] = set()
         """Wanted routes whose draft could not be created; the default route's draft serves them."""
@@ -87,6 +94,10 @@ class ServedDrafts:
         return self._engine.swap(staged, route).result(_TIMEOUT_S)
 
     def _open(self, route: str) -> None:
+        if not self._has_memory():
+            _log.warning("route %s gets no draft of its own: too little memory is free", route)
+            self._failed.add(route)
+            return
         try:
             drafter, weights = self._new_draft()
         except Exception:

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from buffer.store import Bounds
 from serving.api.keys import check_key
 
+_UNASKED_ROUTE_DRAFTS = 4
+"""Where the operator names no number."""
+
 
 class ServingSettings(BaseModel):
     """Settings of every replica. Only `target` has no default."""
@@ -58,9 +61,10 @@ class ServingSettings(BaseModel):
     waits for them and fails if they are impossible."""
     prefix_cache_mib: float | None = Field(default=None, ge=0)
     """Size of the prefix cache; 0 turns it off; None: one slot's keys and values for every four slots."""
-    max_route_drafts: int = Field(default=4, ge=0)
-    """Routes beyond `default` that may have a draft of their own, each with weights, keys and values; 0
-    serves all routes with one draft, and prompts are not routed."""
+    max_route_drafts: int | None = Field(default=None, ge=0)
+    """Routes beyond `default` that may have a draft of their own, each with weights, keys and values. A
+    number: their memory is planned at the start. None: up to 4, each where its memory is free when it is
+    opened. 0 serves all routes with one draft, and prompts are not routed."""
     num_replicas: int = Field(default=1, ge=1)
     """Replicas behind the endpoint, each with both models of its own."""
 
@@ -138,7 +142,7 @@ class ServingSettings(BaseModel):
         if self.engine != "vllm":
             return self
         for field, asked in (
-            ("max_route_drafts", "max_route_drafts" in self.model_fields_set and self.max_route_drafts > 0),
+            ("max_route_drafts", bool(self.max_route_drafts)),
             ("speculation", self.speculation == "ngram"),
             ("stopping", self.stopping != "controller"),
             ("untie_draft", self.untie_draft),
@@ -174,8 +178,10 @@ class ServingSettings(BaseModel):
 
     @property
     def num_route_drafts(self) -> int:
-        """Routes beyond `default` that the engine has drafts for."""
-        return self.max_route_drafts if self.engine == "everdraft" else 0
+        """Most routes beyond `default` that the engine may have drafts for."""
+        if self.engine != "everdraft":
+            return 0
+        return _UNASKED_ROUTE_DRAFTS if self.max_route_drafts is None else self.max_route_drafts
 
     @property
     def records(self) -> bool:

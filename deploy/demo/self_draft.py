@@ -170,7 +170,7 @@ class SelfDraftArm:
             [record for _, record in chunk],
             max_row_tokens=settings.max_row_tokens,
             max_tokens_per_pass=settings.max_tokens_per_pass,
-            max_positions_per_pass=settings.max_positions_per_pass,
+            max_positions_per_pass=settings.positions_per_pass(draft.vocab_size),
         )
         self.result.acceptance += [
             (number, score.acceptance) for (number, _), score in zip(chunk, scores, strict=True) if score

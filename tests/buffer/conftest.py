@@ -125,8 +125,14 @@ def store(open_store: OpenStore) -> RecordStore:
 
 @pytest.fixture
 def feed(place: str, clock: FakeClock) -> Iterator[AdapterFeed]:
-    """Keeps three versions; a status lives STATUS_TTL_S."""
-    options = {"clock": clock, "max_versions": 3, "max_events": 50, "status_ttl_s": STATUS_TTL_S}
+    """Keeps three versions of 3,000 bytes together; a status lives STATUS_TTL_S."""
+    options = {
+        "clock": clock,
+        "max_versions": 3,
+        "max_version_bytes": 3_000,
+        "max_events": 50,
+        "status_ttl_s": STATUS_TTL_S,
+    }
     feed: AdapterFeed
     if place == "memory":
         feed = MemoryAdapterFeed(**options)

@@ -49,6 +49,18 @@ def test_what_is_published_serves_and_comes_back_whole(feed: AdapterFeed) -> Non
     assert feed.last_version(ROUTE) == 1
 
 
+def test_large_adapters_are_fewer_and_a_rollback_finds_its_own(feed: AdapterFeed) -> None:
+    """Three versions of 3,000 bytes together are kept, and the parents of what serves in any case."""
+    for version in range(1, 5):
+        feed.publish(make_manifest(version, version - 1), bytes(1_000))
+    assert kept(feed) == [2, 3, 4]
+    for version in range(5, 8):
+        feed.publish(make_manifest(version, version - 1), bytes(5_000))
+    assert kept(feed) == [6, 7]
+    assert feed.rollback(ROUTE, "worse") == 6
+    assert feed.weights(ROUTE, 6) == bytes(5_000)
+
+
 def test_a_publish_is_a_line_of_the_history(feed: AdapterFeed, clock: FakeClock) -> None:
     clock.advance(5.0)
     publish(feed, 1)

@@ -69,8 +69,8 @@ def test_every_divergence_lowers_its_own_loss(records: list[GenerationRecord], d
 
 def test_a_step_in_small_passes_is_the_step_in_one(records: list[GenerationRecord]) -> None:
     whole, split = (
-        Trainer(tiny_draft(), quick_settings(max_positions_per_pass=bound, rejected_suffix_weight=0.0))
-        for bound in (1000, 10)
+        Trainer(tiny_draft(), quick_settings(max_logits_mib_per_pass=bound, rejected_suffix_weight=0.0))
+        for bound in (1.0, 0.01)
     )
     assert len(split.batches(records)) > len(whole.batches(records)) == 1
     first, second = whole.step(records), split.step(records)

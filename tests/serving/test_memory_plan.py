@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deploy.errors import SettingsError
+from deploy.memory import ServicePlan, check_memory
 from deploy.settings import Settings
-from deploy.wiring import check_memory
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import GenerationRequest, SamplingParams
 from serving.free_memory import FreeMemory, free_memory, host_free_bytes
@@ -92,6 +92,10 @@ def test_drafts_of_routes_are_planned_for_and_may_be_what_does_not_fit(engine: L
     there = sum(part.num_bytes for part in plan.parts() if not part.is_held)
     with pytest.raises(MemoryPlanError, match="or max_route_drafts=2 at both fits"):
         routed.require_fit(FreeMemory(there + 2 * of_one))
+    unasked = with_options(plan, max_route_drafts=3, plans_route_drafts=False)
+    assert planned(unasked, "drafts of") == 0 and unasked.fits(FreeMemory(there))
+    assert re.search(r"MiB  more for each route with a draft of its own, at most 3,", unasked.lines()[-1])
+    assert unasked.route_draft_bytes == of_one
 
 
 def test_a_captured_generation_holds_no_more_than_was_planned_for_a_slot(engine: LocalEngine) -> None:
@@ -159,9 +163,29 @@ def test_serve_refuses_before_it_starts_anything(tiny_pair: tuple[str, str]) -> 
             {"serving": {"target": tiny_pair[0], "draft": tiny_pair[1], **changes}}
         )
 
-    assert "in all" in check_memory(settings()).lines()[-1]
-    with pytest.raises(SettingsError, match=r"serving: num_slots=1000000000 .* fits; nothing was started"):
+    lines = check_memory(settings()).lines()
+    assert sum("in all" in line for line in lines) == 2 and "in all" in lines[-1]
+    assert any("for the learner" in line for line in lines)
+    refused = r"serving: num_slots=1000000000 .* fits beside the learner's .* MiB; nothing was started"
+    with pytest.raises(SettingsError, match=refused):
         check_memory(settings(num_slots=10**9))
+
+
+def test_the_learner_is_planned_where_there_is_one(tiny_pair: tuple[str, str]) -> None:
+    serving = {"target": tiny_pair[0], "draft": tiny_pair[1]}
+
+    def plan(**sections: Any) -> ServicePlan:
+        return ServicePlan.of(Settings.model_validate({"serving": serving} | sections))
+
+    assert plan(cluster={"learn": False}).learner is None
+    assert plan(serving={**serving, "capture_rate": 0.0}).learner is None
+    unasked, asked = plan(), plan(serving={**serving, "max_route_drafts": 3})
+    assert unasked.learner is not None and asked.learner is not None
+    assert (unasked.learner.num_routes, asked.learner.num_routes) == (0, 3)
+    assert unasked.learner_bytes > unasked.libraries_bytes > 50 * 2**20
+    with pytest.raises(SettingsError, match="beside the learner's"):
+        unasked.require_fit(unasked.learner_bytes + unasked.libraries_bytes)
+    unasked.require_fit(unasked.learner_bytes + unasked.replica_bytes)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,20 @@ def versions_that_drafted(engine: LocalEngine, route: str) -> set[int]:
     return {span.draft_version for span in generation.draft_versions}
 
 
+def test_where_too_little_memory_is_free_a_route_is_served_by_the_default_draft(
+    engine: LocalEngine, drafts: ServedDrafts
+) -> None:
+    free = [False]
+    served = ServedDrafts(engine, drafts.default, drafts._new_draft, 2, lambda: free[0])
+    served.follow(["sql"])
+    assert served.routes == ["default"]
+    free[0] = True
+    served.follow([])
+    served.follow(["sql"])
+    assert served.routes == ["default", "sql"], "asked again once the route was let go and wanted again"
+    served.follow([])
+
+
 def test_at_first_the_default_route_alone_has_a_draft(drafts: ServedDrafts) -> None:
     assert drafts.routes == ["default"]
     assert (dict(drafts.versions), drafts.max_route_drafts) == ({"default": 0}, 2)
