@@ -19,6 +19,7 @@ from serving.engine.passes.hidden_states import embedder_of
 from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.shared_slot_cache import SharedSlotCache
+from serving.engine.prefill import Router
 from serving.free_memory import FreeMemory, free_memory
 from serving.memory_plan import MemoryPlan
 from serving.models.draft_weights import DraftWeights
@@ -81,10 +82,15 @@ def load_engine(
 
 
 def build_engine(
-    pair: ModelPair, options: EngineOptions = DEFAULT_OPTIONS, *, free: FreeMemory | None = None
+    pair: ModelPair,
+    options: EngineOptions = DEFAULT_OPTIONS,
+    *,
+    free: FreeMemory | None = None,
+    router: Router | None = None,
 ) -> LocalEngine:
     """Start an engine on a loaded pair. A draft that is not used takes no memory, and no adapter is swapped
-    in. `free` None: queries the device. Raises MemoryPlanError before anything is allocated."""
+    in. `free` None: queries the device. `router` routes prompts in place of the one that follows the feed.
+    Raises MemoryPlanError before anything is allocated."""
     plan = MemoryPlan.of(pair, options)
     device = next(pair.target.parameters()).device
     plan.require_fit(free or free_memory(device))
@@ -104,7 +110,8 @@ def build_engine(
 
     drafter, weights = new_draft() if pair.draft is not None and options.uses_model else (None, None)
     draft_runner = None if drafter is None else drafter.runner
-    router = PromptRouter(pair.target_revision) if options.max_route_drafts else None
+    follower = PromptRouter(pair.target_revision) if options.max_route_drafts else None
+    router = router or follower
     embedder = None if router is None else embedder_of(target)
     compiling = Compiling(target, draft_runner, options.compile, embedder)
     drafts = options.speculation != "off" and options.num_draft_tokens != 0
@@ -125,7 +132,7 @@ def build_engine(
         ),
         eos_token_ids=pair.eos_token_ids,
     )
-    engine.pair, engine.router, engine.memory_plan, engine.compiling = pair, router, plan, compiling
+    engine.pair, engine.router, engine.memory_plan, engine.compiling = pair, follower, plan, compiling
     engine.drafts = None
     if weights is not None:
         engine.drafts = ServedDrafts(

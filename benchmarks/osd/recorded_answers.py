@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.osd.corpus import CorpusExchange
 from benchmarks.prompts import said, token_ids
+from buffer.names import DEFAULT_ROUTE
 from serving.engine.request import Generation, GenerationRequest, SamplingParams
 from serving.local import build_engine
 from serving.models.loading import ModelPair
@@ -79,23 +79,19 @@ def record_answers(
     temperature: float,
     asking: Asking,
 ) -> list[RecordedAnswer]:
-    """Ask the target alone, through the engine, for every request."""
+    """Ask the target alone, through the engine, for every request. It embeds the prompts that it routes."""
     recorded: list[RecordedAnswer] = []
     alone = replace(pair, draft=None)
     room = asking.prompt_tokens + asking.max_tokens
-    with build_engine(
-        alone, options=EngineOptions(num_slots=_SLOTS, max_seq_len=room, speculation="off")
-    ) as engine:
+    options = EngineOptions(num_slots=_SLOTS, max_seq_len=room, speculation="off")
+    with build_engine(alone, options=options, router=lambda embedding_H: DEFAULT_ROUTE) as engine:
         for start in range(0, len(exchanges), 4 * _SLOTS):
             part = exchanges[start : start + 4 * _SLOTS]
             asked = [
                 _request(pair, row, number, temperature, asking) for number, row in enumerate(part, start)
             ]
             handles = [engine.submit(request) for request in asked]
-            recorded += [
-                _recorded(row, handle.result(), _embedding(pair, request))
-                for row, handle, request in zip(part, handles, asked, strict=True)
-            ]
+            recorded += [_recorded(row, handle.result()) for row, handle in zip(part, handles, strict=True)]
     return recorded
 
 
@@ -164,10 +160,9 @@ def fitted_prompt(tokenizer: Any, question: str, max_tokens: int) -> list[int]:
     return asked
 
 
-def _recorded(
-    row: CorpusExchange, generation: Generation, embedding_H: NDArray[np.float16]
-) -> RecordedAnswer:
-    rounds = generation.captured_rounds
+def _recorded(row: CorpusExchange, generation: Generation) -> RecordedAnswer:
+    rounds, embedding_H = generation.captured_rounds, generation.prompt_embedding_H
+    assert embedding_H is not None, "a chat prompt has more than one token"
     sampling = generation.sampling
     return RecordedAnswer(
         generation.request_id,
@@ -183,14 +178,6 @@ def _recorded(
         np.concatenate([captured.emitted_target_logprobs_C for captured in rounds]),
         embedding_H,
     )
-
-
-@torch.inference_mode()
-def _embedding(pair: ModelPair, request: GenerationRequest) -> NDArray[np.float16]:
-    model: Any = pair.target
-    hidden_1TH = model.get_decoder()(torch.tensor([request.prompt_token_ids])).last_hidden_state
-    embedding_H: NDArray[np.float16] = hidden_1TH[0].mean(0).numpy().astype(np.float16)
-    return embedding_H
 
 
 def shuffled(recorded: Sequence[RecordedAnswer], seed: int, num_records: int) -> list[RecordedAnswer]:

@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -61,12 +62,9 @@ async def chat_token_ids(
         raise bad_request("This model has no chat template; use /v1/completions.", "messages")
     plain = [_plain(message) for message in messages]
 
-    def render() -> list[int]:
-        text = codec.chat_text(plain, add_generation_prompt=add_generation_prompt, **template_arguments)
-        return codec.encode(text, add_special_tokens=False)
-
+    render = partial(codec.chat_token_ids, plain, add_generation_prompt=add_generation_prompt)
     try:
-        tokens = await asyncio.to_thread(render)
+        tokens = await asyncio.to_thread(render, **template_arguments)
     except Exception as error:
         # Templates are programs: whatever they raise, the messages did not fit. Only messages that the
         # template itself raises on purpose are passed on.

@@ -5,9 +5,14 @@ equals text decoded at once; a special token has none. Thread-safe.
 """
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
+
+_PRIVATE_USE = range(0xE000, 0xF8FF)
+"""Characters that mean nothing to anybody: one marks what must not be read as a special token."""
 
 
 class TokenCodec:
@@ -24,6 +29,10 @@ class TokenCodec:
         self._added = {int(i): str(token) for i, token in added.items()}
         special = (int(i) for i, token in added.items() if getattr(token, "special", False))
         self._special_ids = frozenset(tokenizer.all_special_ids) | frozenset(special)
+        spelled = sorted(
+            (self._added[i] for i in self._special_ids if i in self._added), key=len, reverse=True
+        )
+        self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._byte_of = _byte_alphabet() if self._is_byte_level() else None
         self._bytes: dict[int, bytes] = {}
         self.has_chat_template = getattr(tokenizer, "chat_template", None) is not None
@@ -34,10 +43,58 @@ class TokenCodec:
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def chat_text(
+    def chat_token_ids(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, **template_arguments: Any
+    ) -> list[int]:
+        """The prompt that the model's chat template makes. A special token that a message spells stays text,
+        so that no message can end its turn or begin another's. Exceptions of the template are passed on."""
+        asked = {"add_generation_prompt": add_generation_prompt, **template_arguments}
+        if self._special is None or not any(self._special.search(value) for value in _said(messages)):
+            return self.encode(self._chat_text(messages, **asked), add_special_tokens=False)
+        texts: list[str] = []
+        mark = next(
+            chr(code) for code in _PRIVATE_USE if not any(chr(code) in value for value in _said(messages))
+        )
+
+        def put_aside(found: re.Match[str]) -> str:
+            texts.append(found[0])
+            return f"{mark}{len(texts) - 1}{mark}"
+
+        hidden = [
+            {
+                key: value if key == "role" else self._special.sub(put_aside, value)
+                for key, value in each.items()
+            }
+            for each in messages
+        ]
+        pieces = self._chat_text(hidden, **asked).split(mark)
+        token_ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                token_ids += self._encode_as_text(texts[int(piece)])
+            elif piece:
+                token_ids += self.encode(piece, add_special_tokens=False)
+        return token_ids
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        """A special token is spelled out."""
+        if self._plain_backend is not None:
+            return list(self._plain_backend.encode(text, add_special_tokens=False).ids)
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    @cached_property
+    def _plain_backend(self) -> Any:
+        """A second one, because what it knows of special tokens is its state, which threads share."""
+        if self._backend is None:
+            return None
+        plain = type(self._backend).from_str(self._backend.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def _chat_text(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **template_arguments: Any
     ) -> str:
-        """The prompt that the model's chat template makes. Exceptions of the template are passed on."""
         text: str = self._tokenizer.apply_chat_template(
             list(messages),
             tokenize=False,
@@ -92,6 +149,11 @@ class TokenCodec:
         if self._backend is None:
             return False
         return '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
+
+
+def _said(messages: Sequence[Mapping[str, str]]) -> list[str]:
+    """All that the senders of messages wrote."""
+    return [value for each in messages for key, value in each.items() if key != "role"]
 
 
 def _byte_alphabet() -> dict[str, int]:
