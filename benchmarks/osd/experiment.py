@@ -44,7 +44,7 @@ def run_experiment(
         _write(report, name, plan, metrics, series)
         console.print(views.domain_table(metrics))
         views.plot_domains(metrics, series, picture)
-        for num_clients in (1, 8):
+        for num_clients in (1, 8) if turns else ():
             suffix = "" if num_clients == 1 else f"_{num_clients}_clients"
             metrics[f"speed{suffix}"] = speeds = _speed(plan, adapters, turns, num_clients, compile)
             metrics[f"speedup{suffix}"] = {
