@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from serving.engine.cost_measurement import measure_costs
+from serving.engine.cost_measurement import fastest_pass_s, measure_costs
 from serving.engine.cost_table import CostTable
+from serving.engine.passes.packed_linear import ROWS as PACKED_ROWS
+from serving.engine.passes.packed_linear import has_packed
 from serving.engine.passes.pass_compiler import (
     CompileError,
     PassCompiler,
@@ -81,6 +83,7 @@ class Compiling:
             return
 
         def on_ready(passes: Sequence[SlotPassFunction]) -> None:
+            self._compare(passes)
             before, after = self._measure([]), self._measure(passes)
             if after.round_s(1, 0) < before.round_s(1, 0):
                 self._hand_over(engine, passes, after)
@@ -100,6 +103,7 @@ class Compiling:
             if not has_package:
                 self._joined.add(runner)
         if has_package:
+            runner.slower_rows = self._runners[-1].slower_rows
             runner.compiled = self._package(runner)
         elif self.state == "captured":
             try:
@@ -117,6 +121,8 @@ class Compiling:
         with self._lock:
             self._has_package = True
             joined = list(self._joined)
+        for runner in joined:
+            runner.slower_rows = self._runners[-1].slower_rows
         ready = list(zip(self._compiled, passes, strict=True))
         ready += [(runner, package) for runner in joined if (package := self._package(runner)) is not None]
         engine.use_passes(ready, costs).add_done_callback(lambda _: self._say("compiled"))
@@ -179,13 +185,25 @@ class Compiling:
         return True
 
     def _bind(self, passes: Sequence[SlotPassFunction]) -> None:
+        self._compare(passes)
         for runner, compiled in zip(self._compiled, passes, strict=True):
             runner.compiled = compiled
         self.state, self._has_package = "compiled", True
 
+    def _compare(self, passes: Sequence[SlotPassFunction]) -> None:
+        """Packages know no packed layers: where these are faster, passes of their rows stay the model's
+        own."""
+        for runner, compiled in zip(self._compiled, passes, strict=True):
+            if has_packed(runner.model):
+                own, other = runner.twin(num_slots=1), runner.twin(num_slots=1)
+                other.compiled = compiled
+                if fastest_pass_s(own, 1, PACKED_ROWS[1]) < fastest_pass_s(other, 1, PACKED_ROWS[1]):
+                    runner.slower_rows = PACKED_ROWS
+
     def _measure(self, passes: Sequence[SlotPassFunction]) -> CostTable:
         """Measure costs over separate caches, because the engine's are in use."""
         runners = [runner.twin() for runner in self._runners]
-        for runner, compiled in zip(runners, passes, strict=False):
-            runner.compiled = compiled
+        for runner, measured, compiled in zip(self._runners, runners, passes, strict=False):
+            measured.slower_rows = runner.slower_rows
+            measured.compiled = compiled
         return measure_costs(runners[0], runners[1] if len(runners) > 1 else None)

@@ -16,6 +16,7 @@ from serving.engine.cost_measurement import measure_costs
 from serving.engine.draft_length import MAX_DRAFT_TOKENS, DraftLengthController
 from serving.engine.engine import Engine
 from serving.engine.passes.hidden_states import embedder_of
+from serving.engine.passes.packed_linear import pack_linears
 from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.shared_slot_cache import SharedSlotCache
@@ -93,7 +94,10 @@ def build_engine(
     Raises MemoryPlanError before anything is allocated."""
     plan = MemoryPlan.of(pair, options)
     device = next(pair.target.parameters()).device
-    plan.require_fit(free or free_memory(device))
+    free = free or free_memory(device)
+    plan.require_fit(free)
+    if plan.fits(free, with_optional=True):
+        pack_linears(pair.target)
     _log.info("%s", "\n".join(plan.lines()))
     options = plan.options
     target = Runner(pair.target, num_slots=options.num_slots, max_seq_len=options.max_seq_len)

@@ -15,6 +15,7 @@ from torch import nn
 from serving.engine.capture import TOP_K
 from serving.engine.draft_length import MAX_DRAFT_TOKENS
 from serving.engine.passes.kv_shape import KvShape
+from serving.engine.passes.packed_linear import packable
 from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
@@ -41,6 +42,8 @@ class ModelSize:
     column_bytes: int
     """Bytes of keys and values of one token."""
     vocab_size: int
+    packable_bytes: int = 0
+    """Of the linear layers that a processor may hold packed, too."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
@@ -55,6 +58,7 @@ class ModelSize:
             weights_bytes=sum(weight.numel() * weight.element_size() for weight in weights),
             column_bytes=num_values * next(model.parameters()).element_size(),
             vocab_size=shape.vocab_size,
+            packable_bytes=sum(layer.weight.nbytes for layer in packable(model)),
         )
 
 
@@ -68,6 +72,8 @@ class Part:
     """Whether it is in the host's memory even if the models run on a GPU."""
     is_held: bool = False
     """Whether it is allocated already."""
+    is_optional: bool = False
+    """Whether it is taken only where it is free beside all others."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,11 @@ class MemoryPlan:
             Part("keys and values of the target", self._kv_bytes(self.target)),
             Part("prefix cache", self.prefix_cache_bytes),
             Part("logits of a round", logits),
+            Part(
+                "large layers of the target, packed for short passes",
+                self.target.packable_bytes,
+                is_optional=True,
+            ),
             Part("capture of running generations", self.capture_bytes, on_host=True),
             Part("records on their way to the buffer", self.options.export_queue_bytes, on_host=True),
         ]
@@ -192,8 +203,8 @@ class MemoryPlan:
             )
         return lines
 
-    def fits(self, free: FreeMemory) -> bool:
-        on_host, on_device = self._to_come()
+    def fits(self, free: FreeMemory, *, with_optional: bool = False) -> bool:
+        on_host, on_device = self._to_come(with_optional)
         if free.host_bytes is None:
             return on_host + on_device <= free.device_bytes
         return on_device <= free.device_bytes and on_host <= free.host_bytes
@@ -244,9 +255,11 @@ class MemoryPlan:
     def _route_drafts_bytes(self) -> int:
         return self._num_route_drafts * self.route_draft_bytes
 
-    def _to_come(self) -> tuple[int, int]:
+    def _to_come(self, with_optional: bool = False) -> tuple[int, int]:
         """(bytes always on the host, bytes where the models run), without what is allocated already."""
-        coming: list[Part] = [part for part in self.parts() if not part.is_held]
+        coming: list[Part] = [
+            part for part in self.parts() if not part.is_held and (with_optional or not part.is_optional)
+        ]
         on_host = sum(part.num_bytes for part in coming if part.on_host)
         return on_host, sum(part.num_bytes for part in coming) - on_host
 

@@ -45,6 +45,11 @@ def measure_costs(
     )
 
 
+def fastest_pass_s(runner: Runner, batch_size: int, num_tokens: int) -> float:
+    """Seconds of the fastest of a few passes, in the middle of the context."""
+    return _time_pass(runner, batch_size, num_tokens, (runner.max_seq_len - num_tokens) // 2, repeats=5)
+
+
 def _time_pass(runner: Runner, batch_size: int, num_tokens: int, start: int, repeats: int) -> float:
     pass_s(runner, batch_size, num_tokens, start)
     return min(pass_s(runner, batch_size, num_tokens, start) for _ in range(repeats))

@@ -43,6 +43,8 @@ class Runner:
             dtype=self.dtype,
             device=self.device,
         )
+        self.slower_rows = range(0)
+        """Sequences times tokens of the passes that compiled code would slow down; set before `compiled`."""
         self._own = ModelPass(model, self.cache)
         self._compiled: FunctionPass | None = None
         self._static: StaticPass | None = None
@@ -56,7 +58,7 @@ class Runner:
 
     @compiled.setter
     def compiled(self, function: SlotPassFunction | None) -> None:
-        self._compiled = None if function is None else FunctionPass(function, self.cache)
+        self._compiled = None if function is None else FunctionPass(function, self.cache, self.slower_rows)
         self._order_ways()
 
     @property

@@ -63,16 +63,17 @@ class ModelPass:
 
 
 class FunctionPass:
-    """A SlotPass, or code compiled from one, over the rows of a cache."""
+    """A SlotPass, or code compiled from one, over the rows of a cache; not for passes of `slower_rows`,
+    sequences times tokens, for which the model's own code is faster."""
 
-    def __init__(self, function: SlotPassFunction, cache: SlotCache) -> None:
-        self.function = function
+    def __init__(self, function: SlotPassFunction, cache: SlotCache, slower_rows: range = range(0)) -> None:
+        self.function, self.slower_rows = function, slower_rows
         self._cache = cache
         self._dtype = cache.kv_L2SHTD.dtype
         self._columns_T = torch.arange(cache.max_len + 1, device=cache.kv_L2SHTD.device)
 
     def can_run(self, given: PassInput) -> bool:
-        return True
+        return given.token_ids_BT.numel() not in self.slower_rows
 
     def run(self, given: PassInput) -> Tensor:
         """See Pass."""
