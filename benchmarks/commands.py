@@ -66,6 +66,9 @@ def throughput(
     compile: CompileOption = "auto",
     turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Only these; engine_off is always among them; default: all.")
+    ] = None,
     report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
     plot: Annotated[Path | None, typer.Option(help="The picture; default: beside the report.")] = None,
 ) -> None:
@@ -74,12 +77,15 @@ def throughput(
     from transformers.utils import logging
 
     from benchmarks.adapted import check_adapter
+    from benchmarks.modes import MODES, REFERENCE
     from benchmarks.screen import ProgressScreen
     from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
     from benchmarks.throughput_views import plot_throughput, table
     from deploy.demo.question_rows import check_folder
     from deploy.demo.report import write_report
 
+    if unknown := sorted(set(mode or ()) - set(MODES)):
+        raise typer.BadParameter(f"--mode {unknown[0]} is none of {', '.join(MODES)}")
     with plain_faults():
         check_folder(data)
         check_adapter(adapter)
@@ -97,6 +103,7 @@ def throughput(
         cache=cache_folder(),
         learner=demo_settings(),
         compile=compile,
+        modes=tuple(each for each in MODES if not mode or each in (*mode, REFERENCE)),
     )
     report.parent.mkdir(parents=True, exist_ok=True)
     plot = plot or report.with_suffix(".png")

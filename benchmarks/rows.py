@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.forwards import ForwardTimes
-from benchmarks.modes import MODES, REFERENCE, ModeOutcome, Rounds
+from benchmarks.modes import REFERENCE, ModeOutcome, Rounds
 from serving.engine.counters import acceptance_rate, block_efficiency
 
 KEYS = (
@@ -56,7 +56,7 @@ class MeasuredSetting:
     """What ran the passes of the engines."""
 
     def rows(self) -> list[Row]:
-        return [self._row(mode) for mode in MODES]
+        return [self._row(mode) for mode in self.outcomes]
 
     def rates(self, mode: str) -> list[float]:
         """Tokens a second, turn by turn; empty for a mode that failed."""

@@ -68,11 +68,12 @@ class ThroughputPlan:
     recipe: Recipe = field(default_factory=Recipe)
     compile: CompileChoice = "auto"
     """auto waits for compiled passes where they can be had."""
+    modes: tuple[str, ...] = MODES
 
     @property
     def num_steps(self) -> int:
         """How often `report` is called while modes run."""
-        return len(self.settings) * (self.turns + 1) * len(MODES)
+        return len(self.settings) * (self.turns + 1) * len(self.modes)
 
 
 def quick_settings() -> tuple[Setting, ...]:
@@ -126,7 +127,7 @@ def figures(
     series: dict[str, list[Any]] = {"turns": [], "forwards": []}
     for one in measured:
         label = vars(one.setting)
-        series["turns"] += [label | {"mode": mode, "tokens_per_s": one.rates(mode)} for mode in MODES]
+        series["turns"] += [label | {"mode": mode, "tokens_per_s": one.rates(mode)} for mode in plan.modes]
         series["forwards"].append(label | vars(one.forwards))
     return metrics, series
 
@@ -167,7 +168,7 @@ def _measure_setting(
     prompts: Iterator[list[int]],
     report: Report,
 ) -> MeasuredSetting:
-    outcomes: dict[str, list[ModeOutcome]] = {mode: [] for mode in MODES}
+    outcomes: dict[str, list[ModeOutcome]] = {mode: [] for mode in plan.modes}
     notes: dict[str, str] = {}
     forwards = measure_forwards(
         runners,
@@ -178,7 +179,7 @@ def _measure_setting(
         num_prompts = setting.concurrency * (math.ceil(PROMPTS_PER_TURN / setting.concurrency) if turn else 1)
         num_tokens = plan.num_output_tokens if turn else min(WARM_UP_TOKENS, plan.num_output_tokens)
         asked = list(islice(prompts, num_prompts))
-        for mode in MODES:
+        for mode in plan.modes:
             report(f"{setting.kind}, {setting.concurrency} at once, turn {turn}/{plan.turns}: {mode}")
             if mode in notes:
                 continue
@@ -199,7 +200,7 @@ def _measure_setting(
 def _identical_fractions(measured: list[MeasuredSetting]) -> dict[str, float]:
     """By mode: how many outputs equal those of the reference; the same target must say the same."""
     fractions = {}
-    for mode in MODES:
+    for mode in measured[0].outcomes:
         counts = [
             one.num_identical(mode)
             for one in measured
