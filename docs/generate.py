@@ -13,7 +13,7 @@ from pathlib import Path
 from docs.api_page import api_lines
 from docs.map_page import map_lines
 from docs.metrics_page import metrics_lines
-from docs.self_drafting_page import self_drafting_lines
+from docs.self_drafting_page import real_model_lines, self_drafting_lines
 from docs.settings_page import settings_lines
 
 DOCS = Path(__file__).resolve().parent
@@ -24,6 +24,7 @@ PAGES: dict[str, Callable[[], Iterable[str]]] = {
     "metrics.md": metrics_lines,
     "api.md": api_lines,
     "self-drafting.md": self_drafting_lines,
+    "real-model.md": real_model_lines,
 }
 
 
