@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serving.compiling import CompileChoice, Compiling
 from serving.engine.cost_measurement import pass_s
 from serving.engine.cost_table import interpolate
+from serving.engine.passes.packed_linear import pack_linears
 from serving.engine.passes.pass_compiler import CompileError
 from serving.engine.passes.runner import Runner
 from serving.local import draft_runner
@@ -61,6 +62,7 @@ class PassRunners:
 def pass_runners(pair: ModelPair, *, num_slots: int, max_seq_len: int, compile: CompileChoice) -> PassRunners:
     """Waits for the compiler; engines of the same shape then find what it left."""
     assert pair.draft is not None
+    pack_linears(pair.target)
     target = Runner(pair.target, num_slots=num_slots, max_seq_len=max_seq_len)
     draft = draft_runner(own_copy(pair.draft), target)
     prepare_runner(target, pair.target_id)

@@ -78,9 +78,7 @@ def rows(hardware: Hardware | None = None) -> Iterator[tuple[str, ...]]:
         for block in ("whole", "attention"):
             for kept, head in ((None, "whole"), (32_768, "32,768 rows"), (8_192, "8,192 rows")):
                 found = [
-                    estimate(
-                        exit_layer, value, whole_block=block == "whole", kept_tokens=kept, hardware=gpu
-                    )
+                    estimate(exit_layer, value, whole_block=block == "whole", kept_tokens=kept, hardware=gpu)
                     for value in ACCEPTANCES
                 ]
                 name = f"`self:{exit_layer}`" if block == "whole" else f"`self:{exit_layer}:attention`"

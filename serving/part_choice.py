@@ -24,6 +24,7 @@ from serving.engine.cost_measurement import measure_costs
 from serving.engine.counters import expected_block_efficiency
 from serving.engine.draft_length import MAX_DRAFT_TOKENS
 from serving.engine.passes.kv_shape import KvShape
+from serving.engine.passes.packed_linear import pack_linears
 from serving.engine.passes.runner import Runner
 from serving.local import draft_runner
 from serving.models.loading import load_model, weights_revision
@@ -86,6 +87,7 @@ def choose(target: nn.Module, shown: Mapping[str, float]) -> list[Candidate]:
     parts = list(candidates(target))
     deepest = max(parts, key=lambda part: part.exit_layer)
     smaller = next((part for part in parts if part.kept_tokens is not None), parts[0])
+    pack_linears(target)
     runner = Runner(target, num_slots=1, max_seq_len=2 * _CONTEXT_TOKENS)
     prepare_runner(runner, "target")
     target_s, shallow_s = _seconds(runner, parts[0])

@@ -10,7 +10,9 @@ from torch import nn
 
 from serving.engine import SamplingParams
 from serving.engine.passes import packed_linear
-from serving.engine.passes.packed_linear import PackedLinear, has_packed, pack_linears, packable
+from serving.engine.passes.packed_linear import ROWS, PackedLinear, has_packed, pack_linears, packable
+from serving.engine.passes.runner import Runner
+from serving.engine.passes.slot_pass import SlotPass
 from serving.local import build_engine
 from serving.models.loading import load_pair
 from serving.options import EngineOptions
@@ -92,6 +94,22 @@ def test_layers_that_learn_halves_and_special_ones_stay() -> None:
         == []
     )
     assert len(packable(nn.ModuleList([nn.Linear(8, 8, bias=True)]))) == 1
+
+
+def test_compiled_code_is_passed_over_for_the_rows_that_it_slows_down() -> None:
+    runner, called = Runner(model(), num_slots=2, max_seq_len=80), list[int]()
+    slot_pass = SlotPass(runner.model, 80)
+
+    def compiled(token_ids_BT: torch.Tensor, *others: Any) -> torch.Tensor:
+        called.append(token_ids_BT.numel())
+        logits_BEV: torch.Tensor = slot_pass(token_ids_BT, *others)
+        return logits_BEV
+
+    runner.slower_rows = ROWS
+    runner.compiled = compiled
+    for num_tokens in (1, 3, 4, 64, 65):
+        runner.prefill(0, [7] * num_tokens, 0)
+    assert called == [1, 3, 65]
 
 
 def test_the_engine_s_text_is_the_model_s_own(tiny_pair: tuple[str, str]) -> None:
