@@ -69,6 +69,7 @@ def throughput(
     mode: Annotated[
         list[str] | None, typer.Option(help="Only these; engine_off is always among them; default: all.")
     ] = None,
+    prompts: Annotated[int, typer.Option(help="Of every turn.", min=1)] = 20,
     report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
     plot: Annotated[Path | None, typer.Option(help="The picture; default: beside the report.")] = None,
 ) -> None:
@@ -103,6 +104,7 @@ def throughput(
         cache=cache_folder(),
         learner=demo_settings(),
         compile=compile,
+        prompts_per_turn=prompts,
         modes=tuple(each for each in MODES if not mode or each in (*mode, REFERENCE)),
     )
     report.parent.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,6 @@ from learner.settings import LearnerSettings
 from serving.compiling import CompileChoice
 from serving.models.loading import ModelPair, load_pair
 
-PROMPTS_PER_TURN = 20
-"""At least, and a multiple of the concurrency: four of each of the demo's domains."""
 WARM_UP_TOKENS = 16
 ROOMS = (512, 1152)
 """Columns of a slot: few lengths, since passes are compiled for each."""
@@ -69,6 +67,8 @@ class ThroughputPlan:
     compile: CompileChoice = "auto"
     """auto waits for compiled passes where they can be had."""
     modes: tuple[str, ...] = MODES
+    prompts_per_turn: int = 20
+    """At least, in a multiple of the concurrency; twenty: four of each of the demo's domains."""
 
     @property
     def num_steps(self) -> int:
@@ -176,7 +176,8 @@ def _measure_setting(
         context_tokens=setting.prompt_tokens + plan.num_output_tokens // 2,
     )
     for turn in range(plan.turns + 1):
-        num_prompts = setting.concurrency * (math.ceil(PROMPTS_PER_TURN / setting.concurrency) if turn else 1)
+        num_rounds = math.ceil(plan.prompts_per_turn / setting.concurrency) if turn else 1
+        num_prompts = setting.concurrency * num_rounds
         num_tokens = plan.num_output_tokens if turn else min(WARM_UP_TOKENS, plan.num_output_tokens)
         asked = list(islice(prompts, num_prompts))
         for mode in plan.modes:
