@@ -18,6 +18,8 @@ from benchmarks.options import (
     AdapterOption,
     CompileOption,
     DraftOption,
+    ModesOption,
+    PromptsOption,
     TargetOption,
     ThreadsOption,
     cache_folder,
@@ -56,9 +58,7 @@ def throughput(
     quick: Annotated[
         bool, typer.Option("--quick", help="Greedy, float32, 1 and 8 requests, short prompts.")
     ] = False,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of .jsonl rows with `prompt`; default: the demo's prompts.")
-    ] = None,
+    data: PromptsOption = None,
     target: TargetOption = DEMO_TARGET,
     draft: DraftOption = DEMO_DRAFT,
     adapter: AdapterOption = None,
@@ -66,9 +66,7 @@ def throughput(
     compile: CompileOption = "auto",
     turns: Annotated[int, typer.Option(help="Of every mode, warm-up aside.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Output tokens of every prompt.", min=1)] = 48,
-    mode: Annotated[
-        list[str] | None, typer.Option(help="Only these; engine_off is always among them; default: all.")
-    ] = None,
+    mode: ModesOption = None,
     prompts: Annotated[int, typer.Option(help="Of every turn.", min=1)] = 20,
     report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "throughput.json",
     plot: Annotated[Path | None, typer.Option(help="The picture; default: beside the report.")] = None,
@@ -78,15 +76,13 @@ def throughput(
     from transformers.utils import logging
 
     from benchmarks.adapted import check_adapter
-    from benchmarks.modes import MODES, REFERENCE
     from benchmarks.screen import ProgressScreen
     from benchmarks.throughput import ThroughputPlan, figures, full_settings, measure, quick_settings
     from benchmarks.throughput_views import plot_throughput, table
     from deploy.demo.question_rows import check_folder
     from deploy.demo.report import write_report
 
-    if unknown := sorted(set(mode or ()) - set(MODES)):
-        raise typer.BadParameter(f"--mode {unknown[0]} is none of {', '.join(MODES)}")
+    modes = _modes(mode)
     with plain_faults():
         check_folder(data)
         check_adapter(adapter)
@@ -105,7 +101,7 @@ def throughput(
         learner=demo_settings(),
         compile=compile,
         prompts_per_turn=prompts,
-        modes=tuple(each for each in MODES if not mode or each in (*mode, REFERENCE)),
+        modes=modes,
     )
     report.parent.mkdir(parents=True, exist_ok=True)
     plot = plot or report.with_suffix(".png")
@@ -118,6 +114,15 @@ def throughput(
             write_report(report, "throughput", metrics, series)  # what is known so far
             plot_throughput(metrics["rows"], plot)
     output().print(f"figures: {report}", f"picture: {plot}", sep="\n")
+
+
+def _modes(asked: list[str] | None) -> tuple[str, ...]:
+    """In their order, with the one that the others are compared with."""
+    from benchmarks.modes import MODES, REFERENCE
+
+    if unknown := sorted(set(asked or ()) - set(MODES)):
+        raise typer.BadParameter(f"--mode {unknown[0]} is none of {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if not asked or mode in (*asked, REFERENCE))
 
 
 def overheads(

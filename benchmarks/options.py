@@ -26,6 +26,12 @@ CompileOption = Annotated[
     Literal["auto", "on", "off"],
     typer.Option(help="auto waits for compiled passes where they can be had; on, off."),
 ]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Folder of .jsonl rows with `prompt`; default: the demo's prompts.")
+]
+ModesOption = Annotated[
+    list[str] | None, typer.Option(help="Only these; engine_off is always among them; default: all.")
+]
 ThreadsOption = Annotated[int, typer.Option(help="Of one forward pass, the same for all.", min=1)]
 
 

@@ -16,6 +16,7 @@ from learner.draft import build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
 from learner.tracking.mlflow_tracker import MlflowTracker, NullTracker, Tracker
+from serving.free_memory import free_memory
 from serving.models.loading import load_pair
 from serving.settings import ServingSettings
 
@@ -47,6 +48,7 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
         RedisAdapterFeed(redis_url, pair.target_revision),
         learner,
         target_revision=pair.target_revision,
+        free_bytes=lambda: free_memory(draft.device).device_bytes,
         tracker_for=partial(
             _tracker, learner, registered_base_name(learner, serving.target, pair.target_revision)
         ),

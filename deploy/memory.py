@@ -12,8 +12,8 @@ import torch
 
 from buffer.exporter import MAX_QUEUE_BYTES
 from deploy.errors import SettingsError
+from deploy.learner_plan import LearnerPlan
 from deploy.settings import Settings
-from learner.memory_plan import LearnerPlan
 from serving.free_memory import FreeMemory, host_free_bytes
 from serving.memory_plan import MemoryPlan, MemoryPlanError, Part, lines_of
 from serving.models.loading import load_outline, untie

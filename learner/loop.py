@@ -6,6 +6,7 @@ checkpoint that used it was written; while the store cannot be reached the learn
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,14 +23,13 @@ from learner import checkpoint
 from learner.draft import TrainableDraft
 from learner.draw import replay_draw
 from learner.judging.draft_selection import ExistingDraft
-from learner.memory_plan import route_bytes
 from learner.record_inbox import CLAIM_IDLE_S, RecordInbox
 from learner.route_learner import RouteLearner
 from learner.routes import Routes
 from learner.rows import record_fault
 from learner.settings import LearnerSettings
 from learner.tracking.tracker import NullTracker, Tracker
-from serving.free_memory import free_memory
+from learner.trainable import state_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +68,14 @@ class Learner:
         target_revision: str,
         tracker_for: Callable[[str], Tracker] | None = None,
         now_s: Callable[[], float] = time.time,
+        free_bytes: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        """`tracker_for` builds the tracker from the run id in the checkpoint, which may be empty."""
+        """`tracker_for` builds the tracker from the run id in the checkpoint, which may be empty.
+        `free_bytes`: of the memory that training state lies in."""
         self._draft, self._settings = draft, settings
         self._store = RetryingStore(store, self._wait_for_store)
         self._feed = RetryingFeed(feed, self._wait_for_store)
-        self._target_revision, self._now_s = target_revision, now_s
+        self._target_revision, self._now_s, self._free_bytes = target_revision, now_s, free_bytes
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
         self._streams: list[StreamKey] = []
@@ -249,8 +251,8 @@ class Learner:
 
     def _has_memory(self) -> bool:
         """Whether one more route's training state fits now."""
-        needed = route_bytes(self._draft.num_parameters, self._draft.export_dtype.itemsize)
-        return needed < free_memory(self._draft.device).device_bytes
+        needed = state_bytes(self._draft.num_parameters, self._draft.export_dtype.itemsize)
+        return needed < self._free_bytes()
 
     def _wait_for_store(self, error: StoreUnavailableError) -> None:
         """Wait between two attempts; raises LearnerStopped if stopped meanwhile."""

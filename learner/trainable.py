@@ -105,6 +105,12 @@ def adapted_module_names(base: Any) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def state_bytes(num_trainable: int, export_bytes: int) -> int:
+    """What a route's training state takes: trained weights, two moments and their mean in float32; the
+    candidate, what serves as tensors and as bytes, and its parent at `export_bytes` a weight."""
+    return (4 * 4 + 4 * export_bytes) * num_trainable
+
+
 def output_head(model: Any) -> nn.Module:
     """The layer that gives logits, wrapped in LoRA or not."""
     head: nn.Module = model.get_output_embeddings()

@@ -92,13 +92,8 @@ def build_engine(
     """Start an engine on a loaded pair. A draft that is not used takes no memory, and no adapter is swapped
     in. `free` None: queries the device. `router` routes prompts in place of the one that follows the feed.
     Raises MemoryPlanError before anything is allocated."""
-    plan = MemoryPlan.of(pair, options)
     device = next(pair.target.parameters()).device
-    free = free or free_memory(device)
-    plan.require_fit(free)
-    if plan.fits(free, with_optional=True):
-        pack_linears(pair.target)
-    _log.info("%s", "\n".join(plan.lines()))
+    plan = _fitting(pair, options, free or free_memory(device))
     options = plan.options
     target = Runner(pair.target, num_slots=options.num_slots, max_seq_len=options.max_seq_len)
     prepare_runner(target, pair.target_id)
@@ -144,6 +139,16 @@ def build_engine(
         )
     compiling.start(engine)
     return engine
+
+
+def _fitting(pair: ModelPair, options: EngineOptions, free: FreeMemory) -> MemoryPlan:
+    """The plan, if it fits; the target's large layers are packed, too, where there is memory for it."""
+    plan = MemoryPlan.of(pair, options)
+    plan.require_fit(free)
+    if plan.fits(free, with_optional=True):
+        pack_linears(pair.target)
+    _log.info("%s", "\n".join(plan.lines()))
+    return plan
 
 
 def _has_room(plan: MemoryPlan, device: torch.device) -> bool:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from deploy.learner_plan import LearnerPlan, num_trainable
 from learner.draft import build_draft
-from learner.memory_plan import LearnerPlan, num_trainable
 from learner.settings import LOGITS_COPIES, LearnerSettings
 from learner.trainer import Trainer
 from serving.models.loading import load_outline, load_pair

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from learner.settings import LOGITS_COPIES, LearnerSettings
-from learner.trainable import adapted_module_names, output_head
+from learner.trainable import adapted_module_names, output_head, state_bytes
 from serving.engine.capture import TOP_K
 from serving.engine.request import captured_round_bytes
 from serving.memory_plan import ModelSize, Part
@@ -62,7 +62,7 @@ class LearnerPlan:
 
     @property
     def route_bytes(self) -> int:
-        return route_bytes(self.num_trainable, self.export_bytes)
+        return state_bytes(self.num_trainable, self.export_bytes)
 
     @property
     def pass_bytes(self) -> int:
@@ -91,12 +91,6 @@ class LearnerPlan:
             Part("records in hand", self.records_bytes),
         ]
         return tuple(part for part in parts if part.num_bytes)
-
-
-def route_bytes(num_trainable: int, export_bytes: int) -> int:
-    """A route's training state: trained weights, two moments and the mean; the candidate, what serves as
-    tensors and as bytes, and its parent."""
-    return 4 * _FLOAT_BYTES * num_trainable + 4 * export_bytes * num_trainable
 
 
 def num_trainable(draft: Any, settings: LearnerSettings, is_full: bool) -> int:
