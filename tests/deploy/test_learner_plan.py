@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from deploy.learner_plan import LearnerPlan, num_trainable
+from deploy.learning import with_own_memory
 from learner.draft import build_draft
 from learner.settings import LOGITS_COPIES, LearnerSettings
 from learner.trainer import Trainer
 from serving.models.loading import load_outline, load_pair
 from serving.models.target_part import TargetPart
 from tests.support.tiny_learner import quick_settings
-from tests.support.tiny_models import save_tiny_pair
+from tests.support.tiny_models import save_tiny_pair, tiny_model
 
 DRAFTS: list[tuple[str, dict[str, Any]]] = [
     ("", {}),
@@ -93,3 +94,17 @@ def test_a_trainer_holds_what_is_planned_of_a_route(pair: tuple[str, str]) -> No
     assert held == 3 * trainer.draft.num_parameters
     live = trainer._optimizer.state[next(iter(trainer.draft.parameters.values()))]["exp_avg"]
     assert any(value.data_ptr() == live.data_ptr() for value in moments.values()), "nothing was copied"
+
+
+def test_weights_of_their_own_are_the_same_and_tied_ones_stay_tied(pair: tuple[str, str]) -> None:
+    """A part of the target as loaded is windows on the target's file."""
+    loaded = load_pair(pair[0], "self:1")
+    part: Any = loaded.draft
+    before = {name: (value.data_ptr(), value.clone()) for name, value in part.state_dict().items()}
+    own: Any = with_own_memory(part)
+    assert all(torch.equal(value, before[name][1]) for name, value in own.state_dict().items())
+    assert all(value.data_ptr() != before[name][0] for name, value in own.state_dict().items())
+    tied: Any = tiny_model("llama", 1, 32)
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    again: Any = with_own_memory(tied)
+    assert again.lm_head.weight is again.get_input_embeddings().weight

@@ -48,12 +48,19 @@ class RoutesTestbed:
         self.clock = Clock()
         self.store, self.feed = MemoryRecordStore(clock=self.clock), MemoryAdapterFeed(clock=self.clock)
         self._settings = {**ROUTES, "checkpoint_folder": str(folder), **changes}
+        self.free_bytes = float("inf")
         self.learner = self.build()
 
     def build(self) -> Learner:
         settings = quick_settings(**self._settings)
         return Learner(
-            tiny_draft(), self.store, self.feed, settings, target_revision="target-1", now_s=self.clock
+            tiny_draft(),
+            self.store,
+            self.feed,
+            settings,
+            target_revision="target-1",
+            now_s=self.clock,
+            free_bytes=lambda: self.free_bytes,
         )
 
     def serve(self, *records: GenerationRecord) -> None:
@@ -246,6 +253,19 @@ def test_the_number_of_routes_is_bounded(tmp_path: Path, traffic: dict[str, Reco
     testbed = RoutesTestbed(tmp_path, max_routes=1)
     testbed.live({topic: records[:100] for topic, records in traffic.items()})
     assert len(testbed.open_routes()) == 1
+
+
+def test_a_route_waits_for_memory_and_its_records_train_the_default_draft(
+    tmp_path: Path, traffic: dict[str, Records], caplog: pytest.LogCaptureFixture
+) -> None:
+    testbed = RoutesTestbed(tmp_path)
+    testbed.free_bytes = 0.0
+    testbed.live({topic: records[:75] for topic, records in traffic.items()})
+    assert testbed.open_routes() == set()
+    assert caplog.text.count("route law gets no draft of its own") == 1, "told once"
+    testbed.free_bytes = float("inf")
+    testbed.live({topic: records[75:100] for topic, records in traffic.items()})
+    assert testbed.open_routes() == set(TOPICS)
 
 
 def test_a_route_that_starves_is_closed_and_default_serves_it_again(

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks.forwards import ForwardTimes
 from benchmarks.osd import views
 from benchmarks.osd.changing_traffic import purity, shift
+from benchmarks.osd.commands import _check_arms
 from benchmarks.osd.experiment_cache import ExperimentCache
 from benchmarks.osd.jobs import Job, Result, run
 from benchmarks.osd.parts import LORA, at, best_length, parts
@@ -84,6 +86,14 @@ def test_on_traffic_of_one_kind_ours_and_the_paper_s_setting_beat_the_floor(cach
     views.plot_domains(metrics, series, plan.cache.cache / "domains.png")
     assert (plan.cache.cache / "domains.png").stat().st_size > 0
     json.dumps([metrics, series])
+
+
+def test_an_arm_belongs_to_its_experiment() -> None:
+    _check_arms("shift", ["replay", "self"], "self:1", None)
+    with pytest.raises(typer.BadParameter, match="paper is no arm of shift, which has replay, no_replay"):
+        _check_arms("shift", ["paper"], "self:1", None)
+    with pytest.raises(typer.BadParameter, match="ours is no arm of cost, which has none"):
+        _check_arms("cost", ["ours"], "self:1", None)
 
 
 @pytest.mark.slow
