@@ -9,13 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from learner.settings import LOGITS_COPIES, LearnerSettings
-from learner.trainable import adapted_module_names, output_head, state_bytes
+from learner.settings import LOGITS_COPIES, LearnerSettings, TrainableName
+from learner.trainable import (
+    adapted_module_names,
+    export_dtype,
+    output_head,
+    state_bytes,
+    trainable_name,
+)
 from serving.engine.capture import TOP_K
 from serving.engine.request import captured_round_bytes
 from serving.memory_plan import ModelSize, Part
-from serving.models.full_weights import full_parameters
-from serving.models.target_part import TargetPart, own_parameters
+from serving.models.full_weights import belongs, full_parameters
+from serving.models.target_part import own_parameters
 
 _FLOAT_BYTES = 4
 
@@ -43,13 +49,12 @@ class LearnerPlan:
         cls, draft: nn.Module, settings: LearnerSettings, *, max_record_tokens: int, num_routes: int
     ) -> "LearnerPlan":
         """`draft` may be an outline on the meta device; a part of the target over the target's outline."""
-        is_part = TargetPart.of(draft) is not None
-        is_full = (settings.trainable or ("full" if is_part else "lora")) == "full"
+        trainable = trainable_name(draft, settings.trainable)
         return cls(
             settings=settings,
             weights_bytes=_FLOAT_BYTES * sum(weight.numel() for weight in draft.parameters()),
-            num_trainable=num_trainable(draft, settings, is_full),
-            export_bytes=2 if is_full and is_part else _FLOAT_BYTES,
+            num_trainable=num_trainable(draft, settings, trainable),
+            export_bytes=export_dtype(draft, trainable).itemsize,
             vocab_size=ModelSize.of(draft).vocab_size,
             token_bytes=_FLOAT_BYTES * _kept_by_a_token(draft),
             max_record_tokens=max_record_tokens,
@@ -93,15 +98,15 @@ class LearnerPlan:
         return tuple(part for part in parts if part.num_bytes)
 
 
-def num_trainable(draft: Any, settings: LearnerSettings, is_full: bool) -> int:
+def num_trainable(draft: Any, settings: LearnerSettings, trainable: TrainableName) -> int:
     """How many weights learn, of a draft or its outline."""
-    if is_full:
+    if trainable == "full":
         return sum(weight.numel() for weight in full_parameters(draft, settings.target_modules).values())
     names = settings.target_modules or adapted_module_names(draft)
     return sum(
         settings.lora_rank * sum(module.weight.shape)
         for name, module in draft.named_modules()
-        if any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+        if belongs(name, names)
     )
 
 

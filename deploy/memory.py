@@ -16,8 +16,7 @@ from deploy.learner_plan import LearnerPlan
 from deploy.settings import Settings
 from serving.free_memory import FreeMemory, host_free_bytes
 from serving.memory_plan import MemoryPlan, MemoryPlanError, Part, lines_of
-from serving.models.loading import load_outline, untie
-from serving.models.target_part import TargetPart
+from serving.models.loading import load_outlines
 from serving.options import EngineOptions
 
 
@@ -88,13 +87,10 @@ def check_memory(settings: Settings) -> ServicePlan:
 def learner_plan(settings: Settings, max_record_tokens: int) -> LearnerPlan:
     """Of the draft that is served."""
     serving = settings.serving
-    assert serving.draft is not None
-    if (part := TargetPart.named(serving.draft)) is not None:
-        draft = part.build(load_outline(serving.target, dtype=serving.dtype))
-    else:
-        draft = load_outline(serving.draft, dtype=serving.dtype)
-        if serving.untie_draft:
-            untie(draft)
+    _, draft = load_outlines(
+        serving.target, serving.draft, dtype=serving.dtype, untie_draft=serving.untie_draft
+    )
+    assert draft is not None, "without a draft nothing is recorded and nothing learns"
     num_routes = 0
     if serving.max_route_drafts is not None:
         num_routes = min(serving.num_route_drafts, settings.learner.max_routes)

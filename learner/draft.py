@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from buffer.records import AdapterManifest
 from learner.batch import TrainingBatch
 from learner.settings import LearnerSettings, TrainableName
-from learner.trainable import full_trainable, lora_trainable, output_head
+from learner.trainable import full_trainable, lora_trainable, output_head, trainable_name
 from serving.models.adapter import merge_adapter
 from serving.models.kept_head import IDS, kept_head, most_used, without_rows
-from serving.models.target_part import TargetPart
 
 AdapterState = Mapping[str, Tensor]
 """The trainable weights, by the key of their export; see Trainable."""
@@ -213,7 +212,7 @@ def build_draft(
         alpha=settings.lora_alpha,
         target_modules=settings.target_modules,
         seed=settings.seed,
-        trainable=settings.trainable or ("lora" if TargetPart.of(base) is None else "full"),
+        trainable=trainable_name(base, settings.trainable),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from learner.settings import TrainableName
 from serving.models.full_weights import full_config, full_parameters
 from serving.models.target_part import TargetPart, own_parameters
 
@@ -40,6 +41,16 @@ class Trainable:
     """The configuration that is exported with `weights`."""
     export_dtype: torch.dtype = torch.float32
     """In which a candidate is judged, exported and served."""
+
+
+def trainable_name(base: nn.Module, asked: TrainableName | None) -> TrainableName:
+    """What learns; None was asked: of a part of the target its own weights, of a draft model LoRA pairs."""
+    return asked or ("lora" if TargetPart.of(base) is None else "full")
+
+
+def export_dtype(base: nn.Module, trainable: TrainableName) -> torch.dtype:
+    """In which trained weights are judged and published."""
+    return torch.bfloat16 if trainable == "full" and TargetPart.of(base) is not None else torch.float32
 
 
 def lora_trainable(
@@ -81,10 +92,8 @@ def full_trainable(base: nn.Module, *, target_modules: tuple[str, ...] | None) -
     floor = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    part = TargetPart.of(base)
-    config_json = full_config(target_modules, part)
-    export_dtype = torch.float32 if part is None else torch.bfloat16
-    return Trainable(base, weights, floor, 0, 0.0, target_modules or (), config_json, export_dtype)
+    config_json, dtype = full_config(target_modules, TargetPart.of(base)), export_dtype(base, "full")
+    return Trainable(base, weights, floor, 0, 0.0, target_modules or (), config_json, dtype)
 
 
 def adapted_module_names(base: Any) -> tuple[str, ...]:

@@ -103,7 +103,6 @@ class Compiling:
             if not has_package:
                 self._joined.add(runner)
         if has_package:
-            runner.slower_rows = self._runners[-1].slower_rows
             runner.compiled = self._package(runner)
         elif self.state == "captured":
             try:
@@ -121,8 +120,6 @@ class Compiling:
         with self._lock:
             self._has_package = True
             joined = list(self._joined)
-        for runner in joined:
-            runner.slower_rows = self._runners[-1].slower_rows
         ready = list(zip(self._compiled, passes, strict=True))
         ready += [(runner, package) for runner in joined if (package := self._package(runner)) is not None]
         engine.use_passes(ready, costs).add_done_callback(lambda _: self._say("compiled"))
@@ -160,7 +157,8 @@ class Compiling:
         runner.static = static
 
     def _package(self, runner: Runner) -> SlotPassFunction | None:
-        """The first draft's package with this draft's weights; None if it does not fit."""
+        """The first draft's package with this draft's weights, for the same rows; None if it does not fit."""
+        runner.slower_rows = self._runners[-1].slower_rows
         try:
             return load_compiled(runner, package_path(compile_spec(runner)))
         except CompileError as error:
@@ -203,7 +201,6 @@ class Compiling:
     def _measure(self, passes: Sequence[SlotPassFunction]) -> CostTable:
         """Measure costs over separate caches, because the engine's are in use."""
         runners = [runner.twin() for runner in self._runners]
-        for runner, measured, compiled in zip(self._runners, runners, passes, strict=False):
-            measured.slower_rows = runner.slower_rows
-            measured.compiled = compiled
+        for runner, compiled in zip(runners, passes, strict=False):
+            runner.compiled = compiled
         return measure_costs(runners[0], runners[1] if len(runners) > 1 else None)

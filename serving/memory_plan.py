@@ -19,7 +19,7 @@ from serving.engine.passes.packed_linear import packable
 from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
-from serving.models.loading import ModelPair, load_outline, max_positions, untie
+from serving.models.loading import ModelPair, load_outlines, max_positions
 from serving.models.target_part import TargetPart, own_tensors
 from serving.options import EngineOptions
 
@@ -112,16 +112,11 @@ class MemoryPlan:
         untie_draft: bool = False,
     ) -> Self:
         """The plan of models that are not loaded yet (paths or hub ids)."""
-        models = [load_outline(target, dtype=dtype)]
-        if (part := TargetPart.named(draft)) is not None:
-            models.append(part.build(models[0]))
-        elif draft is not None:
-            models.append(load_outline(draft, dtype=dtype))
-            if untie_draft:
-                untie(models[1])
+        outline, other = load_outlines(target, draft, dtype=dtype, untie_draft=untie_draft)
+        models = [outline] if other is None else [outline, other]
         longest = min([options.max_seq_len, *(max_positions(model) for model in models)])
-        sizes = [ModelSize.of(model) for model in models]
-        return cls(replace(options, max_seq_len=longest), sizes[0], sizes[1] if draft is not None else None)
+        size = None if other is None else ModelSize.of(other)
+        return cls(replace(options, max_seq_len=longest), ModelSize.of(outline), size)
 
     @property
     def prefix_cache_bytes(self) -> int:

@@ -42,7 +42,7 @@ def full_parameters(module: nn.Module, target_modules: Sequence[str] | None) -> 
     wanted = {
         parameter
         for name, parameter in module.named_parameters(remove_duplicate=False)
-        if _belongs(name.rpartition(".")[0], target_modules)
+        if belongs(name.rpartition(".")[0], target_modules)
     }
     return {name: parameter for name, parameter in owned.items() if parameter in wanted}
 
@@ -81,5 +81,6 @@ def _fitted(name: str, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     return fitted
 
 
-def _belongs(module_name: str, target_modules: Sequence[str]) -> bool:
+def belongs(module_name: str, target_modules: Sequence[str]) -> bool:
+    """Whether a module's name ends with one of these, as PEFT reads them."""
     return any(module_name == target or module_name.endswith(f".{target}") for target in target_modules)

@@ -24,6 +24,7 @@ from serving.models.inspection import (
 from serving.models.kept_head import D2T, num_rows, shrink_head
 from serving.models.part_fit import fitted
 from serving.models.refusals import DTYPES, check_account, check_attention, check_config, check_device
+from serving.models.target_part import TargetPart
 
 __all__ = [
     "ModelPair",
@@ -33,6 +34,7 @@ __all__ = [
     "load_draft",
     "load_model",
     "load_outline",
+    "load_outlines",
     "load_pair",
     "max_positions",
     "untie",
@@ -112,6 +114,21 @@ def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> nn.
 def load_outline(name: str, *, dtype: str = "float32") -> nn.Module:
     """The model's shapes without its weights, on the meta device. Raises UnsupportedModelError."""
     return inspect_model(name, dtype=dtype).outline
+
+
+def load_outlines(
+    target: str, draft: str | None, *, dtype: str = "float32", untie_draft: bool = False
+) -> tuple[nn.Module, nn.Module | None]:
+    """Those of target and draft, which may name a part of the target; see load_pair."""
+    outline = load_outline(target, dtype=dtype)
+    if (part := TargetPart.named(draft)) is not None:
+        return outline, part.build(outline)
+    if draft is None:
+        return outline, None
+    other = load_outline(draft, dtype=dtype)
+    if untie_draft:
+        untie(other)
+    return outline, other
 
 
 def untie(model: nn.Module) -> bool:

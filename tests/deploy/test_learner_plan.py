@@ -73,7 +73,7 @@ def test_a_pass_holds_no_more_logits_than_were_allowed(pair: tuple[str, str]) ->
     assert settings.positions_per_pass(10**9) == 1, "one position is always taken"
     loaded = load_pair(*pair)
     assert loaded.draft is not None
-    assert num_trainable(loaded.draft, settings, is_full=True) == sum(
+    assert num_trainable(loaded.draft, settings, "full") == sum(
         weight.numel() for weight in loaded.draft.parameters()
     )
 

@@ -63,16 +63,11 @@ def pack_linears(model: nn.Module) -> int:
     gains: dict[torch.Size, float] = {}
     num_bytes = 0
     for module in packable(model):
-        try:
-            packed = _Packed(module.weight)
-        except RuntimeError as error:  # another processor's torch
-            _log.info("linear layers are not packed: %s", error)
-            return num_bytes
         shape = module.weight.shape
         if shape not in gains:
-            gains[shape] = _gain(module, packed)
+            gains[shape] = _gain(module)
         if gains[shape] >= _LEAST_GAIN:
-            module.__class__, module.packed = PackedLinear, packed
+            module.__class__, module.packed = PackedLinear, _Packed(module.weight)
             num_bytes += module.weight.nbytes
     if gains:
         told = ", ".join(f"{shape[0]}x{shape[1]} {gain:.2f}" for shape, gain in gains.items())
@@ -102,13 +97,15 @@ def _product(input: Tensor, packed: _Packed, bias: Tensor | None) -> Tensor:
 
 
 @torch.inference_mode()
-def _gain(layer: nn.Linear, packed: _Packed) -> float:
+def _gain(layer: nn.Linear) -> float:
     """How much faster; 0 where the packed product cannot be had, or is another one."""
     rows = torch.randn(_MEASURED_ROWS, layer.in_features)
     plain = functional.linear(rows, layer.weight, layer.bias)
     try:
+        packed = _Packed(layer.weight)
         difference = float((_product(rows, packed, layer.bias) - plain).abs().max())
-    except RuntimeError:
+    except RuntimeError as error:  # another processor's torch
+        _log.info("linear layers are not packed: %s", error)
         return 0.0
     if not difference <= _TOLERANCE * float(plain.abs().max()):
         return 0.0

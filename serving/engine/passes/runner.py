@@ -74,12 +74,14 @@ class Runner:
 
     def twin(self, num_slots: int | None = None) -> "Runner":
         """The same model over a cache of its own, with the model's own code. `num_slots` None: as many."""
-        return Runner(
+        twin = Runner(
             self.model,
             num_slots=num_slots or self.num_slots,
             max_seq_len=self.max_seq_len,
             vocab_size=self.vocab_size,
         )
+        twin.slower_rows = self.slower_rows
+        return twin
 
     @torch.inference_mode()
     def forward(
