@@ -1,4 +1,4 @@
-"""`everdraft bench engines, swaps, revisions, memory`: whole engines, in turn or beside their plan."""
+"""`everdraft bench engines, swaps, revisions, memory, packed`: engines and passes, beside others or a plan."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -189,3 +189,23 @@ def memory(
         )
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, "memory", {"slots": slots, "tokens": tokens, "requests": requests, **found}, {})
+
+
+def packed(
+    target: TargetOption = DEMO_TARGET,
+    threads: ThreadsOption = 1,
+    turns: Annotated[int, typer.Option(help="Of plain and packed.", min=1)] = 5,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "packed.json",
+) -> None:
+    """A target's passes with its large layers as loaded, and packed."""
+    import torch
+
+    from benchmarks.packed import measure_packed
+    from deploy.demo.report import write_report
+
+    torch.set_num_threads(threads)
+    found = measure_packed(target, turns)
+    for arm in ("plain", "packed"):
+        output().print(arm, *(f"{count}: {ms:.1f} ms" for count, ms in found[arm].items()), sep="  ")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "packed", found, {})
