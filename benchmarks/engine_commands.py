@@ -1,4 +1,4 @@
-"""`everdraft bench engines, swaps, revisions, memory, packed`: engines and passes, beside others or a plan."""
+"""`everdraft bench engines, swaps, revisions, memory, packed`: engines and passes, in turn or by plan."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
