@@ -110,7 +110,7 @@ class MessageSender:
         self._lock, self._woken = threading.Lock(), threading.Event()
         self._socket = _socket()
         self._socket.connect(path)
-        self._closed = False
+        self._closed = self._broken = False
         self._lost = lost
         for act in (self._send, self._watch):
             threading.Thread(target=act, name="everdraft-steps", daemon=True).start()
@@ -121,6 +121,7 @@ class MessageSender:
         with self._lock:
             if (
                 self._closed
+                or self._broken
                 or self._num_bytes + len(data) > self._max_bytes
                 or len(data) > _MAX_MESSAGE_BYTES
             ):
@@ -133,6 +134,8 @@ class MessageSender:
     def close(self) -> None:
         self._closed = True
         self._woken.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # a close alone does not end the read
         self._socket.close()
 
     def _drop(self, count: int) -> None:
@@ -159,7 +162,7 @@ class MessageSender:
                     self._socket.send(data)
                 except OSError:
                     with self._lock:
-                        self._closed = True
+                        self._broken = True
                         self._drop(1 + len(self._queue))
                         self._queue.clear()
                     return

@@ -108,3 +108,40 @@ def test_the_sender_learns_that_the_receiver_is_gone(path: str) -> None:
     for number in range(3):
         sender.put(message(number))
     sender.close()
+
+
+def test_the_sender_learns_it_also_when_a_message_finds_out_first(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, found_out = threading.Event(), threading.Event()
+    watch = MessageSender._watch
+    monkeypatch.setattr(MessageSender, "_watch", lambda self: found_out.wait(20) and watch(self))
+    receiver = MessageReceiver(path, lambda _: None)
+    sender = MessageSender(path, lost.set)
+    receiver.close()
+    while not sender.num_dropped:
+        sender.put(message(0))
+    found_out.set()
+    assert lost.wait(5)
+    sender.close()
+
+
+def test_a_sender_that_closes_leaves_no_thread_and_reports_no_loss(
+    path: str, received: list[StepMessage]
+) -> None:
+    lost = threading.Event()
+    before = set(threading.enumerate())
+    sender = MessageSender(path, lost.set)
+    sender.put(message(0))
+    until(lambda: len(received) == 1)
+    mine = [
+        each
+        for each in set(threading.enumerate()) - before
+        if getattr(each, "_target", None) in (sender._send, sender._watch)
+    ]
+    assert len(mine) == 2
+    sender.close()
+    for thread in mine:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert not lost.is_set()
