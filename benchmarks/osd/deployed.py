@@ -4,7 +4,8 @@ The same requests as the replayed streams, sent by clients; acceptance is what a
 Learner and replicas share the machine, so how many records a draft has seen depends on its speed.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from deploy.wiring import RunningSystem, open_feed, running_system
 
 NUM_CLIENTS = 8
 NUM_HELD_OUT = 64
+_QUARTERS = 4
 
 
 def measure_deployed(
@@ -32,18 +34,18 @@ def measure_deployed(
     part: str = "",
     engine: str = "everdraft",
 ) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Stream, then ask the held-out prompts of the floor's state and of what was learnt, learner at rest.
-    `part`: of the target, which drafts in the draft's place; empty: the draft. `engine`: who runs the
-    models."""
+    """Stream, and ask the held-out prompts of the floor, between the stream's quarters, and of what was
+    learnt, learner at rest. `part`: of the target, which drafts in the draft's place; empty: the draft.
+    `engine`: who runs the models."""
     rows = exchanges(cache.data, domain, "stream")[:num_records]
     asks = [_ask(domain, row.question, cache.asking.max_tokens) for row in rows]
-    held = exchanges(cache.data, domain, "heldout")[:NUM_HELD_OUT]
+    held = exchanges(cache.data, domain, "heldout")[: min(cache.num_held_out, NUM_HELD_OUT)]
     judged = [_ask(domain, row.question, cache.asking.max_tokens, store=False) for row in held]
     with TemporaryDirectory() as folder:
         settings = load_settings(None, {}, _overrides(cache, port, Path(folder), part or cache.draft, engine))
         with running_system(settings, report) as system:
             clients = Clients(system.url, NUM_CLIENTS)
-            before = clients.send(judged)
+            before, before_s = _timed(clients, judged)
             outcomes: list[RequestOutcome] = []
 
             def on_outcome(outcome: RequestOutcome) -> None:
@@ -51,21 +53,37 @@ def measure_deployed(
                 if len(outcomes) % 200 == 0:
                     report(f"{len(outcomes)} of {len(asks)} answered, draft {outcome.draft_version}")
 
-            clients.send(asks, on_outcome)
+            during: list[RequestOutcome] = []
+            for number in range(_QUARTERS):
+                clients.send(
+                    asks[number * len(asks) // _QUARTERS : (number + 1) * len(asks) // _QUARTERS], on_outcome
+                )
+                during += clients.send(judged[number::_QUARTERS])
             _rest(system)
-            after = clients.send(judged)
+            after, after_s = _timed(clients, judged)
             events = _events(system)
     moving = moving_acceptance(
         [outcome.num_accepted for outcome in outcomes], [outcome.num_attempted for outcome in outcomes]
     )
     return {
         "num_requests": len(outcomes),
-        "num_failed": sum(bool(outcome.error) for outcome in [*before, *outcomes, *after]),
+        "num_failed": sum(bool(outcome.error) for outcome in [*before, *outcomes, *during, *after]),
         "floor": acceptance_of(before),
         "learnt": acceptance_of(after),
-        "answers_unchanged": answers(before) == answers(after),
+        "answers_unchanged": answers(before) == answers(during) == answers(after),
+        "versions_during": sorted({outcome.draft_version for outcome in during}),
+        "tokens_per_s": {"floor": _num_tokens(before) / before_s, "learnt": _num_tokens(after) / after_s},
         "events": events,
     }, {"acceptance": moving, "draft_version": [outcome.draft_version for outcome in outcomes]}
+
+
+def _timed(clients: Clients, asks: list[Ask]) -> tuple[list[RequestOutcome], float]:
+    began_s = time.monotonic()
+    return clients.send(asks), time.monotonic() - began_s
+
+
+def _num_tokens(outcomes: Sequence[RequestOutcome]) -> int:
+    return sum(len(outcome.token_ids) for outcome in outcomes)
 
 
 def _overrides(
