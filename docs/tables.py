@@ -26,10 +26,11 @@ def table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[
 def fields(model: type[BaseModel], schema: Schema, definitions: Schema) -> Iterator[tuple[str, ...]]:
     """(name, docstring, type, default) of the fields that the class itself declares, in its order."""
     said = attribute_docstrings(model)
-    for name in said:
+    for attribute in said:
+        name = model.model_fields[attribute].alias or attribute
         about = schema["properties"][name]
         required = name in schema.get("required", ())
-        yield name, said[name], _shape(about, definitions), "required" if required else _default(about)
+        yield name, said[attribute], _shape(about, definitions), "required" if required else _default(about)
 
 
 def attribute_docstrings(model: type[BaseModel]) -> dict[str, str]:

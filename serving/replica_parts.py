@@ -17,6 +17,7 @@ from serving.api.context import AppContext
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
+from serving.api.tool_parsing import parser_for
 from serving.local import load_engine
 from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
@@ -25,6 +26,7 @@ from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
 from serving.settings import ServingSettings
 from serving.status import serving_status
+from serving.structured_output import GrammarCompiler
 
 _FEED_TIMEOUT_S = 2.0
 
@@ -99,9 +101,10 @@ class ReplicaParts:
             max_queued_prompt_tokens=settings.max_queued_prompt_tokens,
             clock=time.monotonic,
         )
+        codec = TokenCodec(engine.tokenizer)
         return AppContext(
             engine=engine,
-            codec=TokenCodec(engine.tokenizer),
+            codec=codec,
             model_name=settings.served_name,
             version=software_version(),
             started_at=int(time.time()),
@@ -120,6 +123,8 @@ class ReplicaParts:
             recorder=self._new_recorder(engine),
             status=self.status,
             request_timeout_s=settings.request_timeout_s,
+            grammars=GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids),
+            tool_parser=settings.tool_call_parser or parser_for(codec.chat_template),
         )
 
     def _new_recorder(self, engine: ServingEngine) -> Recorder | None:

@@ -77,6 +77,16 @@ class ServingEngine(Protocol):
         ...
 
     @property
+    def vocab_size(self) -> int:
+        """Of the target's logits."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Each ends the text."""
+        ...
+
+    @property
     def is_alive(self) -> bool: ...
 
     @property

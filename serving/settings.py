@@ -34,6 +34,8 @@ class ServingSettings(BaseModel):
     takes the head's memory once more. A part of the target needs none: it has a map before the head."""
     model_name: str | None = None
     """The model's name for clients; None: the last part of `target`."""
+    tool_call_parser: Literal["hermes", "llama3_json"] | None = None
+    """The form in which the model writes calls of tools; None: the one that its chat template teaches."""
     device: str = "cpu"
     """Where the models run: `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -34,7 +34,9 @@ class Renderer(Protocol):
         """Chunks that need no token."""
         ...
 
-    def chunk(self, delta: ChoiceDelta) -> Body: ...
+    def chunk(self, delta: ChoiceDelta) -> Body | None:
+        """None: it is held back."""
+        ...
 
     def closing(self, usage: Usage, metrics: Metrics) -> Body:
         """The chunk that `include_usage` asks for."""
@@ -94,11 +96,11 @@ async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
 async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
     """The events of a stream. An error after the headers is an event too; `[DONE]` always comes last."""
     try:
-        for chunk in renderer.opening():
-            yield sse.event(chunk.to_json())
+        for opening in renderer.opening():
+            yield sse.event(opening.to_json())
         async for delta in active.deltas():
-            if _says_something(delta, plan):
-                yield sse.event(renderer.chunk(delta).to_json())
+            if _says_something(delta, plan) and (chunk := renderer.chunk(delta)) is not None:
+                yield sse.event(chunk.to_json())
         if plan.body.include_usage:
             yield sse.event(renderer.closing(*_figures(active, plan)).to_json())
     except ApiError as error:

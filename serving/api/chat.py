@@ -3,7 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,27 +12,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serving.api.answering import respond
-from serving.api.choice_extras import ChoiceExtras
-from serving.api.choices import ChoiceDelta
+from serving.api.chat_answer import ChatRenderer
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, route_of
-from serving.api.logprobs import chat_logprobs
+from serving.api.incoming import check_model, compiled_form, route_of
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import ChatBody, ChatMessage
-from serving.api.response_schema import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatDelta,
-    ChatLogprobs,
-    Metrics,
-    Usage,
-)
+from serving.api.response_schema import ChatCompletion
 from serving.api.token_codec import TokenCodec
+from serving.api.tool_parsing import ToolParser
+from serving.api.tools import forced_form, parser_of, rendered_call
+from serving.engine.request import TokenConstraint
+from serving.structured_output import StructuredOutput
 
 
 def chat_routes(context: AppContext) -> APIRouter:
@@ -41,12 +34,19 @@ def chat_routes(context: AppContext) -> APIRouter:
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         check_model(context, body.model)
         context.limits.check_generations(1, body.n)
+        asked = tools_asked(context, body)
         prompt = await chat_token_ids(
-            context.codec, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+            context.codec,
+            body.messages,
+            body.add_generation_prompt,
+            {**asked.template_arguments, **body.chat_template_kwargs},
         )
         context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
-        plan = _plan(context, body, request, prompt)
-        return await respond(context, request, plan, ChatRenderer(context.codec, plan))
+        constraint = await compiled_form(context, body, asked.forced)
+        plan = _plan(context, body, request, prompt, constraint)
+        return await respond(
+            context, request, plan, ChatRenderer(context.codec, plan, body, asked.new_parser)
+        )
 
     return router
 
@@ -75,15 +75,58 @@ async def chat_token_ids(
     return tokens
 
 
-def _plain(message: ChatMessage) -> dict[str, str]:
+@dataclass(frozen=True)
+class ToolsAsked:
+    """What a request's tools and `tool_choice` ask of its prompt and of its answer."""
+
+    template_arguments: dict[str, Any]
+    forced: StructuredOutput | None
+    new_parser: Callable[[], ToolParser] | None
+    """None: the answer is text."""
+
+
+def tools_asked(context: AppContext, body: ChatBody) -> ToolsAsked:
+    """Raises ApiError where the model cannot be shown tools, or its calls cannot be read."""
+    choice = body.choice_of_tools
+    if choice == "none":
+        return ToolsAsked({}, None, None)
+    if "tools" not in context.codec.chat_template:
+        raise bad_request(
+            "tools: this model's chat template takes no tools, so that it would never see them", "tools"
+        )
+    if choice == "auto" and context.tool_parser is None:
+        raise bad_request(
+            "tool_choice: how this model writes a call is not known here, so that tool_choice auto could not "
+            "find one; use required, or name a tool (the server's setting serving.tool_call_parser says how)",
+            "tool_choice",
+        )
+    try:
+        forced = forced_form(body.tools, choice, parallel=body.parallel_tool_calls)
+    except RecursionError:
+        raise bad_request(
+            "tools: a schema is nested too deeply; the request was not started", "tools"
+        ) from None
+    shown = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    return ToolsAsked({"tools": shown}, forced, parser_of(choice, context.tool_parser))
+
+
+def _plain(message: ChatMessage) -> dict[str, Any]:
     """A message in the form that templates expect; `developer` is OpenAI's newer name for `system`."""
     role = "system" if message.role == "developer" else message.role
     named = {"name": message.name, "tool_call_id": message.tool_call_id}
-    kept = {key: value for key, value in named.items() if value is not None}
+    kept: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
+    if message.tool_calls:
+        kept["tool_calls"] = [rendered_call(call) for call in message.tool_calls]
     return {"role": role, "content": message.text, **kept}
 
 
-def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[int]) -> RequestPlan:
+def _plan(
+    context: AppContext,
+    body: ChatBody,
+    request: Request,
+    prompt: list[int],
+    constraint: TokenConstraint | None,
+) -> RequestPlan:
     max_tokens = fit_max_tokens(
         body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
     )
@@ -94,76 +137,9 @@ def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[in
         model=context.model_name,
         body=body,
         prompts=(tuple(prompt),),
-        sampling=sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
+        sampling=sampling_of(
+            body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, constraint
+        ),
         route=route_of(request, body.metadata),
         capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
     )
-
-
-class ChatRenderer:
-    """`chat.completion` and its chunks."""
-
-    def __init__(self, codec: TokenCodec, plan: RequestPlan) -> None:
-        self._codec, self._plan = codec, plan
-        self._extras = ChoiceExtras(plan)
-
-    def opening(self) -> Iterator[ChatChunk]:
-        """A chunk with the role, before any text, for every choice."""
-        for index in range(self._plan.num_choices):
-            delta = ChatDelta(role="assistant", content="")
-            choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
-            chunk = self._chunk([choice])
-            yield chunk.model_copy(update=self._prompt_token_ids()) if index == 0 else chunk
-
-    def chunk(self, delta: ChoiceDelta) -> ChatChunk:
-        choice = ChatChunkChoice(
-            index=delta.index,
-            delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
-            logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason,
-        )
-        return self._chunk([choice.model_copy(update=self._extras.of(delta))])
-
-    def closing(self, usage: Usage, metrics: Metrics) -> ChatChunk:
-        return self._chunk([]).model_copy(update={"usage": usage, "metrics": metrics})
-
-    def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> ChatCompletion:
-        plan = self._plan
-        completion = ChatCompletion(
-            id=plan.api_id,
-            object="chat.completion",
-            created=plan.created,
-            model=plan.model,
-            choices=[self._choice(delta) for delta in choices],
-            usage=usage,
-            metrics=metrics,
-        )
-        return completion.model_copy(update=self._prompt_token_ids())
-
-    def _choice(self, delta: ChoiceDelta) -> ChatChoice:
-        choice = ChatChoice(
-            index=delta.index,
-            message=AssistantMessage(role="assistant", content=delta.text, refusal=None),
-            logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason,
-        )
-        return choice.model_copy(update=self._extras.of(delta))
-
-    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
-        plan = self._plan
-        chunk = ChatChunk(
-            id=plan.api_id,
-            object="chat.completion.chunk",
-            created=plan.created,
-            model=plan.model,
-            choices=choices,
-        )
-        return chunk.model_copy(update={"usage": None}) if plan.body.include_usage else chunk
-
-    def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
-        return None if self._plan.sampling.logprobs is None else chat_logprobs(self._codec, delta)
-
-    def _prompt_token_ids(self) -> dict[str, object]:
-        return {"prompt_token_ids": list(self._plan.prompts[0])} if self._plan.body.return_token_ids else {}

@@ -13,13 +13,14 @@ from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, encode, route_of
+from serving.api.incoming import check_model, compiled_form, encode, route_of
 from serving.api.logprobs import completion_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import CompletionBody
 from serving.api.response_schema import Completion, CompletionChoice, Metrics, Usage
 from serving.api.token_codec import TokenCodec
+from serving.engine.request import TokenConstraint
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -31,7 +32,8 @@ def completion_routes(context: AppContext) -> APIRouter:
     async def create_completion(body: CompletionBody, request: Request) -> Response:
         check_model(context, body.model)
         prompts = await _prompts(context, body)
-        plan = _plan(context, body, request, prompts)
+        constraint = await compiled_form(context, body)
+        plan = _plan(context, body, request, prompts, constraint)
         renderer = CompletionRenderer(context.codec, plan, await _echoes(context.codec, body, prompts))
         return await respond(context, request, plan, renderer)
 
@@ -79,7 +81,11 @@ async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[in
 
 
 def _plan(
-    context: AppContext, body: CompletionBody, request: Request, prompts: list[list[int]]
+    context: AppContext,
+    body: CompletionBody,
+    request: Request,
+    prompts: list[list[int]],
+    constraint: TokenConstraint | None,
 ) -> RequestPlan:
     longest = max(len(prompt) for prompt in prompts)
     max_tokens = fit_max_tokens(
@@ -92,7 +98,7 @@ def _plan(
         model=context.model_name,
         body=body,
         prompts=tuple(tuple(prompt) for prompt in prompts),
-        sampling=sampling_of(body, max_tokens, body.logprobs),
+        sampling=sampling_of(body, max_tokens, body.logprobs, constraint),
         route=route_of(request, body.metadata),
         capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
     )

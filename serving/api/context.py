@@ -9,9 +9,11 @@ from serving.api.admission import Admission
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
+from serving.api.tool_parsing import ToolParserName
 from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
+from serving.structured_output import GrammarCompiler
 
 _DRAIN_CHECK_S = 0.02
 
@@ -34,6 +36,9 @@ class AppContext:
     recorder: Recorder | None
     status: Callable[[], ServingStatus]
     request_timeout_s: float
+    grammars: GrammarCompiler
+    tool_parser: ToolParserName | None
+    """The form in which the model calls tools; None: none that is known."""
     draining: bool = field(default=False)
 
     @property

@@ -1,4 +1,4 @@
-"""Checks that all endpoints share: a request's model, its tokens, its route."""
+"""Checks that all endpoints share: a request's model, its tokens, its route, the form of its answer."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,8 +8,11 @@ from fastapi import Request
 
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request
+from serving.api.output_form import form_of
+from serving.api.request_schema import GenerationBody
 from serving.api.token_codec import TokenCodec
 from serving.router import ROUTE_HEADER, choose_route
+from serving.structured_output import CompiledGrammar, GrammarError, StructuredOutput
 
 _INLINE_SIZE = 2048
 """A longer text is tokenised in a thread, because it would delay every other stream."""
@@ -40,3 +43,17 @@ def route_of(request: Request, metadata: dict[str, str] | None) -> str | None:
         return choose_route(metadata, request.headers.get(ROUTE_HEADER))
     except ValueError as error:
         raise bad_request(str(error), "metadata.route") from None
+
+
+async def compiled_form(
+    context: AppContext, body: GenerationBody, forced: StructuredOutput | None = None
+) -> CompiledGrammar | None:
+    """`forced`: by the request's `tool_choice`. None: no form is asked for. Raises ApiError for one that
+    cannot be compiled."""
+    field = "structured_outputs" if body.response_format is None else "response_format"
+    try:
+        asked = forced or form_of(body.response_format, body.structured_outputs)
+        return None if asked is None else await asyncio.to_thread(context.grammars.compile, asked)
+    except GrammarError as error:
+        field = "tools" if forced is not None else field
+        raise bad_request(f"{field}: {error}; the request was not started", field) from None

@@ -6,9 +6,9 @@ choices do not depend on the prompts beside it.
 
 from dataclasses import dataclass
 
-from serving.api.errors import ApiError, bad_request
+from serving.api.errors import ApiError, bad_request, from_value_error
 from serving.api.request_schema import GenerationBody
-from serving.engine.request import GenerationRequest, SamplingParams
+from serving.engine.request import GenerationRequest, SamplingParams, TokenConstraint
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,36 @@ class RequestPlan:
         ]
 
 
-def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
+def sampling_of(
+    body: GenerationBody, max_tokens: int, logprobs: int | None, constraint: TokenConstraint | None
+) -> SamplingParams:
     """Raises ApiError for fields that exclude each other."""
     if body.min_tokens > max_tokens:
         raise bad_request(
             f"min_tokens={body.min_tokens} must be at most max_tokens={max_tokens}", "min_tokens"
         )
-    return SamplingParams(
-        temperature=body.temperature,
-        top_k=max(body.top_k, 0),
-        top_p=body.top_p,
-        min_p=body.min_p,
-        seed=body.seed,
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        logprobs=logprobs,
-        num_draft_tokens=body.num_draft_tokens,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
-        logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
-        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
-    )
+    try:
+        return SamplingParams(
+            temperature=body.temperature,
+            top_k=max(body.top_k, 0),
+            top_p=body.top_p,
+            min_p=body.min_p,
+            seed=body.seed,
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            stop_token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            logprobs=logprobs,
+            num_draft_tokens=body.num_draft_tokens,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in body.logit_bias.items()},
+            allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+            constraint=constraint,
+        )
+    except ValueError as error:
+        raise from_value_error(error) from None
 
 
 def fit_max_tokens(

@@ -1,27 +1,17 @@
 """The bodies that clients send, validated strictly. Knows no tokenizer and no engine.
 
-Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported, is
-refused by name unless its value is the neutral one; null means unset everywhere. Every list is checked up to
-its first fault only, because only one fault is reported and a body of a megabyte may hold a hundred thousand.
+Every list is checked up to its first fault only, because only one fault is reported and a body of a megabyte
+may hold a hundred thousand.
 """
 
-import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
+from serving.api.output_form import ResponseFormat, StructuredOutputs
+from serving.api.strict_body import RequestBody, StrictBody, at_most, fault
+from serving.api.tools import NamedTool, ToolCall, ToolChoice, Tools
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -43,38 +33,6 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
-def fault(param: str, message: str) -> PydanticCustomError:
-    """A validation error that names the field at fault."""
-    return PydanticCustomError("everdraft", message.replace("{", "{{").replace("}", "}}"), {"param": param})
-
-
-def refuse_broken_text(data: Any) -> None:
-    """Refuses half of a surrogate pair, which JSON can escape but no encoding and no tokenizer can hold."""
-    rest = [data]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, dict):
-            rest += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            rest += value
-        elif isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise PydanticCustomError("everdraft", "a text holds half of a surrogate pair") from None
-
-
-def at_most(num_entries: int) -> BeforeValidator:
-    """For mappings: refuses more entries before the first of them is validated."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > num_entries:
-            raise ValueError(f"has {len(value)} entries; at most {num_entries} are allowed")
-        return value
-
-    return BeforeValidator(check)
-
-
 def prompt_shape(prompt: Any) -> str | None:
     """Which of the allowed types a prompt has, by its first item; None: none of them."""
     if isinstance(prompt, str):
@@ -92,45 +50,6 @@ Prompt = Annotated[
     | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("list[list]")],
     Discriminator(prompt_shape),
 ]
-
-
-class StrictBody(BaseModel):
-    """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_would_be_ignored(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        return {name: value for name, value in given.items() if not cls._may_drop(name, value)}
-
-    @classmethod
-    def _may_drop(cls, name: Any, value: Any) -> bool:
-        """Whether the field may be left out. Raises for one that may not and cannot be kept."""
-        if name in cls.model_fields:
-            return False
-        if name in NEUTRAL_VALUES:
-            if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES[name]):
-                return True
-            raise fault(name, "is not supported yet; the request was not started")
-        if name in HARMLESS:
-            return True
-        close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise fault(str(name), f"is no field that is known here{hint}; the request was not started")
-
-
-class RequestBody(StrictBody):
-    """A whole body, in which every text is one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_broken_text(cls, data: Any) -> Any:
-        refuse_broken_text(data)
-        return data
 
 
 class StreamOptions(StrictBody):
@@ -173,6 +92,8 @@ class GenerationBody(RequestBody):
     )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
     return_weight_versions: bool = False
     num_draft_tokens: int | None = Field(default=None, ge=0)
@@ -198,6 +119,12 @@ class GenerationBody(RequestBody):
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise fault("stream_options", "is only allowed when stream is true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise fault("structured_outputs", "and response_format both ask for a form; give one of them")
         return self
 
 
@@ -231,6 +158,7 @@ class ChatMessage(StrictBody):
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -247,6 +175,10 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    """None: auto where there are tools."""
+    parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
@@ -254,7 +186,27 @@ class ChatBody(GenerationBody):
     def _check_together(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise fault("top_logprobs", "needs logprobs to be true")
+        choice, names = self.choice_of_tools, {tool.function.name for tool in self.tools}
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise fault("tool_choice", f"names {choice.function.name!r}, which is none of the tools")
+        if choice == "required" and not names:
+            raise fault("tool_choice", "=required needs tools")
+        if choice != "none" and (self.asks_for_form or self.structured_outputs is not None):
+            field = "response_format" if self.asks_for_form else "structured_outputs"
+            raise fault(field, "and tools cannot both shape an answer; send tool_choice none, or no form")
         return self
+
+    @property
+    def asks_for_form(self) -> bool:
+        """Whether `response_format` is more than text."""
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def choice_of_tools(self) -> str | NamedTool:
+        """`none` where there are no tools to call."""
+        if self.tool_choice is None or self.tool_choice == "auto":
+            return "auto" if self.tools else "none"
+        return self.tool_choice
 
     @field_validator("chat_template_kwargs")
     @classmethod

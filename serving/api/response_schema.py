@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+from serving.api.tools import ToolCall
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Body(BaseModel):
@@ -114,8 +116,9 @@ class Completion(Body):
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Choice):
@@ -134,9 +137,24 @@ class ChatCompletion(Body):
     prompt_token_ids: list[int] | None = None
 
 
+class FunctionChunk(Body):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallChunk(Body):
+    """`id`, `type` and the function's name come with the first chunk of a call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionChunk
+
+
 class ChatDelta(Body):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallChunk] | None = None
 
 
 class ChatChunkChoice(Choice):

@@ -7,8 +7,8 @@ equals text decoded at once; a special token has none. Thread-safe.
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 _PRIVATE_USE = range(0xE000, 0xF8FF)
@@ -35,7 +35,10 @@ class TokenCodec:
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._byte_of = _byte_alphabet() if self._is_byte_level() else None
         self._bytes: dict[int, bytes] = {}
-        self.has_chat_template = getattr(tokenizer, "chat_template", None) is not None
+        template = getattr(tokenizer, "chat_template", None)
+        self.has_chat_template = template is not None
+        self.chat_template = template if isinstance(template, str) else json.dumps(template or "")
+        """Of several, all of them."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._backend is not None:
@@ -44,30 +47,24 @@ class TokenCodec:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def chat_token_ids(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, **template_arguments: Any
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **template_arguments: Any
     ) -> list[int]:
-        """The prompt that the model's chat template makes. A special token that a message spells stays text,
-        so that no message can end its turn or begin another's. Exceptions of the template are passed on."""
-        asked = {"add_generation_prompt": add_generation_prompt, **template_arguments}
-        if self._special is None or not any(self._special.search(value) for value in _said(messages)):
-            return self.encode(self._chat_text(messages, **asked), add_special_tokens=False)
+        """The prompt that the model's chat template makes. A special token that a client's text spells stays
+        text, so that no message can end its turn or begin another's. Exceptions of the template are passed
+        on."""
+        asked = {"messages": list(messages), **template_arguments}
+        said = list(_texts(asked))
+        render = partial(self._chat_text, add_generation_prompt=add_generation_prompt)
+        if self._special is None or not any(self._special.search(text) for text in said):
+            return self.encode(render(asked), add_special_tokens=False)
         texts: list[str] = []
-        mark = next(
-            chr(code) for code in _PRIVATE_USE if not any(chr(code) in value for value in _said(messages))
-        )
+        mark = next(chr(code) for code in _PRIVATE_USE if not any(chr(code) in text for text in said))
 
         def put_aside(found: re.Match[str]) -> str:
             texts.append(found[0])
             return f"{mark}{len(texts) - 1}{mark}"
 
-        hidden = [
-            {
-                key: value if key == "role" else self._special.sub(put_aside, value)
-                for key, value in each.items()
-            }
-            for each in messages
-        ]
-        pieces = self._chat_text(hidden, **asked).split(mark)
+        pieces = render(_with_texts(asked, partial(self._special.sub, put_aside))).split(mark)
         token_ids: list[int] = []
         for number, piece in enumerate(pieces):
             if number % 2:
@@ -92,14 +89,10 @@ class TokenCodec:
         plain.encode_special_tokens = True
         return plain
 
-    def _chat_text(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, **template_arguments: Any
-    ) -> str:
+    def _chat_text(self, asked: Mapping[str, Any], *, add_generation_prompt: bool) -> str:
+        arguments = {key: value for key, value in asked.items() if key != "messages"}
         text: str = self._tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_arguments,
+            asked["messages"], tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
         )
         return text
 
@@ -151,9 +144,25 @@ class TokenCodec:
         return '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
 
 
-def _said(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """All that the senders of messages wrote."""
-    return [value for each in messages for key, value in each.items() if key != "role"]
+def _texts(said: Any) -> Iterator[str]:
+    """All texts in what a client sent, but for the roles of messages."""
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, Mapping):
+        for key, value in said.items():
+            yield from (() if key == "role" else _texts(value))
+    elif isinstance(said, list):
+        for value in said:
+            yield from _texts(value)
+
+
+def _with_texts(said: Any, change: Callable[[str], str]) -> Any:
+    """The same with each of these texts changed."""
+    if isinstance(said, str):
+        return change(said)
+    if isinstance(said, Mapping):
+        return {key: value if key == "role" else _with_texts(value, change) for key, value in said.items()}
+    return [_with_texts(value, change) for value in said] if isinstance(said, list) else said
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -18,10 +18,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none",),
+    "tool_calls": ([],),
     "functions": ([],),
     "function_call": ("none",),
-    "tool_calls": ([],),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "refusal": (),
@@ -35,11 +34,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
@@ -51,3 +45,8 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
 }
 """Fields that are refused, except with these values, which ask for nothing."""
+
+RENAMED: Mapping[str, str] = {
+    name: "structured_outputs" for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+}
+"""Names of vLLM's earlier releases, and what they are called now."""

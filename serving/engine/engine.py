@@ -146,6 +146,16 @@ class Engine:
         return self._max_seq_len
 
     @property
+    def vocab_size(self) -> int:
+        """Of the target's logits."""
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Each ends the text."""
+        return self._eos_token_ids
+
+    @property
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._closed.is_set()
 

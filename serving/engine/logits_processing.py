@@ -1,11 +1,12 @@
-"""From raw logits to those of the final distribution: bias, penalties and held-back stop tokens.
+"""From raw logits to those of the final distribution: bias, penalties, held-back stop tokens, constraints.
 
 What happens at output position i, in this order; each means what it means to OpenAI and vLLM:
 1. `logit_bias` is added, -inf bans an id; with `allowed_token_ids` every other id is banned.
 2. `repetition_penalty`, over ids in the prompt or output[:i]: divides positive logits, multiplies the others.
 3. `frequency_penalty` times the id's count in output[:i] is subtracted; `presence_penalty` if it is there.
 4. While i < `min_tokens` every stop id is banned.
-5. Temperature, top-k, top-p, min-p: `sampling.processed_logprobs`.
+5. Every id that the `constraint` does not allow after output[:i] is banned (`constrained_rows`).
+6. Temperature, top-k, top-p, min-p: `sampling.processed_logprobs`.
 
 Target and draft pass through the same `apply`. Invariant: what it does at a position depends on the tokens
 before that position alone, committed or drafted in this round, so the distribution of a position is the same
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serving.engine.request import SamplingParams
+from serving.engine.constrained_rows import ConstrainedRows
+from serving.engine.request import ConstraintState, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RowContext:
     token_ids: Sequence[int]
     prompt_len: int
     stop_ids: frozenset[int]
+    constraint: ConstraintState | None = None
 
     @property
     def num_held_back(self) -> int:
@@ -43,9 +46,14 @@ class LogitsProcessing:
     """The processing of one batch and the counts it needs, kept on the device from round to round."""
 
     def __init__(
-        self, bias: "_Bias | None", penalties: "_Penalties | None", stops: "_HeldBackStops | None"
+        self,
+        bias: "_Bias | None",
+        penalties: "_Penalties | None",
+        stops: "_HeldBackStops | None",
+        constrained: ConstrainedRows | None,
     ) -> None:
         self._bias, self._penalties, self._stops = bias, penalties, stops
+        self._constrained = constrained
 
     @classmethod
     def stack(
@@ -55,9 +63,10 @@ class LogitsProcessing:
         bias = _Bias.stack(rows, vocab_size, device)
         penalties = _Penalties.stack(rows, vocab_size, device)
         stops = _HeldBackStops.stack(rows, vocab_size, device)
-        if bias is None and penalties is None and stops is None:
+        constrained = ConstrainedRows.stack([row.constraint for row in rows], vocab_size, device)
+        if bias is None and penalties is None and stops is None and constrained is None:
             return None
-        return cls(bias, penalties, stops)
+        return cls(bias, penalties, stops, constrained)
 
     def apply(self, logits_BXV: Tensor, drafted_BD: Tensor, first_position: int = 0) -> Tensor:
         """Processed logits of the output positions `first_position`, + 1, … of this round, in a copy (the
@@ -70,7 +79,7 @@ class LogitsProcessing:
         num_positions = logits_BXV.shape[1]
         assert drafted_BD.shape[1] >= first_position + num_positions - 1
         stops = self._stops if self._stops is not None and self._stops.reach(first_position) else None
-        if self._bias is None and self._penalties is None and stops is None:
+        if self._bias is None and self._penalties is None and stops is None and self._constrained is None:
             return logits_BXV
         logits_BXV = logits_BXV.clone()
         if self._bias is not None:
@@ -79,6 +88,8 @@ class LogitsProcessing:
             self._penalties.apply_(logits_BXV, drafted_BD, first_position)
         if stops is not None:
             stops.apply_(logits_BXV, first_position)
+        if self._constrained is not None:
+            self._constrained.apply_(logits_BXV, drafted_BD, first_position)
         return logits_BXV
 
     def commit(self, token_ids: Sequence[Sequence[int]]) -> None:
@@ -87,6 +98,8 @@ class LogitsProcessing:
             self._penalties.commit(token_ids)
         if self._stops is not None:
             self._stops.commit(token_ids)
+        if self._constrained is not None:
+            self._constrained.commit(token_ids)
 
 
 def penalise(

@@ -6,8 +6,9 @@ field, its value and the consequence.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,28 @@ MIN_TEMPERATURE = 1e-5
 """Below it logits / temperature leaves float32's range."""
 
 
+class ConstraintState(Protocol):
+    """Where one generation stands in its constraint. Used by one thread at a time."""
+
+    def allowed(self, drafted: SequenceOf[int]) -> NDArray[np.uint8] | None:
+        """Which ids may follow the tokens so far and `drafted`: bit `id % 8` of byte `id // 8`. None where no
+        id is excluded because nothing can come of it: `drafted` breaks the constraint, or ends the text. The
+        state itself does not change."""
+        ...
+
+    def advance(self, token_ids: SequenceOf[int]) -> None:
+        """These tokens were emitted."""
+        ...
+
+
+class TokenConstraint(Protocol):
+    """Decides by the output so far which ids may come next, such as those that a grammar allows."""
+
+    def start(self) -> ConstraintState:
+        """For a new generation. Must be quick: it runs where requests are submitted."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to draw tokens; applies to target and draft alike.
@@ -31,7 +54,10 @@ class SamplingParams:
     asks for that many of the target's most likely tokens beside each output token (raw, temperature 1).
 
     The penalties, `logit_bias` (-inf bans an id) and `allowed_token_ids` change logits as
-    `logits_processing` says, draft and target alike; a mapping given as `logit_bias` is kept as pairs.
+    `logits_processing` says, draft and target alike; a mapping given as `logit_bias` is kept as pairs. With a
+    `constraint` only what it allows is drawn, after all of these; it decides alone when the text may end, so
+    that `min_tokens`, `ignore_eos`, `allowed_token_ids` and a bias of -inf, which could leave nothing to
+    draw, exclude it.
     """
 
     temperature: float = 1.0
@@ -50,6 +76,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    constraint: TokenConstraint | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -81,6 +108,21 @@ class SamplingParams:
         if allowed is not None:
             _check("allowed_token_ids", allowed, bool(allowed), "one id or more, or there is nothing to draw")
             object.__setattr__(self, "allowed_token_ids", tuple(sorted(set(allowed))))
+        if self.constraint is not None:
+            self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        for name, is_used in (
+            ("min_tokens", self.min_tokens > 0),
+            ("ignore_eos", self.ignore_eos),
+            ("allowed_token_ids", self.allowed_token_ids is not None),
+            ("logit_bias", any(math.isinf(bias) for _, bias in self.bias_pairs)),
+        ):
+            if is_used:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} excludes structured output, which decides alone what "
+                    "may follow; leave one of them out"
+                )
 
     @property
     def bias_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -101,7 +143,7 @@ class SamplingParams:
     def context_dependent(self) -> bool:
         """Whether the distribution at a position is more than temperature, top-k, top-p and min-p of its
         logits."""
-        return self.min_tokens > 0 or self.biases_logits or self.penalises
+        return self.min_tokens > 0 or self.biases_logits or self.penalises or self.constraint is not None
 
     @property
     def mode(self) -> SamplingMode:

@@ -89,6 +89,7 @@ class Sequence:
         self.noise_key = (
             noise_key(sampling.seed, self.request.choice_index) if sampling.seed is not None else 0
         )
+        self.constraint = None if sampling.constraint is None else sampling.constraint.start()
 
     @property
     def num_output(self) -> int:
@@ -171,7 +172,13 @@ class Batch:
         self.any_logprobs = any(param.logprobs is not None for param in params)
         self.max_top_logprobs = max(param.logprobs or 0 for param in params)
         contexts = [
-            RowContext(sequence.request.sampling, sequence.token_ids, sequence.prompt_len, sequence.stop_ids)
+            RowContext(
+                sequence.request.sampling,
+                sequence.token_ids,
+                sequence.prompt_len,
+                sequence.stop_ids,
+                sequence.constraint,
+            )
             for sequence in sequences
         ]
         self.processing = LogitsProcessing.stack(contexts, vocab_size, device)

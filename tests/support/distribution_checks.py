@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from serving.drafters.stopping import StoppingName
 from serving.engine import GenerationRequest, SamplingParams
+from tests.support.automaton import Automaton
 from tests.support.chi_square import FALSE_ALARM_RATE, fit_p_value
 from tests.support.lossless_checks import target_of
 from tests.support.reference import output_distribution
@@ -91,6 +92,13 @@ DISTRIBUTION_CASES = {
             max_tokens=3,
         ),
         draft_lengths=(1, 2),
+        num_samples=4000,
+    ),
+    "a constraint that follows the drafts": DistributionCase(
+        SamplingParams(max_tokens=4, constraint=Automaton(((1, 2, -1, 0), (-1, 0, 2, 1), (0, -1, 1, -1)))),
+        draft_lengths=(1, 3, 2),
+        copies="random",
+        mates=MATES,
         num_samples=4000,
     ),
     "stop ids inside drafts": DistributionCase(

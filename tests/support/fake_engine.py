@@ -85,6 +85,8 @@ class FakeEngine:
     tokenizer: Any = None
     target_revision = "fake"
     max_seq_len = MAX_SEQ_LEN
+    vocab_size = VOCAB_SIZE
+    eos_token_ids: frozenset[int] = frozenset()
     passes = "fake"
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from serving.engine import GenerationRequest
 from serving.engine.noise import gumbel_noise, noise_key
 from serving.engine.sampling import SamplingMetadata, processed_logprobs
+from tests.support.automaton import Automaton
 from tests.support.table_model import TableModel
 
 
@@ -24,6 +25,9 @@ def next_distribution(
     logits_V = _processed(model.logits_after([*request.prompt_token_ids, *output]), request, output)
     if len(output) < params.min_tokens:
         logits_V[list(stop_ids)] = -torch.inf
+    if isinstance(params.constraint, Automaton):
+        allowed = set(params.constraint.allows(output))
+        logits_V[[token for token in range(len(logits_V)) if token not in allowed]] = -torch.inf
     row = (params.temperature, params.top_k, params.top_p, params.min_p)
     return processed_logprobs(logits_V[None, None], SamplingMetadata.stack([row]))[0, 0]
 

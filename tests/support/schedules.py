@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from serving.drafters.stopping import StoppingName
 from serving.engine import GenerationRequest, SamplingParams
+from tests.support.automaton import Automaton
 
 Table = Literal["random", "sharp", "zero", "holes", "huge", "nan", "inf", "target"]
 """What a swap makes of the draft: another table, a flat one, one that excludes tokens, one that breaks."""
@@ -131,6 +132,8 @@ def sampling_params(
     if not left:
         biases, left = {}, {*(allowed or ())}
     min_tokens = draw(st.integers(0, min(max_tokens, 6))) if left - stops else 0
+    decides_alone = not min_tokens and not ignore_eos and allowed is None and -math.inf not in biases.values()
+    automata = st.builds(Automaton.drawn, st.just(vocab_size), st.integers(0, 9))
     return SamplingParams(
         temperature=draw(_TEMPERATURES),
         top_k=draw(st.sampled_from([0, 0, 1, 2, vocab_size, vocab_size + 1])),
@@ -147,6 +150,7 @@ def sampling_params(
         repetition_penalty=draw(_REPETITIONS),
         logit_bias=biases,
         allowed_token_ids=allowed,
+        constraint=draw(st.one_of(st.none(), automata)) if decides_alone else None,
     )
 
 

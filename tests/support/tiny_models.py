@@ -1,9 +1,10 @@
 """Tiny random Llama and Qwen3 pairs on disk, with a shared byte-level BPE tokenizer and a chat template."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool.function.name }}: "
+    "{{ tool.function.description }} {% endfor %}Write <tool_call>.<|end|>{% endif %}"
+    "{% for message in messages %}<|{{ 'user' if message['role'] == 'tool' else message['role'] }}|>"
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}<tool_call>"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "</tool_call>{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Shows tools as Hermes does."""
 _SPECIAL_TOKENS = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 _TEXT = [
     "the quick brown fox jumps over the lazy dog while forty-two wizards count to 1,234,567.",
@@ -39,6 +49,29 @@ def save_tiny_pair(
         tokenizer.save_pretrained(folder / name)
         paths.append(str(folder / name))
     return paths[0], paths[1]
+
+
+def save_tiny_caller(folder: Path | str, answer: list[str]) -> str:
+    """A target that answers everything with these pieces of text, each a token of its own, one after the
+    other: its layers add nothing, and its head knows what follows each piece. Its template takes tools."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TOOLS_TEMPLATE
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in answer])
+    model = tiny_model("llama", 1, len(tokenizer), tokenizer)
+    chain = tokenizer.convert_tokens_to_ids(["<|assistant|>", *answer, "<|end|>"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embedding.fill_(0.01)
+        head.zero_()
+        for axis, (token, following) in enumerate(pairwise(chain)):
+            embedding[token, axis] = 1.0
+            head[following, axis] = 5.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_model(

@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Self
 
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
@@ -82,6 +83,14 @@ class AsyncLLMEngine:
         return self.pair.target_revision
 
     @property
+    def vocab_size(self) -> int:
+        return self.pair.vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self.pair.eos_token_ids)
+
+    @property
     def max_seq_len(self) -> int:
         return self._max_seq_len
 
@@ -102,6 +111,8 @@ class AsyncLLMEngine:
         self.check(request)
         if not self.is_alive:
             raise EngineClosedError(f"the engine is closed; request {request.request_id!r} was not started")
+        if request.sampling.constraint is not None:  # vLLM's log-probabilities are of allowed tokens alone
+            request = replace(request, capture=False)
         generation = RunningGeneration(request)
         name = f"{request.request_id}-{request.choice_index}-{next(self._names)}"
         task: asyncio.Task[TokenEvent] | None = None
@@ -205,10 +216,12 @@ class AsyncLLMEngine:
         self, name: str, generation: RunningGeneration, handle: GenerationHandle
     ) -> TokenEvent:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         request = generation.request
         arguments = vllm_arguments(request, self._ending_ids(request), CAPTURE)
+        if (form := arguments["structured_outputs"]) is not None:
+            arguments["structured_outputs"] = StructuredOutputsParams(**form)
         sampling = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
         self._meter.count_prompt(len(request.prompt_token_ids))
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
@@ -299,6 +312,7 @@ def load_async_llm(
         "enable_prefix_caching": options.prefix_cache_mib != 0,
         "async_scheduling": False,
         "worker_extension_cls": WORKER,
+        "structured_outputs_config": {"backend": "guidance"},
         "disable_log_stats": True,
         **speculative,
         **arguments,

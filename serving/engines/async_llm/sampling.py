@@ -3,10 +3,12 @@
 Knows vLLM's class only through its constructor's arguments.
 """
 
+import json
 from collections.abc import Collection
 from typing import Any
 
-from serving.engine.request import GenerationRequest, SamplingParams
+from serving.engine.request import GenerationRequest, SamplingParams, TokenConstraint
+from serving.structured_output import CompiledGrammar
 
 MAX_LOGPROBS = 20
 
@@ -34,11 +36,31 @@ def vllm_arguments(
         "allowed_token_ids": None if sampling.allowed_token_ids is None else list(sampling.allowed_token_ids),
         "extra_args": {capture_key: True} if request.capture else None,
         "detokenize": False,
+        "structured_outputs": _form(sampling.constraint),
     }
+
+
+def _form(constraint: TokenConstraint | None) -> dict[str, Any] | None:
+    """Keyword arguments of `vllm.StructuredOutputsParams`. Raises ValueError for a constraint that is no
+    grammar."""
+    if constraint is None:
+        return None
+    if not isinstance(constraint, CompiledGrammar):
+        raise ValueError(f"constraint={constraint!r} is no compiled grammar, which is what vLLM can be told")
+    asked = constraint.asked
+    if asked.kind == "choice":
+        return {"choice": json.loads(asked.text)}
+    if asked.kind == "json":
+        return {"json": asked.schema_text()}
+    return {asked.kind: asked.text}
 
 
 def from_vllm(params: Any) -> SamplingParams:
     """The other way: a request that somebody else gave vLLM. Raises ValueError for what we cannot say."""
+    if getattr(params, "structured_outputs", None) is not None:
+        raise ValueError(
+            "structured_outputs: vLLM's log-probabilities are then those of allowed tokens alone"
+        )
     return SamplingParams(
         temperature=params.temperature,
         top_k=max(params.top_k, 0),

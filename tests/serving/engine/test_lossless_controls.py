@@ -20,6 +20,7 @@ import serving.engine.logits_processing as logits_processing_module
 import serving.engine.round as round_module
 from serving.drafters.model_drafter import ModelDrafter
 from serving.engine import SamplingParams
+from serving.engine.constrained_rows import ConstrainedRows
 from serving.engine.logits_processing import LogitsProcessing
 from serving.engine.passes.prefix_cache import PrefixCache
 from serving.engine.passes.slot_cache import SlotCache
@@ -29,6 +30,7 @@ from serving.engine.sequence import Batch
 from serving.engine.verification import Verification, match_choice, ratio_test
 from serving.local import load_engine
 from serving.options import EngineOptions
+from tests.support.automaton import AutomatonState
 from tests.support.distribution_checks import DISTRIBUTION_CASES, check_distribution
 from tests.support.lossless_checks import check_schedule, check_twin, check_up_to_near_ties
 from tests.support.rule_checks import check_rule, distribution_pairs
@@ -208,6 +210,33 @@ def test_penalties_that_forget_the_tokens_drafted_before_are_caught(monkeypatch:
 def test_penalties_that_forget_the_last_round_are_caught(monkeypatch: Patch) -> None:
     monkeypatch.setattr(LogitsProcessing, "commit", lambda *emitted: None)
     _schedules_fail("is excluded|another text")
+
+
+def test_a_constraint_that_does_not_follow_the_drafts_is_caught(monkeypatch: Patch) -> None:
+    right = ConstrainedRows._mask
+    monkeypatch.setattr(ConstrainedRows, "_mask", lambda rows, row, drafted: right(rows, row, []))
+    _schedules_fail("is excluded|another text|the round failed")
+    _distribution_fails("a constraint that follows the drafts", "impossible outcome|the round failed")
+
+
+def test_a_constraint_that_is_not_rolled_back_with_rejected_drafts_is_caught(monkeypatch: Patch) -> None:
+    """The state is left behind the longest drafts that it was asked about."""
+
+    def left_behind(state: AutomatonState, drafted: Sequence[int]) -> Any:
+        mask = right(state, drafted)
+        if mask is not None:
+            state._state = state._automaton.after(state._state, drafted)
+        return mask
+
+    right = AutomatonState.allowed
+    monkeypatch.setattr(AutomatonState, "allowed", left_behind)
+    _schedules_fail("is excluded|another text|the round failed")
+
+
+def test_a_constraint_that_forgets_the_last_round_is_caught(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(AutomatonState, "advance", lambda *emitted: None)
+    _schedules_fail("is excluded|another text")
+    _distribution_fails("a constraint that follows the drafts", "impossible outcome")
 
 
 # -- caches -----------------------------------------------------------------------------------------
