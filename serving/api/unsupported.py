@@ -47,6 +47,9 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
 """Fields that are refused, except with these values, which ask for nothing."""
 
 RENAMED: Mapping[str, str] = {
-    name: "structured_outputs" for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
 }
 """Names of vLLM's earlier releases, and what they are called now."""

@@ -1,6 +1,7 @@
 """Calls of tools in a model's text: found wherever it is cut, and nothing is lost or said twice."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -128,4 +129,4 @@ def test_a_template_says_which_form_its_model_writes() -> None:
 
 def cut(text: str, cuts: list[int]) -> list[str]:
     ends = sorted({min(end, len(text)) for end in cuts} | {0, len(text)})
-    return [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(ends)]
