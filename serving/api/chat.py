@@ -16,7 +16,7 @@ from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import check_model, route_of
-from serving.api.logprobs import chat_logprobs
+from serving.api.logprobs import chat_logprobs, prompt_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import ChatBody, ChatMessage
@@ -139,7 +139,7 @@ class ChatRenderer:
             usage=usage,
             metrics=metrics,
         )
-        return completion.model_copy(update=self._prompt_token_ids())
+        return completion.model_copy(update=self._prompt_token_ids() | self._prompt_logprobs(choices[0]))
 
     def _choice(self, delta: ChoiceDelta) -> ChatChoice:
         choice = ChatChoice(
@@ -164,6 +164,12 @@ class ChatRenderer:
 
     def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
         return None if self._plan.sampling.logprobs is None else chat_logprobs(self._codec, delta)
+
+    def _prompt_logprobs(self, delta: ChoiceDelta) -> dict[str, object]:
+        asked, found = self._plan.body.prompt_logprobs, delta.prompt_logprobs
+        if asked is None or found is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._codec, self._plan.prompts[0], found, asked)}
 
     def _prompt_token_ids(self) -> dict[str, object]:
         return {"prompt_token_ids": list(self._plan.prompts[0])} if self._plan.body.return_token_ids else {}
