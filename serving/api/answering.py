@@ -18,6 +18,7 @@ from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, internal_error
 from serving.api.figures import metrics, usage
+from serving.api.incoming import off_loop
 from serving.api.request_plan import RequestPlan
 from serving.api.response_schema import Body, Metrics, Usage
 
@@ -63,8 +64,7 @@ async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
     await active.submit()
     if plan.body.stream:
         return sse.EventStream(_events(active, plan, renderer), on_close=active.close)
-    body = await _whole(active, plan, renderer)
-    return Response(body.to_json(), media_type="application/json")
+    return Response(await _whole(active, plan, renderer), media_type="application/json")
 
 
 async def _unless_client_leaves(request: Request, begun: Coroutine[Any, Any, Response]) -> Response | None:
@@ -85,12 +85,15 @@ async def _client_left(request: Request) -> None:
         pass
 
 
-async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> Body:
+async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> str:
     deltas: list[list[ChoiceDelta]] = [[] for _ in range(plan.num_choices)]
     async for delta in active.deltas():
         deltas[delta.index].append(delta)
     choices = [ChoiceDelta.join(of_choice) for of_choice in deltas]
-    return renderer.answer(choices, *_figures(active, plan))
+    figures = _figures(active, plan)
+    asked = plan.sampling.prompt_logprobs
+    size = 0 if asked is None else plan.num_prompt_tokens * plan.body.n * (asked + 1)
+    return await off_loop(lambda: renderer.answer(choices, *figures).to_json(), size)
 
 
 async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
@@ -114,7 +117,8 @@ async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) 
 def _says_something(delta: ChoiceDelta, plan: RequestPlan) -> bool:
     """Whether a chunk has content to send."""
     wants_tokens = plan.body.return_token_ids or plan.sampling.logprobs is not None
-    return bool(delta.text or delta.finish_reason or (wants_tokens and delta.token_ids))
+    has_prompt = delta.prompt_logprobs is not None
+    return bool(delta.text or delta.finish_reason or has_prompt or (wants_tokens and delta.token_ids))
 
 
 def _figures(active: ActiveRequest, plan: RequestPlan) -> tuple[Usage, Metrics]:

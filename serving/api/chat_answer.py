@@ -5,7 +5,7 @@ from typing import Any
 
 from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
-from serving.api.logprobs import chat_logprobs
+from serving.api.logprobs import chat_logprobs, prompt_logprobs
 from serving.api.request_plan import RequestPlan
 from serving.api.request_schema import ChatBody
 from serving.api.response_schema import (
@@ -80,7 +80,7 @@ class ChatRenderer:
             usage=usage,
             metrics=metrics,
         )
-        return completion.model_copy(update=self._prompt_token_ids())
+        return completion.model_copy(update=self._prompt_token_ids() | self._prompt_logprobs(choices[0]))
 
     def _choice(self, delta: ChoiceDelta) -> ChatChoice:
         said = self._read(delta)
@@ -128,6 +128,12 @@ class ChatRenderer:
 
     def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
         return None if self._plan.sampling.logprobs is None else chat_logprobs(self._codec, delta)
+
+    def _prompt_logprobs(self, delta: ChoiceDelta) -> dict[str, object]:
+        asked, found = self._plan.body.prompt_logprobs, delta.prompt_logprobs
+        if asked is None or found is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._codec, self._plan.prompts[0], found, asked)}
 
     def _prompt_token_ids(self) -> dict[str, object]:
         return {"prompt_token_ids": list(self._plan.prompts[0])} if self._plan.body.return_token_ids else {}

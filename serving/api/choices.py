@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from serving.api.errors import ApiError, internal_error
 from serving.api.response_schema import FinishReason
 from serving.api.text_stream import TextStream
-from serving.engine.request import Generation, TokenEvent, TopLogprobs
+from serving.engine.request import Generation, PromptLogprobs, TokenEvent, TopLogprobs
 
 
 @dataclass(frozen=True)
 class ChoiceDelta:
     """The part of a choice that became final. `generation` and `finish_reason` are set on the last one
-    only."""
+    only, `prompt_logprobs` on the first."""
 
     index: int
     text: str = ""
@@ -27,6 +27,7 @@ class ChoiceDelta:
     generation: Generation | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     @staticmethod
     def join(deltas: Sequence["ChoiceDelta"]) -> "ChoiceDelta":
@@ -42,6 +43,7 @@ class ChoiceDelta:
             generation=last.generation,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
+            prompt_logprobs=deltas[0].prompt_logprobs,
         )
 
 
@@ -77,6 +79,7 @@ class ChoiceState:
             generation=generation,
             finish_reason=None if generation is None else self._finish_reason(generation),
             stop_reason=None if generation is None else self._stop_reason(generation),
+            prompt_logprobs=event.prompt_logprobs,
         )
 
     def _consume(

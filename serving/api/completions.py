@@ -14,11 +14,17 @@ from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import check_model, compiled_form, encode, route_of
-from serving.api.logprobs import completion_logprobs
+from serving.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
 from serving.api.request_schema import CompletionBody
-from serving.api.response_schema import Completion, CompletionChoice, Metrics, Usage
+from serving.api.response_schema import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Metrics,
+    Usage,
+)
 from serving.api.token_codec import TokenCodec
 from serving.engine.request import TokenConstraint
 
@@ -68,10 +74,10 @@ def _each_prompt(body: CompletionBody) -> list[str] | list[list[int]] | list[str
     return [item for item in prompt if not isinstance(item, int)]
 
 
-async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
+async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str] | None:
     """The text that `echo` puts before each prompt's choices: the prompt as given, or its decoding."""
     if not body.echo:
-        return [""] * len(prompts)
+        return None
 
     def echoes() -> list[str]:
         given = zip(_each_prompt(body), prompts, strict=True)
@@ -105,21 +111,25 @@ def _plan(
 
 
 class CompletionRenderer:
-    """`echoes`: the text put before each prompt's choices."""
+    """`echoes`: the text put before each prompt's choices, if any. In a stream it is a chunk of its own, or,
+    where it comes with log-probabilities, part of the first one."""
 
-    def __init__(self, codec: TokenCodec, plan: RequestPlan, echoes: list[str]) -> None:
+    def __init__(self, codec: TokenCodec, plan: RequestPlan, echoes: list[str] | None) -> None:
         self._codec, self._plan, self._echoes = codec, plan, echoes
+        self._echoes_logprobs = echoes is not None and plan.sampling.logprobs is not None
         self._opened: set[int] = set()
         self._extras = ChoiceExtras(plan)
 
     def opening(self) -> Iterator[Completion]:
-        for index in range(self._plan.num_choices):
+        for index in range(0 if self._echoes_logprobs else self._plan.num_choices):
             if echo := self._echo(index):
                 choice = CompletionChoice(index=index, text=echo, logprobs=None, finish_reason=None)
                 yield self._completion([choice])
 
     def chunk(self, delta: ChoiceDelta) -> Completion:
-        return self._completion([self._choice(delta, delta.text)])
+        is_first = self._echoes_logprobs and delta.prompt_logprobs is not None
+        echo = self._echo(delta.index) if is_first else ""
+        return self._completion([self._choice(delta, echo + delta.text)])
 
     def closing(self, usage: Usage, metrics: Metrics) -> Completion:
         return self._completion([]).model_copy(update={"usage": usage, "metrics": metrics})
@@ -139,9 +149,7 @@ class CompletionRenderer:
         choice = CompletionChoice(
             index=delta.index,
             text=text,
-            logprobs=None
-            if self._plan.sampling.logprobs is None
-            else completion_logprobs(self._codec, delta),
+            logprobs=self._logprobs(delta),
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
         )
@@ -149,7 +157,22 @@ class CompletionRenderer:
         if self._plan.body.return_token_ids and delta.index not in self._opened:
             extras["prompt_token_ids"] = list(self._plan.prompt_of(delta.index))
         self._opened.add(delta.index)
+        asked, found = self._plan.body.prompt_logprobs, delta.prompt_logprobs
+        if asked is not None and found is not None:
+            prompt = self._plan.prompt_of(delta.index)
+            extras["prompt_logprobs"] = prompt_logprobs(self._codec, prompt, found, asked)
         return choice.model_copy(update=extras)
 
+    def _logprobs(self, delta: ChoiceDelta) -> CompletionLogprobs | None:
+        num_top, found = self._plan.sampling.logprobs, delta.prompt_logprobs
+        if num_top is None:
+            return None
+        echo = self._echo(delta.index)
+        output = completion_logprobs(self._codec, delta, echo)
+        if found is None or not self._echoes_logprobs:
+            return output
+        prompt = self._plan.prompt_of(delta.index)
+        return joined(echoed_logprobs(self._codec, prompt, echo, found, num_top), output)
+
     def _echo(self, index: int) -> str:
-        return self._echoes[index // self._plan.body.n]
+        return "" if self._echoes is None else self._echoes[index // self._plan.body.n]

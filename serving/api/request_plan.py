@@ -73,6 +73,7 @@ def sampling_of(
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=body.num_prompt_logprobs,
             num_draft_tokens=body.num_draft_tokens,
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
@@ -92,7 +93,7 @@ def fit_max_tokens(
 
     Raises ApiError when prompt and output together do not fit."""
     room = max_seq_len - longest_prompt
-    if room < 1:
+    if room < (0 if asked == 0 else 1):
         raise _too_long(f"The prompt has {longest_prompt} tokens", max_seq_len, prompt_field)
     if asked is not None and asked > room:
         raise _too_long(

@@ -94,6 +94,8 @@ class GenerationBody(RequestBody):
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """So many of the most likely tokens beside each token of the prompt, which is then computed whole."""
     return_token_ids: bool = False
     return_weight_versions: bool = False
     num_draft_tokens: int | None = Field(default=None, ge=0)
@@ -115,6 +117,17 @@ class GenerationBody(RequestBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """What the engine is asked for."""
+        return self.prompt_logprobs
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_come_whole(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise fault("prompt_logprobs", "is not available when stream is true")
+        return self
+
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
@@ -132,7 +145,10 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=0)
+    """0: the prompt alone."""
     echo: bool = False
+    """With `logprobs`, those of the prompt come first."""
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1)
     add_special_tokens: bool = True
@@ -141,11 +157,14 @@ class CompletionBody(GenerationBody):
     def _check_together(self) -> Self:
         if self.best_of is not None and self.best_of != self.n:
             raise fault("best_of", f"={self.best_of} other than n={self.n} is not supported yet")
-        if self.echo and self.logprobs is not None:
-            raise fault("echo", "together with logprobs is not supported yet (prompt logprobs)")
         if isinstance(self.prompt, list) and not self.prompt:
             raise fault("prompt", "is empty; there is nothing to complete")
         return self
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
 
 class ContentPart(StrictBody):

@@ -65,10 +65,26 @@ class WeightVersion(Body):
 
 
 class CompletionLogprobs(Body):
+    """With `echo` the prompt's tokens come first; nothing is known of the first of them."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Body):
+    """Of a token in one place of the prompt."""
+
+    logprob: float
+    rank: int
+    """1: no token was more likely."""
+    decoded_token: str
+
+
+PromptLogprobsByToken = list[dict[int, PromptLogprob] | None]
+"""One entry a token of the prompt: the token itself and the most likely ones in its place, by id; null first,
+because nothing is known of the first token."""
 
 
 class TokenLogprob(Body):
@@ -99,6 +115,7 @@ class Choice(Body):
 class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobsByToken | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -134,6 +151,7 @@ class ChatCompletion(Body):
     choices: list[ChatChoice]
     usage: Usage
     metrics: Metrics
+    prompt_logprobs: PromptLogprobsByToken | None = None
     prompt_token_ids: list[int] | None = None
 
 

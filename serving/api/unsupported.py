@@ -28,7 +28,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
     "bad_words": ([],),
     "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),

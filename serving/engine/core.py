@@ -81,6 +81,7 @@ class EngineCore:
         try:
             if self._prefill.advance():
                 self._batch = None
+                self._retire()  # those that asked for no output
             if self.scheduler.running:
                 self._round()
         except Exception as error:
@@ -208,7 +209,9 @@ def _deliver(sequence: Sequence) -> None:
         logprobs=advance.logprobs,
         top_logprobs=advance.top_logprobs,
         generation=sequence.generation() if sequence.finish_reason is not None else None,
+        prompt_logprobs=None if sequence.has_delivered else sequence.prompt_logprobs,
     )
+    sequence.has_delivered = True
     try:
         sequence.on_event(event)
     except Exception:

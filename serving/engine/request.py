@@ -51,7 +51,9 @@ class SamplingParams:
     temperature 0 is greedy, and so is one under MIN_TEMPERATURE; top_k 0, top_p 1 and min_p 0 are off. With a
     `seed` the text depends on the seed, the prompt and the target alone (coupled sampling).
     `num_draft_tokens` caps the draft length (0: no speculation; None: the request sets no cap). `logprobs`
-    asks for that many of the target's most likely tokens beside each output token (raw, temperature 1).
+    asks for that many of the target's most likely tokens beside each output token (raw, temperature 1), and
+    `prompt_logprobs` beside each prompt token, all of which are then computed. `max_tokens` 0 ends a request
+    when its prompt is complete.
 
     The penalties, `logit_bias` (-inf bans an id) and `allowed_token_ids` change logits as
     `logits_processing` says, draft and target alike; a mapping given as `logit_bias` is kept as pairs. With a
@@ -70,6 +72,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     num_draft_tokens: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -84,11 +87,13 @@ class SamplingParams:
         _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or positive, under 2**31")
         _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 and 1")
-        _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _check("max_tokens", self.max_tokens, self.max_tokens >= 0, "0 (the prompt alone) or positive")
         _check(
             "min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"
         )
-        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20")
+        for name in ("logprobs", "prompt_logprobs"):
+            num_top = getattr(self, name)
+            _check(name, num_top, num_top is None or 0 <= num_top <= 20, "0 to 20")
         drafted = self.num_draft_tokens
         _check("num_draft_tokens", drafted, drafted is None or drafted >= 0, "0 (off) or positive")
         if self.seed is not None:
@@ -218,6 +223,30 @@ TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, raw log-probability at temperature 1), most likely first."""
 
 
+@dataclass(frozen=True, eq=False)
+class PromptLogprobs:
+    """Raw target log-probabilities at temperature 1 of the T prompt tokens behind the first, each given those
+    before it."""
+
+    logprobs_T: NDArray[np.float32]
+    ranks_T: NDArray[np.int64]
+    """1: no token was more likely."""
+    top_token_ids_TK: NDArray[np.int64]
+    """The most likely tokens in place of each, likeliest first."""
+    top_logprobs_TK: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, num_top: int) -> "PromptLogprobs":
+        """Of a prompt of one token."""
+        top_TK = np.zeros((0, num_top), np.int64)
+        return cls(np.zeros(0, np.float32), np.zeros(0, np.int64), top_TK, top_TK.astype(np.float32))
+
+    def top_logprobs(self, count: int) -> list[TopLogprobs]:
+        """One entry a token, of at most `count`."""
+        ids, logprobs = self.top_token_ids_TK[:, :count].tolist(), self.top_logprobs_TK[:, :count].tolist()
+        return [tuple(zip(*row, strict=True)) for row in zip(ids, logprobs, strict=True)]
+
+
 @dataclass(frozen=True)
 class TokenEvent:
     """What one round added to a generation. The last event carries the whole `generation`."""
@@ -230,6 +259,8 @@ class TokenEvent:
     """One entry a token if the request asked for logprobs, else empty."""
     generation: "Generation | None" = None
     """Set on the last event only."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Set on the first event only, if the request asked for them."""
 
 
 def captured_round_bytes(num_positions: int, num_kept: int) -> int:
@@ -295,6 +326,8 @@ class Generation:
     """Empty unless the request asked for capture."""
     prompt_embedding_H: NDArray[np.float16] | None = None
     """Mean hidden state of the prompt; None if it was not needed or could not be computed."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """None unless the request asked for them and its prefill came to an end."""
 
 
 EventCallback = Callable[[TokenEvent], Any]

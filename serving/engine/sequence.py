@@ -19,6 +19,7 @@ from serving.engine.request import (
     FinishReason,
     Generation,
     GenerationRequest,
+    PromptLogprobs,
     TopLogprobs,
     VersionSpan,
 )
@@ -57,6 +58,7 @@ class Sequence:
     route: str = field(init=False)
     """The request's own route, or the one that the router chose once prefill has ended."""
     prompt_embedding_H: NDArray[np.float16] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     submitted_at_s: float = field(default_factory=time.perf_counter)
     queued_s: float = 0.0
     num_cached: int = 0
@@ -68,6 +70,8 @@ class Sequence:
     """False in the round after one whose drafts may have made the target's logits not finite."""
     last_advance: Advance = NO_ADVANCE
     """What the last round added, until it is delivered."""
+    has_delivered: bool = False
+    """Whether its caller got an event yet."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str = ""
@@ -145,6 +149,7 @@ class Sequence:
             error=self.error,
             captured_rounds=self.captured_rounds,
             prompt_embedding_H=self.prompt_embedding_H,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

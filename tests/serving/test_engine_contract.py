@@ -98,6 +98,26 @@ def test_the_events_of_a_generation_add_up_to_it(subject: Subject) -> None:
     assert likeliest == told, "greedy takes the likeliest"
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_the_log_probabilities_of_a_prompt_come_with_its_first_event(
+    subject: Subject, max_tokens: int
+) -> None:
+    [whole] = subject.run(max_tokens=8)
+    prompt = (*subject.prompt, *whole.output_token_ids)
+    events: list[Any] = []
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, prompt_logprobs=2)
+    generation = subject.engine.submit(GenerationRequest("r", prompt, params), events.append).result(WAIT_S)
+    assert (generation.finish_reason, len(generation.output_token_ids)) == ("length", max_tokens)
+    assert [event.prompt_logprobs is not None for event in events] == [True] + [False] * (len(events) - 1)
+    found = generation.prompt_logprobs
+    assert found is not None and len(found.logprobs_T) == len(found.ranks_T) == len(prompt) - 1
+    assert found.top_token_ids_TK.shape == found.top_logprobs_TK.shape == (len(prompt) - 1, 2)
+    written = slice(len(subject.prompt) - 1, None)
+    assert (found.ranks_T[written] == 1).all(), "greedy takes the likeliest"
+    assert found.top_token_ids_TK[written, 0].tolist() == whole.output_token_ids
+    assert found.top_logprobs_TK[written, 0].tolist() == found.logprobs_T[written].tolist()
+
+
 def test_a_stop_id_ends_the_text_and_is_its_last_token(subject: Subject) -> None:
     [whole] = subject.run()
     stop = whole.output_token_ids[5]

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from serving.engine.request import (
     FinishReason,
     Generation,
     GenerationRequest,
+    PromptLogprobs,
     TokenEvent,
     VersionSpan,
 )
@@ -75,6 +76,7 @@ class _Running:
     versions: list[int] = field(default_factory=list)
     rounds: list[CapturedRound] = field(default_factory=list)
     is_cancelled: bool = False
+    has_begun: bool = False
 
 
 class FakeEngine:
@@ -175,6 +177,9 @@ class FakeEngine:
         if running.is_cancelled:
             self._end(running, (), "cancelled")
             return
+        if request.sampling.max_tokens == 0:
+            self._end(running, (), "length")
+            return
         last = [*request.prompt_token_ids, *running.token_ids][-1]
         accepted = version % 2
         emitted = [(last + 1 + step) % VOCAB_SIZE for step in range(1 + accepted)]
@@ -224,7 +229,9 @@ class FakeEngine:
     def _event(self, running: _Running, kept: Iterable[int]) -> TokenEvent:
         kept, wanted = tuple(kept), running.request.sampling.logprobs
         top = () if wanted is None else tuple(((token, 0.0),) for token in kept)
-        return TokenEvent(running.request.request_id, kept, (0.0,) * len(kept), top)
+        prompt = None if running.has_begun else _prompt_logprobs(running.request)
+        running.has_begun = True
+        return TokenEvent(running.request.request_id, kept, (0.0,) * len(kept), top, prompt_logprobs=prompt)
 
     def _end(self, running: _Running, kept: tuple[int, ...], reason: FinishReason) -> None:
         request = running.request
@@ -249,7 +256,22 @@ class FakeEngine:
             stop_token_id=stop_id,
             captured_rounds=running.rounds if request.capture else [],
         )
-        event = self._event(running, kept)
-        running.handle.deliver(
-            TokenEvent(event.request_id, event.token_ids, event.logprobs, event.top_logprobs, generation)
-        )
+        generation.prompt_logprobs = _prompt_logprobs(request)
+        running.handle.deliver(replace(self._event(running, kept), generation=generation))
+
+
+def _prompt_logprobs(request: GenerationRequest) -> PromptLogprobs | None:
+    """It is certain of t + 1; every other token is as likely as the rest."""
+    num_top, prompt = request.sampling.prompt_logprobs, np.array(request.prompt_token_ids)
+    if num_top is None:
+        return None
+    expected_T = (prompt[:-1] + 1) % VOCAB_SIZE
+    is_expected_T = prompt[1:] == expected_T
+    top_TK = (expected_T[:, None] + np.arange(num_top)) % VOCAB_SIZE
+    likely_TK = np.where(np.arange(num_top) == 0, 0.0, -20.0) * np.ones(top_TK.shape)
+    return PromptLogprobs(
+        np.where(is_expected_T, 0.0, -20.0).astype(np.float32),
+        np.where(is_expected_T, 1, 2),
+        top_TK,
+        likely_TK.astype(np.float32),
+    )

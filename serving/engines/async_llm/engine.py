@@ -144,7 +144,8 @@ class AsyncLLMEngine:
 
     def check(self, request: GenerationRequest) -> None:
         """See ServingEngine.check."""
-        check_fit(request, max_seq_len=self._max_seq_len, vocab_size=self.pair.vocab_size)
+        room = self._max_seq_len - (request.sampling.max_tokens == 0)  # vLLM draws a token in any case
+        check_fit(request, max_seq_len=room, vocab_size=self.pair.vocab_size)
         check_processing(request.sampling, self._ending_ids(request), self.pair.vocab_size)
         if self.drafts is not None:
             check_speculation(request.sampling)
@@ -227,7 +228,7 @@ class AsyncLLMEngine:
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         async for output in self._llm.generate(prompt, sampling, name):
             completion = output.outputs[0]
-            event = generation.add_output(completion.token_ids, completion.logprobs)
+            event = generation.add_output(completion.token_ids, completion.logprobs, output.prompt_logprobs)
             if completion.finish_reason is not None:
                 await self._messages_of(generation)
                 reused = output.num_cached_tokens or 0

@@ -7,9 +7,11 @@ token.
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from buffer.names import DEFAULT_ROUTE, MODEL_DRAFTER
 from serving.engine.request import (
@@ -17,6 +19,7 @@ from serving.engine.request import (
     FinishReason,
     Generation,
     GenerationRequest,
+    PromptLogprobs,
     TokenEvent,
     TopLogprobs,
     VersionSpan,
@@ -41,6 +44,7 @@ class RunningGeneration:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[TopLogprobs] = []
+        self._prompt_logprobs: PromptLogprobs | None = None
         self._messages: list[StepMessage] = []
         self._num_told = 0
         self._lock = threading.Lock()
@@ -70,8 +74,15 @@ class RunningGeneration:
                 return kept, "length"
         return kept, ""
 
-    def add_output(self, token_ids: Sequence[int], logprobs: Sequence[Any] | None = None) -> TokenEvent:
-        """A part of the output; `logprobs`: vLLM's, one mapping a token."""
+    def add_output(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Any] | None = None,
+        prompt_logprobs: Sequence[Any] | None = None,
+    ) -> TokenEvent:
+        """A part of the output; `logprobs`: vLLM's, one mapping a token; the first brings the prompt's."""
+        if self.request.sampling.max_tokens == 0:
+            token_ids, logprobs = (), None
         token_ids = tuple(token_ids)
         if token_ids and self._first_s is None:
             self._first_s = time.monotonic()
@@ -79,11 +90,17 @@ class RunningGeneration:
         self._token_ids += token_ids
         self._logprobs += chosen
         self._top_logprobs += top
-        return TokenEvent(self.request.request_id, token_ids, tuple(chosen), tuple(top))
+        found = self._prompt_logprobs_of(prompt_logprobs) if prompt_logprobs else None
+        self._prompt_logprobs = self._prompt_logprobs or found
+        return TokenEvent(
+            self.request.request_id, token_ids, tuple(chosen), tuple(top), prompt_logprobs=found
+        )
 
     def finished(self, event: TokenEvent, reason: str, stop_reason: Any, num_reused: int) -> TokenEvent:
         """The last event, with the whole generation."""
         stop_id = None
+        if self.request.sampling.max_tokens == 0 and reason == "stop":
+            reason = "length"
         if reason == "stop" and self._token_ids:
             stop_id = stop_reason if isinstance(stop_reason, int) else self._token_ids[-1]
         generation = self._generation(_REASONS.get(reason, "error"), stop_id)
@@ -124,6 +141,7 @@ class RunningGeneration:
             queued_s=first_s - self._began_s,
             stop_token_id=stop_id,
             captured_rounds=rounds.captured,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
     def _logprobs_of(
@@ -133,15 +151,29 @@ class RunningGeneration:
         if wanted is None or not found:
             return [0.0] * len(token_ids), []
         chosen = [entry[token].logprob for token, entry in zip(token_ids, found, strict=True)]
-        top = [
-            tuple(
-                (token, each.logprob)
-                for token, each in sorted(entry.items(), key=lambda item: item[1].rank)
-                if each.rank <= wanted
-            )
-            for entry in found
+        return chosen, [_top_of(entry, wanted) for entry in found]
+
+    def _prompt_logprobs_of(self, found: Sequence[Any]) -> PromptLogprobs:
+        """`found`: vLLM's, one mapping a token; None for the first."""
+        wanted = self.request.sampling.prompt_logprobs or 0
+        own = [
+            entry[token] for token, entry in zip(self.request.prompt_token_ids[1:], found[1:], strict=True)
         ]
-        return chosen, top
+        if not own:
+            return PromptLogprobs.empty(wanted)
+        top = [_top_of(entry, wanted) for entry in found[1:]]
+        return PromptLogprobs(
+            np.array([each.logprob for each in own], np.float32),
+            np.array([each.rank for each in own], np.int64),
+            np.array([[token for token, _ in entry] for entry in top], np.int64),
+            np.array([[logprob for _, logprob in entry] for entry in top], np.float32),
+        )
+
+
+def _top_of(entry: Mapping[int, Any], count: int) -> TopLogprobs:
+    """The most likely tokens of one place."""
+    ranked = sorted(entry.items(), key=lambda item: item[1].rank)
+    return tuple((token, each.logprob) for token, each in ranked if each.rank <= count)
 
 
 class _Rounds:

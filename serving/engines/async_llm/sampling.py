@@ -16,7 +16,8 @@ MAX_LOGPROBS = 20
 def vllm_arguments(
     request: GenerationRequest, stop_token_ids: Collection[int], capture_key: str
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.SamplingParams`. `stop_token_ids`: all that end the text."""
+    """Keyword arguments of `vllm.SamplingParams`. `stop_token_ids`: all that end the text. vLLM draws a token
+    in any case; RunningGeneration drops the one of a request for none."""
     sampling = request.sampling
     return {
         "temperature": sampling.temperature,
@@ -24,11 +25,12 @@ def vllm_arguments(
         "top_p": sampling.top_p,
         "min_p": sampling.min_p,
         "seed": None if sampling.seed is None else sampling.seed % 2**63,
-        "max_tokens": sampling.max_tokens,
+        "max_tokens": max(1, sampling.max_tokens),
         "min_tokens": sampling.min_tokens,
         "stop_token_ids": sorted(stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "logprobs": sampling.logprobs,
+        "prompt_logprobs": sampling.prompt_logprobs,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": sampling.repetition_penalty,

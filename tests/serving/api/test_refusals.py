@@ -27,7 +27,7 @@ def refusal(server: LiveServer, body: object, path: str = COMPLETIONS) -> dict[s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", "7"),
         ("max_tokens", 2.5),
         ("n", 0),
@@ -80,7 +80,9 @@ def refusal(server: LiveServer, body: object, path: str = COMPLETIONS) -> dict[s
         ("suffix", "end"),
         ("use_beam_search", True),
         ("guided_json", {}),
-        ("prompt_logprobs", 1),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", True),
         ("temprature", 1),
     ],
 )

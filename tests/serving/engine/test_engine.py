@@ -205,7 +205,7 @@ def test_a_request_that_cannot_run_is_refused_by_name(
         {"top_p": 0.0},
         {"min_p": 2.0},
         {"top_k": -1},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"min_tokens": 99},
     ],
 )

@@ -33,6 +33,12 @@ def test_what_goes_to_vllm_comes_back() -> None:
     assert from_vllm(SimpleNamespace(**given)) == params
 
 
+def test_the_log_probabilities_of_a_prompt_are_asked_for_and_one_token_in_any_case() -> None:
+    given = asked(max_tokens=0, prompt_logprobs=3)
+    assert (given["prompt_logprobs"], given["max_tokens"]) == (3, 1)
+    assert asked(max_tokens=7)["prompt_logprobs"] is None
+
+
 def test_capture_is_asked_for_by_request() -> None:
     request = GenerationRequest("r", (1,), SamplingParams(), capture=True)
     assert vllm_arguments(request, (), "capture")["extra_args"] == {"capture": True}

@@ -91,3 +91,34 @@ def test_log_probabilities_are_cut_to_what_was_asked() -> None:
     }
     event = RunningGeneration(asked).add_output((4,), [entry])
     assert event.logprobs == (-2.0,) and event.top_logprobs == (((9, -0.1),),)
+
+
+def entry(own: int, logprob: float, rank: int, *top: float) -> dict[int, SimpleNamespace]:
+    """As vLLM has it: the prompt's own token, then the likeliest by rank, which are 10, 11, …"""
+    found = {own: SimpleNamespace(logprob=logprob, rank=rank)}
+    for number, value in enumerate(top):
+        found[10 + number] = SimpleNamespace(logprob=value, rank=number + 1)
+    return found
+
+
+def test_the_log_probabilities_of_a_prompt_come_with_the_first_part() -> None:
+    asked = replace(REQUEST, sampling=replace(REQUEST.sampling, prompt_logprobs=2))
+    running = RunningGeneration(asked)
+    told = [None, entry(2, -5.0, 9, -0.5, -1.0), {**entry(3, -7.0, 30, -0.25, -2.0)}]
+    first = running.add_output((4,), None, told)
+    assert running.add_output((5,), None, []).prompt_logprobs is None
+    generation = finished(running)
+    found = generation.prompt_logprobs
+    assert found is not None and first.prompt_logprobs is found
+    assert found.logprobs_T.tolist() == [-5.0, -7.0] and found.ranks_T.tolist() == [9, 30]
+    assert found.top_logprobs(2) == [((10, -0.5), (11, -1.0)), ((10, -0.25), (11, -2.0))]
+    none = RunningGeneration(replace(asked, prompt_token_ids=(1,))).add_output((4,), None, [None])
+    assert none.prompt_logprobs is not None and len(none.prompt_logprobs.logprobs_T) == 0
+
+
+def test_the_token_that_vllm_draws_for_a_request_for_none_is_dropped() -> None:
+    running = RunningGeneration(replace(REQUEST, sampling=replace(REQUEST.sampling, max_tokens=0)))
+    assert running.add_output((2,)).token_ids == ()
+    generation = finished(running, step(0, 0, 2), reason="stop")
+    assert (generation.finish_reason, generation.stop_token_id) == ("length", None)
+    assert (generation.output_token_ids, generation.captured_rounds, generation.num_rounds) == ([], [], 0)
