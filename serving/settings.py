@@ -85,8 +85,8 @@ class ServingSettings(BaseModel):
     """Bearer key of `/admin`, 8 characters or more, which no client key opens; None keeps `/admin` shut."""
 
     allowed_origins: tuple[Origin, ...] = ()
-    """Origins of web pages, such as `https://chat.example.org`, whose scripts may call the API from a browser;
-    `*` for all of them. None: no page may."""
+    """Origins of web pages, such as `https://chat.example.org`, whose scripts may call the API from a
+    browser; `*` for all of them. None: no page may."""
 
     max_queued_requests: int = Field(default=256, ge=0)
     """Requests that may wait for a slot in a replica; over it 429. A request counts once for each of its `n`

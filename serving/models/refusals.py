@@ -98,7 +98,8 @@ def _encoder_decoder(config: Any, text: Any) -> str | None:
 
 
 def has_sliding_layers(text: Any) -> bool:
-    """Whether some layers attend to a window only; `context_limit` says up to which length that is nothing."""
+    """Whether some layers attend to a window only; `context_limit` says up to which length that is
+    nothing."""
     layer_types = _layer_types(text)
     if layer_types:
         return "sliding_attention" in layer_types
@@ -106,13 +107,12 @@ def has_sliding_layers(text: Any) -> bool:
 
 
 def _unknown_window(config: Any, text: Any) -> str | None:
-    chunked = "chunked_attention" in _layer_types(text)
-    if not chunked and not (has_sliding_layers(text) and not getattr(text, "sliding_window", None)):
+    window, chunked = getattr(text, "sliding_window", None), "chunked_attention" in _layer_types(text)
+    if not chunked and (window or not has_sliding_layers(text)):
         return None
     return (
-        f"uses {'chunked' if chunked else 'sliding-window'} attention (sliding_window="
-        f"{getattr(text, 'sliding_window', None)}); the engine's masks bypass it, so its text would be wrong. "
-        "Use a model with full attention"
+        f"uses {'chunked' if chunked else 'sliding-window'} attention (sliding_window={window}); the engine's "
+        "masks bypass it, so its text would be wrong. Use a model with full attention"
     )
 
 
