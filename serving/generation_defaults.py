@@ -30,7 +30,7 @@ def generation_defaults(name: str) -> dict[str, Any]:
         fault = error.errors(include_url=False)[0]
         field = fault["loc"][0]
         raise UnsupportedModelError(
-            f"model {name!r} has {field}={found[str(field)]!r} in its generation_config.json: {fault['msg']}, "
-            "so no request could leave it out. Correct it, or set serving.generation_config='none'"
+            f"model {name!r} has {field}={found[str(field)]!r} in its generation_config.json, so no request "
+            f"could leave it out: {fault['msg']}. Correct it, or set serving.generation_config='none'"
         ) from None
     return found

@@ -111,8 +111,8 @@ def _unknown_window(config: Any, text: Any) -> str | None:
     if not chunked and (window or not has_sliding_layers(text)):
         return None
     return (
-        f"uses {'chunked' if chunked else 'sliding-window'} attention (sliding_window={window}); the engine's "
-        "masks bypass it, so its text would be wrong. Use a model with full attention"
+        f"uses {'chunked' if chunked else 'sliding-window'} attention (sliding_window={window}); the "
+        "engine's masks bypass it, so its text would be wrong. Use a model with full attention"
     )
 
 
