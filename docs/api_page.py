@@ -8,7 +8,7 @@ from typing import cast
 from pydantic import BaseModel
 
 from docs.tables import Schema, attribute_docstrings, fields, spans, table
-from serving.api import output_form, request_schema, response_schema, tools, unsupported
+from serving.api import messages, output_form, request_schema, response_schema, tools, unsupported
 from serving.api.app import create_app
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
@@ -23,7 +23,7 @@ def api_lines() -> Iterator[str]:
     yield "## Statuses\n"
     yield from table(("status", "meaning"), _status_rows(document["paths"]))
     yield "## What clients send\n"
-    for module in (request_schema, tools, output_form):
+    for module in (messages, request_schema, tools, output_form):
         yield from _bodies(module, StrictBody)
     yield "## Fields that are not acted on\n"
     yield "These fields are refused with 400, except for the values given, which ask for nothing.\n"
@@ -37,7 +37,7 @@ def _openapi_document() -> Schema:
     """Of an endpoint with keys, from the app itself: its routes are made without being called."""
     keys = KeyRing(("a-client-key",), "an-admin-key")
     return create_app(
-        cast(AppContext, SimpleNamespace(version="unreleased", keys=keys, limits=None))
+        cast(AppContext, SimpleNamespace(version="unreleased", keys=keys, limits=None, allowed_origins=()))
     ).openapi()
 
 

@@ -5,13 +5,14 @@ may hold a hundred thousand.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from serving.api.messages import ChatMessage
 from serving.api.output_form import ResponseFormat, StructuredOutputs
 from serving.api.strict_body import RequestBody, StrictBody, at_most, fault
-from serving.api.tools import NamedTool, ToolCall, ToolChoice, Tools
+from serving.api.tools import NamedTool, ToolChoice, Tools
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -57,7 +58,8 @@ class StreamOptions(StrictBody):
 
 
 class GenerationBody(RequestBody):
-    """What both generation endpoints share."""
+    """What both generation endpoints share. `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`
+    that a request leaves out are those of the model's `generation_config.json`, where it has them."""
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -96,7 +98,12 @@ class GenerationBody(RequestBody):
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     """So many of the most likely tokens beside each token of the prompt, which is then computed whole."""
+    skip_special_tokens: bool = True
+    """Whether special tokens are left out of the answer's text. A stop string that spells one ends the answer
+    either way."""
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Log-probabilities name tokens `token_id:123`, so that tokens of equal text can be told apart."""
     return_weight_versions: bool = False
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Caps the draft length; 0 turns speculation off for this request."""
@@ -167,22 +174,14 @@ class CompletionBody(GenerationBody):
         return max((count for count in asked if count is not None), default=None)
 
 
-class ContentPart(StrictBody):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(StrictBody):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] = Field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        parts = self.content
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+def _one_end(body: "ChatBody | TokenizeBody") -> None:
+    """Refuses a prompt that shall end in two ways."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise fault(
+            "continue_final_message",
+            "needs add_generation_prompt to be false: the prompt ends with the last message, or with the "
+            "beginning of a new one; nothing was started",
+        )
 
 
 class ChatBody(GenerationBody):
@@ -199,10 +198,13 @@ class ChatBody(GenerationBody):
     """None: auto where there are tools."""
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The answer goes on where the last message ends; `add_generation_prompt` must be false."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        _one_end(self)
         if self.top_logprobs and not self.logprobs:
             raise fault("top_logprobs", "needs logprobs to be true")
         choice, names = self.choice_of_tools, {tool.function.name for tool in self.tools}
@@ -252,10 +254,12 @@ class TokenizeBody(RequestBody):
     ) = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        _one_end(self)
         if (self.prompt is None) == (self.messages is None):
             raise fault("prompt", "or messages must be given, and not both")
         return self
