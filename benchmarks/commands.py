@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import engine_commands
+from benchmarks import api_commands, engine_commands
 from benchmarks.options import (
     DEMO_DRAFT,
     DEMO_TARGET,
@@ -214,6 +214,7 @@ app.command()(engine_commands.swaps)
 app.command()(engine_commands.engines)
 app.command()(engine_commands.memory)
 app.command()(engine_commands.packed)
+app.command()(api_commands.structured)
 app.command()(prefix)
 app.command()(fit)
 app.command()(osd_commands.pair)

@@ -1,0 +1,196 @@
+"""Structured output: how often answers end in the form that was asked for, what that changes, what it costs.
+
+The cases are those of the public JSON-schema test suite (npm: json-schema-test-suite), read in place; each is
+a schema and one of its examples, which the prompt shows. What cannot be compiled is listed as refused.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from benchmarks.prompts import demo_prompts, said, token_ids
+from serving.engine.request import Generation, SamplingParams
+from serving.local import LocalEngine
+from serving.structured_output import CompiledGrammar, GrammarCompiler, GrammarError, StructuredOutput
+
+MAX_LENGTH, MAX_ITEMS = 12, 2
+SPOKEN_BY_DRAFT_3_ALONE = frozenset(("extends", "disallow", "divisibleBy"))
+ANYTHING = StructuredOutput("regex", "(?s:.*)")
+"""Allows every text, so that what it costs is not what it changes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """`name`: draft/file#group.test."""
+
+    name: str
+    schema: dict[str, Any]
+    example: Any
+
+
+def suite(folder: Path) -> Iterator[Case]:
+    """Every case that draft 4 can say, in the order of files. Raises FileNotFoundError where none is."""
+    files = [file for draft in ("draft4", "draft3") for file in sorted((folder / draft).rglob("*.json"))]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no draft4 or draft3 folder of the JSON-schema test suite")
+    for file in files:
+        for number, group in enumerate(json.loads(file.read_text())):
+            schema = group["schema"]
+            if SPOKEN_BY_DRAFT_3_ALONE & set(_keywords(schema)):
+                continue
+            for test, asked in enumerate(group["tests"]):
+                name = f"{file.relative_to(folder)}#{number}.{test}"
+                yield Case(name, bounded(schema), asked["data"])
+
+
+def bounded(schema: Any) -> Any:
+    """With a longest text and a longest list wherever the schema sets none, and in draft 4's dialect."""
+    return {"$schema": "http://json-schema.org/draft-04/schema#", **_bounded(schema)}
+
+
+_HOLD_SCHEMAS = ("properties", "patternProperties", "definitions")
+_ARE_SCHEMAS = ("items", "additionalItems", "additionalProperties", "not")
+_LIST_SCHEMAS = ("allOf", "anyOf", "oneOf", "items")
+
+
+def _bounded(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key, value in schema.items():
+        if key in _HOLD_SCHEMAS and isinstance(value, dict):
+            made[key] = {name: _bounded(each) for name, each in value.items()}
+        elif key in _LIST_SCHEMAS and isinstance(value, list):
+            made[key] = [_bounded(each) for each in value]
+        elif key in _ARE_SCHEMAS:
+            made[key] = _bounded(value)
+    if not {"$ref", "enum", "const"} & made.keys():
+        made.setdefault("maxLength", max(MAX_LENGTH, made.get("minLength", 0)))
+        made.setdefault("maxItems", max(MAX_ITEMS, made.get("minItems", 0)))
+    return made
+
+
+def _keywords(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            yield key
+            yield from _keywords(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _keywords(value)
+
+
+def measure_suite(
+    engine: LocalEngine, cases: Sequence[Case], max_tokens: int, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Every accepted case, greedy, with speculation and without."""
+    compiler = compiler_of(engine)
+    accepted: list[tuple[Case, CompiledGrammar]] = []
+    refused: dict[str, str] = {}
+    for case in cases:
+        try:
+            asked = StructuredOutput("json", json.dumps(case.schema))
+            accepted.append((case, compiler.compile(asked)))
+        except GrammarError as error:
+            refused[case.name] = str(error)[:100]
+    report(f"{len(accepted)} cases accepted, {len(refused)} refused")
+    prompts = [token_ids(engine.tokenizer, [said("user", _question(case))]) for case, _ in accepted]
+    fits = [index for index, prompt in enumerate(prompts) if len(prompt) + max_tokens <= engine.max_seq_len]
+    answers = {}
+    for arm, drafted in (("speculation", None), ("alone", 0)):
+        sampling = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=max_tokens,
+                num_draft_tokens=drafted,
+                constraint=accepted[index][1],
+            )
+            for index in fits
+        ]
+        began_s = time.perf_counter()
+        answers[arm] = engine.generate([prompts[index] for index in fits], sampling)
+        report(f"{arm}: {len(fits)} answers in {time.perf_counter() - began_s:.0f} s")
+    ended, wrong = [], {}
+    for index, answer in zip(fits, answers["speculation"], strict=True):
+        if answer.finish_reason == "stop":
+            ended.append(index)
+            fault = _fault(engine, accepted[index][0], answer)
+            if fault:
+                wrong[accepted[index][0].name] = fault
+    drafted_tokens = sum(answer.num_drafted for answer in answers["speculation"])
+    return {
+        "case_ids": [accepted[index][0].name for index in fits],
+        "refused": refused,
+        "num_answers": len(fits),
+        "share_ended": len(ended) / len(fits),
+        "num_ended": len(ended),
+        "num_valid": len(ended) - len(wrong),
+        "wrong": wrong,
+        "num_identical": sum(
+            one.output_token_ids == other.output_token_ids
+            for one, other in zip(answers["speculation"], answers["alone"], strict=True)
+        ),
+        "num_draft_tokens": drafted_tokens,
+    }
+
+
+def _question(case: Case) -> str:
+    schema = json.dumps({key: value for key, value in case.schema.items() if key != "$schema"})
+    return f"Write JSON that fits this schema: {schema}\nFor example: {json.dumps(case.example)[:200]}"
+
+
+def _fault(engine: LocalEngine, case: Case, answer: Generation) -> str:
+    """Why an answer is not what was asked for; empty if it is."""
+    assert engine.tokenizer is not None
+    text = engine.tokenizer.decode(answer.output_token_ids, skip_special_tokens=True)
+    try:
+        jsonschema.Draft4Validator(case.schema).validate(json.loads(text))
+    except (ValueError, jsonschema.ValidationError) as error:
+        return f"{text[:100]!r}: {str(error)[:100]}"
+    return ""
+
+
+def measure_cost(
+    engine: LocalEngine, turns: int, num_tokens: int, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Seconds a token of requests with a form that allows everything, over those without, in turn: by number
+    of requests at once, with speculation and without."""
+    constraint = compiler_of(engine).compile(ANYTHING)
+    prompts = demo_prompts(engine.tokenizer, 64)
+    found: dict[str, Any] = {}
+    for batch_size in (1, 8):
+        for name, drafted in (("alone", 0), ("speculation", None)):
+            ratios = []
+            for turn in range(turns + 1):
+                asked = list(islice(prompts, batch_size))
+                plain = SamplingParams(
+                    temperature=0.0, max_tokens=num_tokens, num_draft_tokens=drafted, ignore_eos=False
+                )
+                formed = replace(plain, constraint=constraint)
+                spent = {}
+                for arm in ("plain", "formed") if turn % 2 else ("formed", "plain"):
+                    began_s = time.perf_counter()
+                    done = engine.generate(asked, plain if arm == "plain" else formed)
+                    num = sum(len(each.output_token_ids) for each in done)
+                    spent[arm] = (time.perf_counter() - began_s) / num
+                if turn:
+                    ratios.append(spent["formed"] / spent["plain"])
+            found[f"{name}, {batch_size} at once"] = {
+                "seconds_over_plain": statistics.median(ratios),
+                "pairs": len(ratios),
+            }
+            report(
+                f"{name}, {batch_size} at once: {statistics.median(ratios):.3f} of plain's seconds a token"
+            )
+    return found
+
+
+def compiler_of(engine: LocalEngine) -> GrammarCompiler:
+    return GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
