@@ -146,6 +146,7 @@ def check_models(settings: Settings) -> None:
     Raises ModelPairError.
     """
     from serving.engines.async_llm.plugin import require_vllm
+    from serving.models.context_limit import fitted_context
     from serving.models.errors import UnsupportedModelError
     from serving.models.inspection import inspect_pair
     from serving.models.refusals import check_device
@@ -155,7 +156,8 @@ def check_models(settings: Settings) -> None:
         if serving.engine == "vllm" and settings.cluster.ray_address is None:
             require_vllm()
         check_device(serving.device, is_here=settings.cluster.ray_address is None)
-        inspect_pair(serving.target, serving.draft, dtype=serving.dtype)
+        inspected = inspect_pair(serving.target, serving.draft, dtype=serving.dtype)
+        fitted_context(serving.max_seq_len, inspected.named)
     except UnsupportedModelError as error:
         raise ModelPairError(f"serving: {error}; nothing was started") from error
 

@@ -8,10 +8,11 @@ from typing import cast
 from pydantic import BaseModel
 
 from docs.tables import Schema, attribute_docstrings, fields, spans, table
-from serving.api import request_schema, response_schema, unsupported
+from serving.api import messages, request_schema, response_schema, unsupported
 from serving.api.app import create_app
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
+from serving.api.strict_body import StrictBody
 
 
 def api_lines() -> Iterator[str]:
@@ -22,7 +23,8 @@ def api_lines() -> Iterator[str]:
     yield "## Statuses\n"
     yield from table(("status", "meaning"), _status_rows(document["paths"]))
     yield "## What clients send\n"
-    yield from _bodies(request_schema, request_schema.StrictBody)
+    for module in (messages, request_schema):
+        yield from _bodies(module, StrictBody)
     yield "## Fields that are not acted on\n"
     yield "These fields are refused with 400, except for the values given, which ask for nothing.\n"
     yield from table(("field", "accepted values"), _neutral_rows())
@@ -35,7 +37,7 @@ def _openapi_document() -> Schema:
     """Of an endpoint with keys, from the app itself: its routes are made without being called."""
     keys = KeyRing(("a-client-key",), "an-admin-key")
     return create_app(
-        cast(AppContext, SimpleNamespace(version="unreleased", keys=keys, limits=None))
+        cast(AppContext, SimpleNamespace(version="unreleased", keys=keys, limits=None, allowed_origins=()))
     ).openapi()
 
 

@@ -19,6 +19,7 @@ from serving.engine.passes.grouped_attention import NAME, use_grouped_attention
 from serving.engine.passes.hidden_states import hidden_states_of
 from serving.engine.passes.runner import Runner
 from serving.engine.passes.slot_pass import SlotPass
+from serving.models.context_limit import hold_frequencies
 from serving.models.target_part import reshape
 
 _NUM_SLOTS = 4
@@ -46,6 +47,7 @@ def _compile(path: Path, spec: dict[str, Any]) -> None:
         config, dtype=getattr(torch, spec["dtype"]), attn_implementation="sdpa"
     ).eval()
     reshape(model)
+    hold_frequencies(model)
     if spec["attention"] == NAME:
         use_grouped_attention(model)
     if spec.get("states"):

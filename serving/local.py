@@ -147,6 +147,8 @@ def _fitting(pair: ModelPair, options: EngineOptions, free: FreeMemory) -> Memor
     plan.require_fit(free)
     if plan.fits(free, with_optional=True):
         pack_linears(pair.target)
+    if plan.note:
+        _log.warning("%s", plan.note)
     _log.info("%s", "\n".join(plan.lines()))
     return plan
 

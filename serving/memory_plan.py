@@ -19,7 +19,8 @@ from serving.engine.passes.packed_linear import packable
 from serving.engine.passes.prefix_cache import BLOCK_TOKENS
 from serving.engine.request import captured_round_bytes
 from serving.free_memory import FreeMemory
-from serving.models.loading import ModelPair, load_outlines, max_positions
+from serving.models.context_limit import fitted_context
+from serving.models.loading import ModelPair, load_outlines
 from serving.models.target_part import TargetPart, own_tensors
 from serving.options import EngineOptions
 
@@ -85,12 +86,16 @@ class MemoryPlan:
     draft: ModelSize | None = None
     weights_loaded: bool = False
     """True between loading and allocating: the target and the draft as loaded are allocated already."""
+    note: str = ""
+    """Why `max_seq_len` is less than was asked for; empty if it is not."""
 
     @classmethod
     def of(cls, pair: ModelPair, options: EngineOptions) -> Self:
         """The plan of a loaded pair. Its options are corrected: `max_seq_len` is cut to what both models can
-        hold, and without a draft no route has one."""
-        options = replace(options, max_seq_len=min(options.max_seq_len, pair.max_positions))
+        hold, and without a draft no route has one. Raises UnsupportedModelError for a model that is wrong at
+        that length."""
+        max_seq_len, note = fitted_context(options.max_seq_len, pair.named)
+        options = replace(options, max_seq_len=max_seq_len)
         if options.num_slots < 1 or options.max_seq_len < 2:
             raise ValueError(
                 f"num_slots={options.num_slots} and max_seq_len={options.max_seq_len} leave no room for a "
@@ -99,7 +104,7 @@ class MemoryPlan:
         if pair.draft is None or not options.uses_model:
             options = replace(options, max_route_drafts=0)
         draft = None if pair.draft is None else ModelSize.of(pair.draft)
-        return cls(options, ModelSize.of(pair.target), draft, weights_loaded=True)
+        return cls(options, ModelSize.of(pair.target), draft, weights_loaded=True, note=note)
 
     @classmethod
     def outlined(
@@ -111,12 +116,12 @@ class MemoryPlan:
         dtype: str,
         untie_draft: bool = False,
     ) -> Self:
-        """The plan of models that are not loaded yet (paths or hub ids)."""
+        """The plan of models that are not loaded yet (paths or hub ids). Raises UnsupportedModelError."""
         outline, other = load_outlines(target, draft, dtype=dtype, untie_draft=untie_draft)
-        models = [outline] if other is None else [outline, other]
-        longest = min([options.max_seq_len, *(max_positions(model) for model in models)])
+        named = [(target, outline), *([] if other is None else [(str(draft), other)])]
+        max_seq_len, note = fitted_context(options.max_seq_len, named)
         size = None if other is None else ModelSize.of(other)
-        return cls(replace(options, max_seq_len=longest), ModelSize.of(outline), size)
+        return cls(replace(options, max_seq_len=max_seq_len), ModelSize.of(outline), size, note=note)
 
     @property
     def prefix_cache_bytes(self) -> int:
@@ -196,7 +201,7 @@ class MemoryPlan:
                 f"  {_mib(self.route_draft_bytes):>10} MiB  more for each route with a draft of its own, at "
                 f"most {self.options.max_route_drafts}, where so much is free then"
             )
-        return lines
+        return lines if not self.note else [self.note, *lines]
 
     def fits(self, free: FreeMemory, *, with_optional: bool = False) -> bool:
         on_host, on_device = self._to_come(with_optional)

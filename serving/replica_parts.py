@@ -4,9 +4,11 @@ Invariant: a store or feed that cannot be reached delays the start by a bounded 
 """
 
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from buffer.exporter import MAX_QUEUE_BYTES, RecordExporter
 from buffer.records import ServingStatus
@@ -17,6 +19,7 @@ from serving.api.context import AppContext
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
 from serving.api.token_codec import TokenCodec
+from serving.generation_defaults import generation_defaults
 from serving.local import load_engine
 from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
@@ -25,6 +28,8 @@ from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
 from serving.settings import ServingSettings
 from serving.status import serving_status
+
+_log = logging.getLogger(__name__)
 
 _FEED_TIMEOUT_S = 2.0
 
@@ -102,7 +107,8 @@ class ReplicaParts:
         return AppContext(
             engine=engine,
             codec=TokenCodec(engine.tokenizer),
-            model_name=settings.served_name,
+            model_names=settings.served_names,
+            sampling_defaults=_sampling_defaults(settings),
             version=software_version(),
             started_at=int(time.time()),
             admission=admission,
@@ -111,6 +117,7 @@ class ReplicaParts:
                 max_prompt_tokens=settings.prompt_tokens_per_request,
             ),
             keys=KeyRing(settings.revealed_api_keys(), settings.revealed_admin_key()),
+            allowed_origins=settings.allowed_origins,
             metrics=ServingMetrics(
                 engine.stats,
                 replica_id=self._replica_id,
@@ -157,6 +164,20 @@ def software_version() -> str:
         return importlib.metadata.version("everdraft")
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+def _sampling_defaults(settings: ServingSettings) -> dict[str, Any]:
+    """The target's own, unless they are switched off."""
+    found = generation_defaults(settings.target) if settings.generation_config == "auto" else {}
+    if found:
+        said = ", ".join(f"{name}={value}" for name, value in found.items())
+        _log.warning(
+            "requests that leave them out get %s, from generation_config.json of %s; "
+            "serving.generation_config = 'none' turns that off",
+            said,
+            settings.target,
+        )
+    return found
 
 
 def _load(settings: ServingSettings, *, export_queue_bytes: int) -> ServingEngine:

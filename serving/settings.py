@@ -3,14 +3,21 @@
 Starts nothing and reads no file. Invariant: a secret is a SecretStr and is never printed.
 """
 
+import re
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
 from buffer.store import Bounds
 from serving.api.keys import check_key
 
+ModelName = Annotated[str, Field(min_length=1)]
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
+"""As a browser sends it: scheme, host and port, no path."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""`organisation/name`."""
 _UNASKED_ROUTE_DRAFTS = 4
 """Where the operator names no number."""
 
@@ -32,8 +39,12 @@ class ServingSettings(BaseModel):
     untie_draft: bool = False
     """Give a draft whose head is tied to its embedding a head of its own, so that LoRA can adapt both; it
     takes the head's memory once more. A part of the target needs none: it has a map before the head."""
-    model_name: str | None = None
-    """The model's name for clients; None: the last part of `target`."""
+    model_name: ModelName | Annotated[tuple[ModelName, ...], Field(min_length=1)] | None = None
+    """The model's name for clients, or several, which all mean it; None: the last part of `target`, and a hub
+    id whole, too. An answer carries the name that was asked for, or the first."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """Whether `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` that a request leaves out are
+    those of the target's `generation_config.json` (auto), or the API's own defaults (none)."""
     device: str = "cpu"
     """Where the models run: `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -72,6 +83,10 @@ class ServingSettings(BaseModel):
     """Bearer keys of clients, 8 characters or more each; none leaves the endpoint open."""
     admin_key: SecretStr | None = None
     """Bearer key of `/admin`, 8 characters or more, which no client key opens; None keeps `/admin` shut."""
+
+    allowed_origins: tuple[Origin, ...] = ()
+    """Origins of web pages, such as `https://chat.example.org`, whose scripts may call the API from a
+    browser; `*` for all of them. None: no page may."""
 
     max_queued_requests: int = Field(default=256, ge=0)
     """Requests that may wait for a slot in a replica; over it 429. A request counts once for each of its `n`
@@ -172,9 +187,18 @@ class ServingSettings(BaseModel):
         return max(self.max_seq_len, self.max_queued_prompt_tokens // 4)
 
     @property
+    def served_names(self) -> tuple[str, ...]:
+        """The model's names for clients."""
+        if self.model_name is not None:
+            given = (self.model_name,) if isinstance(self.model_name, str) else self.model_name
+            return tuple(dict.fromkeys(given))
+        last = PurePath(self.target).name or self.target
+        return (last, self.target) if _HUB_ID.fullmatch(self.target) else (last,)
+
+    @property
     def served_name(self) -> str:
-        """The model's name for clients."""
-        return self.model_name or PurePath(self.target).name or self.target
+        """The first of them."""
+        return self.served_names[0]
 
     @property
     def num_route_drafts(self) -> int:

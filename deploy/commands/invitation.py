@@ -18,7 +18,7 @@ def invite(console: Console, system: RunningSystem) -> None:
     settings = system.settings
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_row("endpoint", Text(visible(f"{system.url}/v1"), "bold"))
-    table.add_row("model", settings.serving.served_name)
+    table.add_row("model", ", ".join(settings.serving.served_names))
     table.add_row("draft", settings.serving.draft or "none: nothing is sped up")
     table.add_row("learner", "learns from the traffic" if system.learner else "off")
     table.add_row("metrics", f"{system.url}/metrics")

@@ -146,6 +146,7 @@ class ActiveRequest:
             body.stop_strings,
             include_stop_string=include_stop,
             min_tokens=body.min_tokens,
+            skip_special_tokens=body.skip_special_tokens,
         )
         return ChoiceState(index, stream, include_stop=include_stop)
 

@@ -1,6 +1,7 @@
 """The HTTP app of one replica: routes behind the auth middleware. Starts and closes nothing."""
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from serving.api.auth_middleware import AuthMiddleware
 from serving.api.body_limit import BodyLimit
@@ -10,6 +11,7 @@ from serving.api.context import AppContext
 from serving.api.errors import install_error_handlers
 from serving.api.openapi import describe
 from serving.api.operations import admin_routes, health_routes, model_routes, token_routes
+from serving.api.request_ids import REQUEST_ID_HEADER
 
 
 def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI:
@@ -23,4 +25,12 @@ def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI
     describe(app, context.keys)
     app.add_middleware(BodyLimit, limits=context.limits)
     app.add_middleware(AuthMiddleware, keys=context.keys, sends_request_id=sends_request_id)
+    if context.allowed_origins:  # outermost: a browser asks without a key first, and shows no error without
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=context.allowed_origins,
+            allow_methods=("*",),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+        )
     return app

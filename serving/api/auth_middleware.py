@@ -1,7 +1,8 @@
-"""The outermost layer of the app: request ids, keys, and the answer to an unhandled exception.
+"""The outermost layer of the app but CORS: request ids, keys, and the answer to an unhandled exception.
 
 A plain ASGI layer, so that bodies are not read before the key is checked and streams are never buffered.
-Invariant: every HTTP answer carries X-Request-Id exactly once (see `request_ids`).
+Invariant: every HTTP answer carries X-Request-Id exactly once (see `request_ids`), but for answers to a
+browser's preflight, which has no key and never comes here.
 """
 
 import logging
@@ -17,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class AuthMiddleware:
-    """Wraps the app. Needs to be added last, so that it is the first to see a request.
+    """Wraps the app. Needs to be added after all layers that read a body, so that it sees a request first.
 
     `sends_request_id` False: a proxy in front of the app adds the id to the answer."""
 

@@ -15,11 +15,12 @@ from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, route_of
+from serving.api.incoming import check_model, naming_codec, route_of
 from serving.api.logprobs import chat_logprobs
+from serving.api.messages import ChatMessage
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
-from serving.api.request_schema import ChatBody, ChatMessage
+from serving.api.request_schema import ChatBody
 from serving.api.response_schema import (
     AssistantMessage,
     ChatChoice,
@@ -42,11 +43,15 @@ def chat_routes(context: AppContext) -> APIRouter:
         check_model(context, body.model)
         context.limits.check_generations(1, body.n)
         prompt = await chat_token_ids(
-            context.codec, body.messages, body.add_generation_prompt, body.chat_template_kwargs
+            context.codec,
+            body.messages,
+            body.add_generation_prompt,
+            body.chat_template_kwargs,
+            continue_final_message=body.continue_final_message,
         )
         context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
         plan = _plan(context, body, request, prompt)
-        return await respond(context, request, plan, ChatRenderer(context.codec, plan))
+        return await respond(context, request, plan, ChatRenderer(naming_codec(context, body), plan))
 
     return router
 
@@ -56,19 +61,29 @@ async def chat_token_ids(
     messages: Sequence[ChatMessage],
     add_generation_prompt: bool,
     template_arguments: dict[str, Any],
+    *,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """The prompt that the chat template makes. Raises ApiError: no template, or it refuses the messages."""
     if not codec.has_chat_template:
         raise bad_request("This model has no chat template; use /v1/completions.", "messages")
     plain = [_plain(message) for message in messages]
 
-    render = partial(codec.chat_token_ids, plain, add_generation_prompt=add_generation_prompt)
+    render = partial(
+        codec.chat_token_ids,
+        plain,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
     try:
         tokens = await asyncio.to_thread(render, **template_arguments)
     except Exception as error:
         # Templates are programs: whatever they raise, the messages did not fit. Only messages that the
-        # template itself raises on purpose are passed on.
-        reason = f": {error}" if type(error).__module__.startswith("jinja2") else ""
+        # template itself raises on purpose are passed on, and why a message cannot be continued.
+        on_purpose = type(error).__module__.startswith("jinja2") or (
+            continue_final_message and isinstance(error, ValueError)
+        )
+        reason = f": {error}" if on_purpose else ""
         raise bad_request(f"The chat template refuses the messages{reason}", "messages") from None
     if not tokens:
         raise bad_request("The chat template made an empty prompt of the messages.", "messages")
@@ -76,9 +91,11 @@ async def chat_token_ids(
 
 
 def _plain(message: ChatMessage) -> dict[str, str]:
-    """A message in the form that templates expect; `developer` is OpenAI's newer name for `system`."""
-    role = "system" if message.role == "developer" else message.role
-    named = {"name": message.name, "tool_call_id": message.tool_call_id}
+    """A message in the form that templates expect; `developer` is OpenAI's newer name for `system`,
+    `function` its older one for `tool`."""
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
+    names = ("reasoning_content", "reasoning", "name", "tool_call_id")
+    named = {name: getattr(message, name) for name in names}
     kept = {key: value for key, value in named.items() if value is not None}
     return {"role": role, "content": message.text, **kept}
 
@@ -91,10 +108,10 @@ def _plan(context: AppContext, body: ChatBody, request: Request, prompt: list[in
     return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
-        model=context.model_name,
+        model=body.model or context.model_names[0],
         body=body,
         prompts=(tuple(prompt),),
-        sampling=sampling_of(body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
+        sampling=sampling_of(context, body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None),
         route=route_of(request, body.metadata),
         capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
     )

@@ -82,11 +82,13 @@ class ChoiceState:
     def _consume(
         self, token_ids: tuple[int, ...], generation: Generation | None
     ) -> tuple[int, str, tuple[int, ...]]:
-        """(tokens kept, text released, their offsets). A stop token is kept, its text is not."""
+        """(tokens kept, text released, their offsets). A stop token is kept, its text is not; one that a stop
+        string spells is left to the stream, which finds that string."""
         if self._stream.stop_string is not None:
             return 0, "", ()
         ended_by_token = generation is not None and generation.stop_token_id is not None and bool(token_ids)
-        num_hidden = 1 if ended_by_token and not self._include_stop else 0
+        spelled = generation is not None and generation.stop_token_id in self._stream.stop_ids
+        num_hidden = 1 if ended_by_token and not (self._include_stop or spelled) else 0
         piece = self._stream.feed(token_ids[: len(token_ids) - num_hidden])
         text, num_kept, offsets = piece.text, piece.num_consumed, piece.text_offsets
         if piece.stop_string is None:

@@ -13,7 +13,7 @@ from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, encode, route_of
+from serving.api.incoming import check_model, encode, naming_codec, route_of
 from serving.api.logprobs import completion_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
@@ -32,7 +32,8 @@ def completion_routes(context: AppContext) -> APIRouter:
         check_model(context, body.model)
         prompts = await _prompts(context, body)
         plan = _plan(context, body, request, prompts)
-        renderer = CompletionRenderer(context.codec, plan, await _echoes(context.codec, body, prompts))
+        echoes = await _echoes(context.codec, body, prompts)
+        renderer = CompletionRenderer(naming_codec(context, body), plan, echoes)
         return await respond(context, request, plan, renderer)
 
     return router
@@ -89,10 +90,10 @@ def _plan(
     return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
-        model=context.model_name,
+        model=body.model or context.model_names[0],
         body=body,
         prompts=tuple(tuple(prompt) for prompt in prompts),
-        sampling=sampling_of(body, max_tokens, body.logprobs),
+        sampling=sampling_of(context, body, max_tokens, body.logprobs),
         route=route_of(request, body.metadata),
         capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
     )

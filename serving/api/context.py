@@ -1,8 +1,9 @@
 """The parts that the routes of one app use, and whether the app takes requests now."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from buffer.records import ServingStatus
 from serving.api.admission import Admission
@@ -22,7 +23,10 @@ class AppContext:
 
     engine: ServingEngine
     codec: TokenCodec
-    model_name: str
+    model_names: tuple[str, ...]
+    """What clients may call the model, its first name first."""
+    sampling_defaults: Mapping[str, Any]
+    """Fields that a request leaves out: what the model's own configuration says of them."""
     version: str
     """Version of the software."""
     started_at: int
@@ -30,6 +34,8 @@ class AppContext:
     admission: Admission
     limits: RequestLimits
     keys: KeyRing
+    allowed_origins: tuple[str, ...]
+    """Origins of web pages whose scripts may call the API."""
     metrics: ServingMetrics
     recorder: Recorder | None
     status: Callable[[], ServingStatus]

@@ -8,6 +8,7 @@ from fastapi import Request
 
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request
+from serving.api.request_schema import GenerationBody
 from serving.api.token_codec import TokenCodec
 from serving.router import ROUTE_HEADER, choose_route
 
@@ -19,9 +20,15 @@ T = TypeVar("T")
 
 def check_model(context: AppContext, name: str | None) -> None:
     """A request without a name means the served model. Raises ApiError for any other name."""
-    if name is not None and name != context.model_name:
-        message = f"The model {name!r} does not exist; this server has {context.model_name!r}."
+    if name is not None and name not in context.model_names:
+        served = ", ".join(map(repr, context.model_names))
+        message = f"The model {name!r} does not exist; this server has {served}."
         raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def naming_codec(context: AppContext, body: GenerationBody) -> TokenCodec:
+    """The codec that calls tokens as the request asks."""
+    return context.codec.naming_ids() if body.return_tokens_as_token_ids else context.codec
 
 
 async def encode(codec: TokenCodec, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -20,6 +20,7 @@ def health_routes(context: AppContext) -> APIRouter:
     """Open without a key: they reveal nothing about requests."""
     router = APIRouter()
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=errors(503))
     async def health() -> Response:
         """Liveness: the engine thread runs."""
@@ -27,12 +28,14 @@ def health_routes(context: AppContext) -> APIRouter:
             raise ApiError(503, "The engine has stopped; the replica must be restarted.")
         return JSONResponse({"status": "ok"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses=errors(503))
     async def ready() -> Response:
         if not context.is_ready:
             raise ApiError(503, "Not ready: loading, draining or stopped.")
         return JSONResponse({"status": "ready", "draft_version": context.engine.draft_version})
 
+    @router.head("/version", include_in_schema=False)
     @router.get("/version")
     async def version() -> dict[str, str]:
         return {"version": context.version}
@@ -47,14 +50,16 @@ def health_routes(context: AppContext) -> APIRouter:
 def model_routes(context: AppContext) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", response_model_exclude_unset=True)
     async def list_models() -> ModelList:
-        return ModelList(object="list", data=[_card(context)])
+        return ModelList(object="list", data=[_card(context, name) for name in context.model_names])
 
+    @router.head("/v1/models/{model_id:path}", include_in_schema=False)
     @router.get("/v1/models/{model_id:path}", response_model_exclude_unset=True, responses=errors(404))
     async def retrieve_model(model_id: str) -> ModelCard:
         check_model(context, model_id)
-        return _card(context)
+        return _card(context, model_id)
 
     return router
 
@@ -67,7 +72,13 @@ def token_routes(context: AppContext) -> APIRouter:
         check_model(context, body.model)
         codec = context.codec
         if body.messages is not None:
-            tokens = await chat_token_ids(codec, body.messages, body.add_generation_prompt, {})
+            tokens = await chat_token_ids(
+                codec,
+                body.messages,
+                body.add_generation_prompt,
+                {},
+                continue_final_message=body.continue_final_message,
+            )
         else:
             tokens = await encode(codec, body.prompt or "", add_special_tokens=body.add_special_tokens)
 
@@ -101,11 +112,12 @@ def admin_routes(context: AppContext) -> APIRouter:
     return router
 
 
-def _card(context: AppContext) -> ModelCard:
+def _card(context: AppContext, name: str) -> ModelCard:
     return ModelCard(
-        id=context.model_name,
+        id=name,
         object="model",
         created=context.started_at,
         owned_by="everdraft",
         max_model_len=context.engine.max_seq_len,
+        sampling_defaults=dict(context.sampling_defaults),
     )

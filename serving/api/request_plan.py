@@ -6,6 +6,7 @@ choices do not depend on the prompts beside it.
 
 from dataclasses import dataclass
 
+from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request
 from serving.api.request_schema import GenerationBody
 from serving.engine.request import GenerationRequest, SamplingParams
@@ -53,8 +54,13 @@ class RequestPlan:
         ]
 
 
-def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> SamplingParams:
-    """Raises ApiError for fields that exclude each other."""
+def sampling_of(
+    context: AppContext, body: GenerationBody, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    """As the request says; where it says nothing, as the model's own defaults do. A stop string that spells a
+    special token stops at that token. Raises ApiError for fields that exclude each other."""
+    unset = context.sampling_defaults.keys() - body.model_fields_set
+    body = body.model_copy(update={name: context.sampling_defaults[name] for name in unset})
     if body.min_tokens > max_tokens:
         raise bad_request(
             f"min_tokens={body.min_tokens} must be at most max_tokens={max_tokens}", "min_tokens"
@@ -67,7 +73,7 @@ def sampling_of(body: GenerationBody, max_tokens: int, logprobs: int | None) -> 
         seed=body.seed,
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
-        stop_token_ids=tuple(body.stop_token_ids),
+        stop_token_ids=(*body.stop_token_ids, *context.codec.special_token_ids(body.stop_strings)),
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
         num_draft_tokens=body.num_draft_tokens,

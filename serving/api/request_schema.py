@@ -1,27 +1,16 @@
 """The bodies that clients send, validated strictly. Knows no tokenizer and no engine.
 
-Invariant: nothing that changes the output is ignored. A field that is unknown, or known and not supported, is
-refused by name unless its value is the neutral one; null means unset everywhere. Every list is checked up to
-its first fault only, because only one fault is reported and a body of a megabyte may hold a hundred thousand.
+Every list is checked up to its first fault only, because only one fault is reported and a body of a megabyte
+may hold a hundred thousand.
 """
 
-import difflib
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
+from serving.api.messages import ChatMessage
+from serving.api.strict_body import RequestBody, StrictBody, at_most, fault
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -43,38 +32,6 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
 
-def fault(param: str, message: str) -> PydanticCustomError:
-    """A validation error that names the field at fault."""
-    return PydanticCustomError("everdraft", message.replace("{", "{{").replace("}", "}}"), {"param": param})
-
-
-def refuse_broken_text(data: Any) -> None:
-    """Refuses half of a surrogate pair, which JSON can escape but no encoding and no tokenizer can hold."""
-    rest = [data]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, dict):
-            rest += [*value.keys(), *value.values()]
-        elif isinstance(value, list):
-            rest += value
-        elif isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise PydanticCustomError("everdraft", "a text holds half of a surrogate pair") from None
-
-
-def at_most(num_entries: int) -> BeforeValidator:
-    """For mappings: refuses more entries before the first of them is validated."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > num_entries:
-            raise ValueError(f"has {len(value)} entries; at most {num_entries} are allowed")
-        return value
-
-    return BeforeValidator(check)
-
-
 def prompt_shape(prompt: Any) -> str | None:
     """Which of the allowed types a prompt has, by its first item; None: none of them."""
     if isinstance(prompt, str):
@@ -94,51 +51,13 @@ Prompt = Annotated[
 ]
 
 
-class StrictBody(BaseModel):
-    """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_would_be_ignored(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        given = {name: value for name, value in data.items() if value is not None}
-        return {name: value for name, value in given.items() if not cls._may_drop(name, value)}
-
-    @classmethod
-    def _may_drop(cls, name: Any, value: Any) -> bool:
-        """Whether the field may be left out. Raises for one that may not and cannot be kept."""
-        if name in cls.model_fields:
-            return False
-        if name in NEUTRAL_VALUES:
-            if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES[name]):
-                return True
-            raise fault(name, "is not supported yet; the request was not started")
-        if name in HARMLESS:
-            return True
-        close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise fault(str(name), f"is no field that is known here{hint}; the request was not started")
-
-
-class RequestBody(StrictBody):
-    """A whole body, in which every text is one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_broken_text(cls, data: Any) -> Any:
-        refuse_broken_text(data)
-        return data
-
-
 class StreamOptions(StrictBody):
     include_usage: bool = False
 
 
 class GenerationBody(RequestBody):
-    """What both generation endpoints share."""
+    """What both generation endpoints share. `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty`
+    that a request leaves out are those of the model's `generation_config.json`, where it has them."""
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -173,7 +92,12 @@ class GenerationBody(RequestBody):
     )
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    """Whether special tokens are left out of the answer's text. A stop string that spells one ends the answer
+    either way."""
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Log-probabilities name tokens `token_id:123`, so that tokens of equal text can be told apart."""
     return_weight_versions: bool = False
     num_draft_tokens: int | None = Field(default=None, ge=0)
     """Caps the draft length; 0 turns speculation off for this request."""
@@ -221,21 +145,14 @@ class CompletionBody(GenerationBody):
         return self
 
 
-class ContentPart(StrictBody):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(StrictBody):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    @property
-    def text(self) -> str:
-        parts = self.content
-        return parts if isinstance(parts, str) else "".join(part.text for part in parts)
+def _one_end(body: "ChatBody | TokenizeBody") -> None:
+    """Refuses a prompt that shall end in two ways."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise fault(
+            "continue_final_message",
+            "needs add_generation_prompt to be false: the prompt ends with the last message, or with the "
+            "beginning of a new one; nothing was started",
+        )
 
 
 class ChatBody(GenerationBody):
@@ -248,10 +165,13 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """The answer goes on where the last message ends; `add_generation_prompt` must be false."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        _one_end(self)
         if self.top_logprobs and not self.logprobs:
             raise fault("top_logprobs", "needs logprobs to be true")
         return self
@@ -281,10 +201,12 @@ class TokenizeBody(RequestBody):
     ) = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        _one_end(self)
         if (self.prompt is None) == (self.messages is None):
             raise fault("prompt", "or messages must be given, and not both")
         return self

@@ -161,6 +161,8 @@ class ModelCard(Body):
     created: int
     owned_by: str
     max_model_len: int
+    sampling_defaults: dict[str, float]
+    """What the model's `generation_config.json` says of fields that a request leaves out."""
 
 
 class ModelList(Body):

@@ -73,8 +73,11 @@ class TextStream:
         *,
         include_stop_string: bool = False,
         min_tokens: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._codec = codec
+        self._codec, self._skip = codec, skip_special_tokens
+        self.stop_ids = frozenset(codec.special_token_ids(stop_strings))
+        """Special tokens whose text is a stop string."""
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = StopStrings(stop_strings, include_in_output=include_stop_string)
         self._min_tokens = min_tokens
@@ -90,7 +93,7 @@ class TextStream:
             if self.stop_string is not None:
                 break
             offsets.append(self.num_chars)
-            released.append(self._push(self._utf8.decode(self._codec.text_bytes(token_id))))
+            released.append(self._push(self._utf8.decode(self._bytes(token_id))))
         return TextPiece("".join(released), len(offsets), tuple(offsets), self.stop_string)
 
     def finish(self) -> str:
@@ -100,6 +103,10 @@ class TextStream:
         tail = self._utf8.decode(b"", final=True)
         text = self._release(tail)
         return text if self.stop_string is not None else text + self._stops.flush()
+
+    def _bytes(self, token_id: int) -> bytes:
+        shown = not self._skip or token_id in self.stop_ids
+        return self._codec.raw_bytes(token_id) if shown else self._codec.text_bytes(token_id)
 
     def _push(self, text: str) -> str:
         self._num_tokens += 1

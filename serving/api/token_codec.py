@@ -4,6 +4,7 @@ Knows no requests. Invariant: a token's bytes do not depend on its neighbours, s
 equals text decoded at once; a special token has none. Thread-safe.
 """
 
+import copy
 import json
 import re
 import threading
@@ -32,10 +33,18 @@ class TokenCodec:
         spelled = sorted(
             (self._added[i] for i in self._special_ids if i in self._added), key=len, reverse=True
         )
+        self._id_of_special = {self._added[i]: i for i in self._special_ids if i in self._added}
         self._special = re.compile("|".join(map(re.escape, spelled))) if spelled else None
         self._byte_of = _byte_alphabet() if self._is_byte_level() else None
         self._bytes: dict[int, bytes] = {}
+        self._names_ids = False
         self.has_chat_template = getattr(tokenizer, "chat_template", None) is not None
+
+    def naming_ids(self) -> "TokenCodec":
+        """The same codec, which shows a token as `token_id:123`, so that tokens of equal text differ."""
+        naming = copy.copy(self)
+        naming._names_ids = True
+        return naming
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._backend is not None:
@@ -111,6 +120,10 @@ class TokenCodec:
             )
         return text
 
+    def special_token_ids(self, texts: Sequence[str]) -> list[int]:
+        """Of those texts that spell exactly one special token."""
+        return [self._id_of_special[text] for text in texts if text in self._id_of_special]
+
     def text_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to an answer: none if it is special."""
         return b"" if token_id in self._special_ids else self.raw_bytes(token_id)
@@ -125,6 +138,8 @@ class TokenCodec:
 
     def token_text(self, token_id: int) -> str:
         """The single token for display; an incomplete character shows as U+FFFD."""
+        if self._names_ids:
+            return f"token_id:{token_id}"
         return self.raw_bytes(token_id).decode("utf-8", errors="replace")
 
     def _spell(self, token_id: int) -> bytes:

@@ -13,25 +13,26 @@ HARMLESS = frozenset(
 """Fields for scheduling, billing and bookkeeping; `prediction` is a hint for speed, `parallel_tool_calls`
 needs tools."""
 
+MESSAGE_METADATA = frozenset("annotations cache_control id provider_specific_fields".split())
+"""What clients keep beside a message or a part of its content, and send back; no chat template knows it."""
+
 NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "suffix": ("",),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "tool_calls": ([],),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
-    "refusal": (),
     "web_search_options": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "use_beam_search": (False,),
     "prompt_logprobs": (),
     "bad_words": ([],),
-    "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
@@ -41,10 +42,8 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "continuous_usage_stats": (False,),
-    "return_tokens_as_token_ids": (False,),
     "typical_p": (1, 1.0),
     "extra_args": ({},),
     "vllm_xargs": ({},),

@@ -50,6 +50,11 @@ class InspectedPair:
     tokenizer: Any | None
     """The target's tokenizer; None if its folder has none (token ids only)."""
 
+    @property
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """(name, outline) of the models; a part of the target takes what the target takes."""
+        return [(each.files.name, each.outline) for each in (self.target, self.draft) if each is not None]
+
 
 def inspect_model(name: str, *, dtype: str = "float32") -> InspectedModel:
     """Check its files, its configuration, its class, and that the files hold every tensor of the class.

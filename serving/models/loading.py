@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from serving.models.context_limit import hold_frequencies
 from serving.models.errors import UnsupportedModelError, first_few, refusing
 from serving.models.inspection import (
     InspectedModel,
@@ -36,7 +37,6 @@ __all__ = [
     "load_outline",
     "load_outlines",
     "load_pair",
-    "max_positions",
     "untie",
     "weights_revision",
 ]
@@ -57,8 +57,12 @@ class ModelPair:
     draft_revision: str
     eos_token_ids: tuple[int, ...]
     vocab_size: int
-    max_positions: int
-    """Longest context that both models take."""
+
+    @property
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """(id, model) of both."""
+        draft = [] if self.draft is None else [(self.draft_id, self.draft)]
+        return [(self.target_id, self.target), *draft]
 
 
 def load_pair(
@@ -74,7 +78,7 @@ def load_pair(
     check_device(device)
     inspected = inspect_pair(target, draft, dtype=dtype)
     target_model = _load(inspected.target, device=device, dtype=dtype)
-    longest, target_revision = max_positions(target_model), weights_revision(target_model)
+    target_revision = weights_revision(target_model)
     draft_model, draft_revision = None, ""
     if inspected.part is not None:
         draft_model = inspected.part.build(target_model)
@@ -85,7 +89,6 @@ def load_pair(
         draft_revision = weights_revision(draft_model)
         if untie_draft and untie(draft_model):
             draft_revision = hashlib.sha256(f"{draft_revision} untied".encode()).hexdigest()
-        longest = min(longest, max_positions(draft_model))
     return ModelPair(
         target=target_model,
         draft=draft_model,
@@ -96,7 +99,6 @@ def load_pair(
         draft_revision=draft_revision,
         eos_token_ids=_eos_token_ids(target_model, inspected.tokenizer),
         vocab_size=text_config(target_model).vocab_size,
-        max_positions=longest,
     )
 
 
@@ -163,6 +165,7 @@ def _load(inspected: InspectedModel, *, device: str, dtype: str) -> nn.Module:
                 raise ValueError(f"draft_vocab_size is set, and {key} or {D2T} is not in its files here")
             shrink_head(model, text_config(model), {"weight": tensors[key], D2T: tensors[D2T]})
         loaded: nn.Module = model.to(device).eval().requires_grad_(False)
+    hold_frequencies(loaded)
     check_attention(name, loaded)
     _check_finite(name, loaded, dtype)
     return loaded
@@ -199,11 +202,6 @@ def weights_revision(model: nn.Module) -> str:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def max_positions(model: nn.Module) -> int:
-    """Longest context that the model takes."""
-    return int(getattr(text_config(model), "max_position_embeddings", 0) or 2**20)
 
 
 def _eos_token_ids(model: nn.Module, tokenizer: Any | None) -> tuple[int, ...]:

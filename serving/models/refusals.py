@@ -19,6 +19,7 @@ from serving.models.errors import UnsupportedModelError, first_few, refusing
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEVICE = re.compile(r"cpu|cuda(:(?P<index>\d+))?")
 _UNSAFE_ROPE = ("dynamic", "longrope")
+"""Of these the last is safe up to a length, where all layers have it; see `context_limit`."""
 _OTHER_SENSES = re.compile("vision|audio|image|speech|video")
 _LAYER = re.compile(r"^(?P<stack>.*?)(?P<number>\d+)\.")
 _UNUSED_IN_LAYERS = re.compile(r"rotary|inv_freq|masked_bias|\.(attn|attention)\.bias$|\.[kv]_scale$")
@@ -96,21 +97,27 @@ def _encoder_decoder(config: Any, text: Any) -> str | None:
     return None
 
 
-def _sliding(config: Any, text: Any) -> str | None:
+def has_sliding_layers(text: Any) -> bool:
+    """Whether some layers attend to a window only; `context_limit` says up to which length that is
+    nothing."""
     layer_types = _layer_types(text)
-    sliding = "sliding_attention" in layer_types or "chunked_attention" in layer_types
-    if not layer_types and getattr(text, "sliding_window", None):
-        sliding = getattr(text, "use_sliding_window", True)
-    if not sliding:
+    if layer_types:
+        return "sliding_attention" in layer_types
+    return bool(getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True))
+
+
+def _unknown_window(config: Any, text: Any) -> str | None:
+    window, chunked = getattr(text, "sliding_window", None), "chunked_attention" in _layer_types(text)
+    if not chunked and (window or not has_sliding_layers(text)):
         return None
     return (
-        f"uses sliding-window attention (sliding_window={getattr(text, 'sliding_window', None)}); the "
-        "engine's masks bypass the window, so its text would be wrong. Use a model with full attention"
+        f"uses {'chunked' if chunked else 'sliding-window'} attention (sliding_window={window}); the "
+        "engine's masks bypass it, so its text would be wrong. Use a model with full attention"
     )
 
 
 def _recurrent(config: Any, text: Any) -> str | None:
-    recurrent = _layer_types(text) - {"full_attention"}
+    recurrent = _layer_types(text) - {"full_attention", "sliding_attention"}
     if not recurrent and getattr(text, "num_attention_heads", None):
         return None
     return (
@@ -119,10 +126,17 @@ def _recurrent(config: Any, text: Any) -> str | None:
     )
 
 
+def rope_of(text: Any) -> Mapping[str, Any]:
+    """How positions are told; by kind of layer where they differ."""
+    return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+
+
 def _unsafe_rope(config: Any, text: Any) -> str | None:
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-    if rope_type not in _UNSAFE_ROPE:
+    rope = rope_of(text)
+    by_layer = [part for part in rope.values() if isinstance(part, dict)]
+    types = [str(part.get("rope_type", part.get("type", "default"))) for part in by_layer or [rope]]
+    unsafe = _UNSAFE_ROPE if by_layer else _UNSAFE_ROPE[:1]
+    if (rope_type := next((each for each in types if each in unsafe), None)) is None:
         return None
     return (
         f"uses rope_type={rope_type!r}, whose frequencies depend on the longest sequence of the batch: batch "
@@ -173,7 +187,7 @@ def _no_sdpa(config: Any, text: Any) -> str | None:
 _CONFIG_CHECKS: tuple[Callable[[Any, Any], str | None], ...] = (
     _other_senses,
     _encoder_decoder,
-    _sliding,
+    _unknown_window,
     _recurrent,
     _unsafe_rope,
     _alibi,

@@ -29,6 +29,7 @@ from serving.engines.async_llm.sampling import MAX_LOGPROBS, check_speculation, 
 from serving.engines.async_llm.step_counts import count_step, stats_of
 from serving.engines.async_llm.step_messages import MessageReceiver, StepMessage
 from serving.engines.async_llm.worker import CAPTURE
+from serving.models.context_limit import fitted_context
 from serving.models.errors import UnsupportedModelError
 from serving.models.loading import ModelPair, load_pair
 from serving.models.target_part import TargetPart
@@ -281,7 +282,9 @@ def load_async_llm(
             "one, and so does `everdraft draft init`"
         )
     pair.target.to("meta")  # only its revision and shapes were wanted
-    max_seq_len = min(options.max_seq_len, pair.max_positions)
+    max_seq_len, note = fitted_context(options.max_seq_len, pair.named)
+    if note:
+        _log.warning("%s", note)
     speculative: dict[str, Any] = {}
     if draft is not None and options.uses_model and options.num_draft_tokens != 0:
         speculative["speculative_config"] = {

@@ -77,7 +77,7 @@ async def test_a_client_that_leaves_ends_the_submission_of_its_request(
         model="tiny",
         body=body,
         prompts=((5,),),
-        sampling=sampling_of(body, 230, None),
+        sampling=sampling_of(context, body, 230, None),
         route=None,
         capture=False,
     )
