@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from serving.engine.passes.runner import Runner
 from serving.models.loading import (
@@ -31,13 +31,6 @@ def test_a_pair_loads_with_its_tokenizer_stop_ids_and_revisions(arch: str, tmp_p
     )
     again = load_pair(target, draft, dtype="bfloat16")
     assert next(again.target.parameters()).dtype.itemsize == 2
-
-
-def test_sliding_windows_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="sliding_window=64"):
-        check_config("m", MistralConfig(sliding_window=64))
-    with pytest.raises(UnsupportedModelError, match="sliding"):
-        check_config("m", Qwen3Config(use_sliding_window=True, sliding_window=32, max_window_layers=0))
 
 
 def test_recurrent_models_are_refused(tmp_path: Path) -> None:
