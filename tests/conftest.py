@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "true",
     # A minute of compiling for each tiny pair would slow every test down; those that want it say so.
     "EVERDRAFT__SERVING__COMPILE": "off",
     # Ray reads its token once a process, whichever test starts it first.
