@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard buffer serving learner deploy benchmarks docs tests)
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
-EDITABLE := --editable '.[dev,demo,docs]' --editable ./benchmarks
+EDITABLE := --editable '.[dev,clients,demo,docs]' --editable ./benchmarks
 
 export TORCH_INDEX TORCH_CUDA
 export NO_MKDOCS_2_WARNING = 1

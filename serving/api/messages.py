@@ -9,15 +9,22 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from serving.api.strict_body import StrictBody, fault
-from serving.api.unsupported import HARMLESS, MESSAGE_METADATA
+from serving.api.unsupported import MESSAGE_METADATA
 
 PartType = Literal["text", "input_text", "output_text", "refusal"]
 
 
-class ContentPart(StrictBody):
+class MessageBody(StrictBody):
+    """Ignores what clients keep beside a message."""
+
+    @classmethod
+    def _may_drop(cls, name: Any, value: Any) -> bool:
+        return name in MESSAGE_METADATA or super()._may_drop(name, value)
+
+
+class ContentPart(MessageBody):
     """A text; `refusal` has it in the field of that name."""
 
-    harmless = HARMLESS | MESSAGE_METADATA
     type: PartType
     text: str = ""
     refusal: str = ""
@@ -55,8 +62,7 @@ Content = Annotated[
 ]
 
 
-class ChatMessage(StrictBody):
-    harmless = HARMLESS | MESSAGE_METADATA
+class ChatMessage(MessageBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = ""
     refusal: str = ""

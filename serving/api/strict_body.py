@@ -5,7 +5,7 @@ refused by name unless its value is the neutral one; null means unset everywhere
 """
 
 import difflib
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -49,7 +49,6 @@ class StrictBody(BaseModel):
     """Refuses unknown fields and coerced types; drops nulls and harmless fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    harmless: ClassVar[frozenset[str]] = HARMLESS
 
     @model_validator(mode="before")
     @classmethod
@@ -68,7 +67,7 @@ class StrictBody(BaseModel):
             if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_VALUES[name]):
                 return True
             raise fault(name, "is not supported yet; the request was not started")
-        if name in cls.harmless:
+        if name in HARMLESS:
             return True
         close = difflib.get_close_matches(str(name), _names(cls), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""

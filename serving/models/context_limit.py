@@ -53,7 +53,7 @@ def hold_frequencies(model: nn.Module) -> None:
     look at the positions of each pass and choose."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "longrope":
-            module.rope_type = "default"
+            setattr(module, "rope_type", "default")  # noqa: B010 (an attribute that nn.Module does not declare)
 
 
 def _exact_lengths(text: Any) -> Iterator[tuple[int, str]]:

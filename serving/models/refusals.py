@@ -126,7 +126,7 @@ def _recurrent(config: Any, text: Any) -> str | None:
     )
 
 
-def rope_of(text: Any) -> Mapping[str, Any]:
+def rope_of(text: Any) -> dict[str, Any]:
     """How positions are told; by kind of layer where they differ."""
     return getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
 

@@ -68,7 +68,12 @@ Statuses = Counter[tuple[str, int]]
 def ask(case: schemathesis.Case) -> int:
     key = {"Authorization": f"Bearer {ADMIN_KEY}"} if case.path.startswith("/admin") else {}
     answer = case.call(headers=key, timeout=PATIENCE_S)
-    case.validate_response(answer, checks=CHECKS)
+    streamed = answer.headers["content-type"].startswith("text/event-stream")
+    # of a stream it would take the schema of the text for that of an event
+    case.validate_response(
+        answer, checks=CHECKS, excluded_checks=[response_schema_conformance] if streamed else []
+    )
+    assert not streamed or answer.text.endswith("data: [DONE]\n\n")
     if answer.status_code >= 400:
         ErrorBody.model_validate(answer.json())
     return answer.status_code
@@ -102,5 +107,4 @@ def test_cases_of_every_operation_are_answered_as_the_document_says(
 @pytest.mark.timeout(900)
 def test_thousands_of_cases_are_answered_so(document: schemathesis.BaseSchema) -> None:
     statuses = ask_all(document, MANY)
-    print(statuses)
-    assert statuses.total() >= 2000
+    print(statuses); assert statuses.total() >= 2000, statuses
