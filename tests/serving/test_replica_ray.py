@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning"),
 ]
 
+PAGE = "https://chat.example.org"
+
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 150.0) -> None:
     deadline_s = time.monotonic() + timeout_s
@@ -56,6 +58,7 @@ def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
         target=tiny_pair[0],
         draft=tiny_pair[1],
         model_name="tiny",
+        allowed_origins=(PAGE,),
         num_slots=4,
         max_seq_len=512,
         num_draft_tokens=2,
@@ -114,6 +117,14 @@ def test_the_official_client_is_answered_whole_and_streamed(client: openai.OpenA
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(**request, frequency_penalty=2.1)
     assert refused.value.param == "frequency_penalty"
+
+
+def test_heads_and_preflights_pass_serve_s_proxy(endpoint: str) -> None:
+    head = httpx.head(f"{endpoint}/health", timeout=150)
+    assert (head.status_code, head.content) == (200, b"")
+    asked = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{endpoint}/v1/completions", headers=asked, timeout=150)
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, PAGE)
 
 
 @pytest.mark.parametrize(
