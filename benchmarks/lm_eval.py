@@ -107,8 +107,6 @@ def _run(plan: LmEvalPlan, url: str, tasks: Path, out: Path, task: str) -> tuple
     asks_choice = task == CHOICE
     path = "v1/completions" if asks_choice else "v1/chat/completions"
     arguments = {"model": "target", "base_url": f"{url}/{path}", "num_concurrent": 1 if asks_choice else 4}
-    if asks_choice:
-        arguments |= {"tokenizer": plan.target, "tokenizer_backend": "huggingface"}
     command = [
         plan.program,
         "run",

@@ -247,6 +247,8 @@ class ContentPart(StrictBody):
 
 class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    type: Literal["text"] | None = None
+    """What lm-eval before 0.4.10 says of every message."""
     content: str | Annotated[list[ContentPart], Field(fail_fast=True)] = ""
     name: str | None = None
     tool_call_id: str | None = None
