@@ -1,5 +1,7 @@
-"""`everdraft bench engines, swaps, revisions, memory, packed`: engines and passes, in turn or by plan."""
+"""`everdraft bench engines, swaps, revisions, memory, packed, lm-eval`: engines, in turn or by plan."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -209,3 +211,38 @@ def packed(
         output().print(arm, *(f"{count}: {ms:.1f} ms" for count, ms in found[arm].items()), sep="  ")
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, "packed", found, {})
+
+
+def lm_eval(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of .jsonl rows with `prompt` and `response`; default: $EVERDRAFT_DATA."),
+    ] = None,
+    target: TargetOption = DEMO_TARGET,
+    draft: DraftOption = DEMO_DRAFT,
+    rows: Annotated[int, typer.Option(help="Of both tasks.", min=1)] = 40,
+    program: Annotated[
+        str | None, typer.Option(help="lm-eval's; default: `lm_eval` (extra lm-eval of everdraft-bench).")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the endpoint.")] = 8000,
+    report: Annotated[Path, typer.Option(help="Where the figures go (JSON).")] = RESULTS / "lm_eval.json",
+) -> None:
+    """lm-eval's scores on a whole service, with speculation off and on; fails where they differ."""
+    from benchmarks.lm_eval import LmEvalPlan, measure_lm_eval
+    from deploy.demo.report import write_report
+
+    found = program or shutil.which("lm_eval")
+    if found is None:
+        raise typer.BadParameter("no lm_eval here: pip install 'everdraft-bench[lm-eval]', or give --program")
+    folder = data or Path(os.environ.get("EVERDRAFT_DATA") or "data")
+    if not folder.is_dir():
+        raise typer.BadParameter(f"--data {folder} is no folder; nothing was measured")
+    plan = LmEvalPlan(target, draft, folder, found, num_rows=rows, port=port)
+    with plain_faults():
+        metrics = measure_lm_eval(plan, errors().print)
+    output().print_json(data=metrics)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(report, "lm_eval", metrics, {})
+    if not (metrics["scores_equal"] and metrics["answers_equal"]):
+        errors().print("speculation changed what lm-eval found")
+        raise typer.Exit(1)

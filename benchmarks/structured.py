@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 
 from benchmarks.prompts import demo_prompts, said, token_ids
 from serving.engine.request import Generation, SamplingParams

@@ -13,7 +13,7 @@ Realm = Literal["open", "client", "admin"]
 
 MIN_KEY_CHARS = 8
 
-_CLIENT_PREFIXES = ("/v1", "/tokenize", "/detokenize")
+_CLIENT_PREFIXES = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
 _ADMIN_PREFIXES = ("/admin",)
 
 

@@ -101,7 +101,8 @@ def _prompt_offsets(codec: TokenCodec, prompt: Sequence[int], echo: str) -> list
     offsets, at = list[int](), 0
     for token_id in prompt:
         offsets.append(at)
-        if codec.text_bytes(token_id) or echo.startswith(codec.token_text(token_id), at):
+        spelled = codec.raw_bytes(token_id).decode(errors="replace")
+        if codec.text_bytes(token_id) or echo.startswith(spelled, at):
             text = utf8.decode(codec.raw_bytes(token_id))
             if at == 0 and not echo.startswith(" "):
                 text = text.removeprefix(" ")

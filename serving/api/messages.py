@@ -65,6 +65,8 @@ Content = Annotated[
 
 class ChatMessage(MessageBody):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    type: Literal["text"] | None = None
+    """What lm-eval before 0.4.10 says of every message."""
     content: Content = ""
     refusal: str = ""
     """Stands for a content that is empty."""

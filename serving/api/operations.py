@@ -12,7 +12,7 @@ from serving.api.errors import ApiError
 from serving.api.incoming import check_model, encode, off_loop
 from serving.api.openapi import answers_as, errors
 from serving.api.request_schema import DetokenizeBody, TokenizeBody
-from serving.api.response_schema import ModelCard, ModelList, Text, Tokens
+from serving.api.response_schema import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from serving.metrics import CONTENT_TYPE
 
 
@@ -96,6 +96,11 @@ def token_routes(context: AppContext) -> APIRouter:
         check_model(context, body.model)
         context.limits.check_tokens(len(body.tokens))
         return Text(prompt=context.codec.decode(body.tokens))
+
+    @router.get("/tokenizer_info")
+    def tokenizer_info() -> TokenizerInfo:
+        """What a client needs to use `/tokenize` in place of a tokenizer of its own."""
+        return context.codec.info
 
     return router
 

@@ -215,3 +215,14 @@ class Tokens(Body):
 
 class Text(Body):
     prompt: str
+
+
+class TokenizerInfo(Body):
+    """Null for what the tokenizer does not have."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
+from serving.api.response_schema import TokenizerInfo
+
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 """Characters that mean nothing to anybody: one marks what must not be read as a special token."""
 
@@ -48,6 +50,17 @@ class TokenCodec:
         naming = copy.copy(self)
         naming._names_ids = True
         return naming
+
+    @cached_property
+    def info(self) -> TokenizerInfo:
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        spelled = {name: getattr(self._tokenizer, name, None) for name in names}
+        template = getattr(self._tokenizer, "chat_template", None)
+        return TokenizerInfo(
+            tokenizer_class=type(self._tokenizer).__name__,
+            chat_template=template if isinstance(template, str) else None,
+            **{name: None if token is None else str(token) for name, token in spelled.items()},
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._backend is not None:

@@ -13,6 +13,7 @@ from serving.api.keys import KeyRing, Realm, realm_of
         ("/v1/models", "client"),
         ("/v1", "client"),
         ("/tokenize", "client"),
+        ("/tokenizer_info", "client"),
         ("/admin/status", "admin"),
         ("/v1beta", "open"),
     ],

@@ -14,9 +14,11 @@ from tests.support.live_server import LiveServer, live_server
 CLIENT, ADMIN = {"Authorization": "Bearer sk-client"}, {"Authorization": "Bearer sk-admin"}
 JSON = {"content-type": "application/json"}
 MESSAGES = [{"role": "user", "content": "hi"}]
+ECHOED = {"prompt": "a b", "echo": True, "logprobs": 1, "prompt_logprobs": 1, "max_tokens": 0}
+SCORED = {"messages": MESSAGES, "prompt_logprobs": 1, "max_tokens": 1}
 GOOD_BODIES: dict[str, list[dict[str, Any]]] = {
-    "/v1/completions": [{"prompt": "a"}, {"prompt": "a", "stream": True}],
-    "/v1/chat/completions": [{"messages": MESSAGES}, {"messages": MESSAGES, "stream": True}],
+    "/v1/completions": [{"prompt": "a"}, {"prompt": "a", "stream": True}, ECHOED],
+    "/v1/chat/completions": [{"messages": MESSAGES}, {"messages": MESSAGES, "stream": True}, SCORED],
     "/tokenize": [{"prompt": "a"}, {"messages": MESSAGES, "return_token_strs": True}],
     "/detokenize": [{"tokens": [5, 6]}],
 }

@@ -43,6 +43,13 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
         client.completions.create(model="other", prompt="a")
 
 
+def test_a_client_can_do_without_a_tokenizer_of_its_own(server: LiveServer) -> None:
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert info["eos_token"] == "<|end|>" and info["bos_token"] is None
+    assert "add_generation_prompt" in info["chat_template"]
+    assert httpx.post(f"{server.url}/tokenize", json={"prompt": info["eos_token"]}).json()["count"] == 1
+
+
 def test_tokenize_and_detokenize_are_inverse(server: LiveServer) -> None:
     text = "Grüße, 東京 <|end|>"
     tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": text, "return_token_strs": True}).json()

@@ -238,3 +238,30 @@ def test_a_prompt_may_fill_the_context_where_no_token_is_asked_for(client: opena
     with pytest.raises(openai.BadRequestError) as refused:
         complete(client, [5] * 257, max_tokens=0)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_lm_evals_requests_say_how_likely_a_continuation_is(server: LiveServer, target: Any) -> None:
+    """What `local-completions` sends, and how it reads the answer."""
+    context, continuations = IDS[:6], [IDS[6:], [9, 8, 7]]
+    body = {
+        "model": "tiny",
+        "prompt": [context + continuation for continuation in continuations],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    choices = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"]
+    for choice, continuation in zip(choices, continuations, strict=True):
+        values = choice["logprobs"]["token_logprobs"][len(context) : -1]
+        tops = choice["logprobs"]["top_logprobs"][len(context) : -1]
+        rows = reference(target, context + continuation)[len(context) - 1 :]
+        assert sum(values) == pytest.approx(
+            sum(row[token] for row, token in zip(rows, continuation, strict=True)), abs=1e-3
+        )
+        is_greedy = [value == max(top.values()) for value, top in zip(values, tops, strict=True)]
+        assert is_greedy == [row[token] == max(row) for row, token in zip(rows, continuation, strict=True)]
+    chat = {"messages": [{"role": "user", "type": "text", "content": "a"}], "stop": ["\n\n"], "max_tokens": 4}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={**chat, "temperature": 0, "seed": 1234})
+    assert answer.status_code == 200
