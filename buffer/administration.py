@@ -1,4 +1,4 @@
-"""What an operator may ask and change, over one target's feed and records: for the Admin API and the commands.
+"""What an operator may ask and change, on one target's feed and records, for the Admin API and commands.
 
 Knows neither HTTP nor a console. Invariants: what is changed lives in feed and store, so that every replica
 and the learner follow it, whichever process was asked; a change is written to the audit log first, and
@@ -73,6 +73,10 @@ class Administration(Protocol):
 
     def controls(self) -> Controls: ...
 
+    def replicas(self) -> list[str]:
+        """Ids of the replicas that report."""
+        ...
+
     def pause_learning(self, route: str | None = None) -> Controls: ...
 
     def resume_learning(self, route: str | None = None) -> Controls: ...
@@ -108,9 +112,9 @@ class DirectAdministration:
         self,
         feed: AdapterFeed,
         store: RecordStore,
-        *,
         target_revision: str,
         caller: Caller,
+        *,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._feed, self._store, self._target_revision = feed, store, target_revision
@@ -148,6 +152,9 @@ class DirectAdministration:
     def controls(self) -> Controls:
         return self._feed.controls() or Controls()
 
+    def replicas(self) -> list[str]:
+        return [status.replica_id for status in self._feed.statuses()]
+
     def pause_learning(self, route: str | None = None) -> Controls:
         with self._audited("learning.pause", route=route):
             if route is not None:
@@ -167,8 +174,7 @@ class DirectAdministration:
     def drain(self, replica_id: str | None = None) -> Controls:
         with self._audited("drain", replica_id=replica_id):
             if replica_id is not None:
-                names = [status.replica_id for status in self._feed.statuses()]
-                _require_name("replica_id", replica_id, names)
+                _require_name("replica_id", replica_id, self.replicas())
             return self._feed.change_controls(lambda orders: orders.with_drain(replica_id))
 
     def undrain(self, replica_id: str | None = None) -> Controls:
@@ -220,7 +226,8 @@ class DirectAdministration:
         _require_name("route", route, routes)
 
     def _purge(self, route: str | None, meant: RecordFilter) -> int:
-        keys = [key for key in self._store.keys() if key.target_revision == self._target_revision]
+        known = self._store.keys()
+        keys = [key for key in known if key.target_revision == self._target_revision]
         if route is not None:
             _require_name("route", route, [key.route for key in keys])
         num_records = 0

@@ -53,8 +53,9 @@ def _tag(*names: str) -> str:
 class RedisAdapterFeed:
     """An AdapterFeed of one target, shared by the learner, any number of replicas and operators.
 
-    Keeps `max_versions` adapters of `max_version_bytes` together, and `max_events` lines of history a route,
-    and `max_audit_lines` of the audit log, of those refused by key as many again; a status expires after `status_ttl_s` by the server's clock."""
+    Keeps `max_versions` adapters of `max_version_bytes` together, `max_events` lines of history a route, and
+    `max_audit_lines` of the audit log, as many again of those refused by key; a status expires after
+    `status_ttl_s` by the server's clock."""
 
     def __init__(
         self,

@@ -4,10 +4,14 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from buffer.administration import Administration
+from buffer.audit import Caller
+from buffer.controls import Controls
 from buffer.records import ServingStatus
 from serving.api.admission import Admission
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
+from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
@@ -33,13 +37,20 @@ class AppContext:
     metrics: ServingMetrics
     recorder: Recorder | None
     status: Callable[[], ServingStatus]
+    replica_id: str
+    controls: Callable[[], Controls]
+    """What operators ordered, as this replica follows it."""
+    administration: Callable[[Caller], Administration] | None
+    """None: the replica has no Redis, so there is nothing that replicas share."""
+    refused_calls: RefusedCalls
     request_timeout_s: float
     draining: bool = field(default=False)
+    """It shuts down. An operator's order to drain is in `controls`."""
 
     @property
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
-        return self.engine.is_alive and not self.draining
+        return self.engine.is_alive and not self.draining and not self.controls().drains(self.replica_id)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new request and wait for those under way. Returns whether all ended in time."""

@@ -1,4 +1,4 @@
-"""What an operator changes, through the feed, on every implementation; and the line that each change leaves."""
+"""What an operator changes, on every feed and store; and the line that each change leaves."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def admin(feed: AdapterFeed, store: RecordStore, clock: FakeClock) -> DirectAdmi
 
 
 def administration(feed: AdapterFeed, store: RecordStore, clock: FakeClock) -> DirectAdministration:
-    return DirectAdministration(feed, store, target_revision="revision", caller=CALLER, clock=clock)
+    return DirectAdministration(feed, store, "revision", CALLER, clock=clock)
 
 
 def lines(admin: DirectAdministration) -> list[tuple[str, str, dict[str, object]]]:
@@ -87,11 +87,11 @@ def test_names_that_do_not_exist_are_refused_with_those_that_do(
         lambda: admin.pause_learning("nowhere"),
         lambda: admin.resume_learning("nowhere"),
     ):
-        with pytest.raises(UnknownNameError, match="route='nowhere'.* default, sql"):
+        with pytest.raises(UnknownNameError, match=r"route='nowhere'.* default, sql"):
             refused()
-    with pytest.raises(UnknownNameError, match="replica_id='r7'.* r0"):
+    with pytest.raises(UnknownNameError, match=r"replica_id='r7'.* r0"):
         admin.drain("r7")
-    with pytest.raises(UnknownNameError, match="replica_id='r0'.* none"):
+    with pytest.raises(UnknownNameError, match=r"replica_id='r0'.* none"):
         admin.undrain("r0")
     with pytest.raises(UnknownVersionError, match=r"\[1, 2\], not 7"):
         admin.pin("default", 7, "x")
@@ -127,7 +127,8 @@ def test_a_purge_reaches_all_streams_of_the_target_or_the_route(
     assert admin.purge(route="sql") == 1
     assert admin.purge(older_than_s=1e6) == 0
     assert admin.purge(older_than_s=-1.0, route="chat") == 1
-    sizes = {key: store.size(key).num_records for key in store.keys()}
+    known = store.keys()
+    sizes = {key: store.size(key).num_records for key in known}
     assert {key.route: size for key, size in sizes.items() if key.target_revision == "revision"} == {
         "default": 1,
         "sql": 0,
@@ -246,7 +247,7 @@ def test_a_purge_that_was_interrupted_says_how_far_it_came(clock: FakeClock) -> 
     store = StepwiseStore(clock=clock)
     store.append(StreamKey("revision", "default"), [make_record("a-0"), make_record("b-0")])
     admin = administration(MemoryAdapterFeed(), store, clock)
-    with pytest.raises(StoreUnavailableError, match="2 records were deleted.*call again"):
+    with pytest.raises(StoreUnavailableError, match=r"2 records were deleted.*call again"):
         admin.purge(route="default")
 
 
