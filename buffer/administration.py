@@ -270,7 +270,7 @@ class DirectAdministration:
 
 def _require_name(field: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
-        known = ", ".join(names) or "none"
+        known = ", ".join(map(repr, names)) or "none"
         raise UnknownNameError(f"{field}={name!r} does not exist; nothing was changed. There are: {known}")
 
 

@@ -87,9 +87,9 @@ def test_names_that_do_not_exist_are_refused_with_those_that_do(
         lambda: admin.pause_learning("nowhere"),
         lambda: admin.resume_learning("nowhere"),
     ):
-        with pytest.raises(UnknownNameError, match=r"route='nowhere'.* default, sql"):
+        with pytest.raises(UnknownNameError, match=r"route='nowhere'.* 'default', 'sql'"):
             refused()
-    with pytest.raises(UnknownNameError, match=r"replica_id='r7'.* r0"):
+    with pytest.raises(UnknownNameError, match=r"replica_id='r7'.* 'r0'"):
         admin.drain("r7")
     with pytest.raises(UnknownNameError, match=r"replica_id='r0'.* none"):
         admin.undrain("r0")
