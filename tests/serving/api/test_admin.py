@@ -1,6 +1,8 @@
 """The Admin API of two replicas on one real Redis: whichever is asked, both follow."""
 
+import asyncio
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +11,12 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from buffer.audit import REFUSED_BY_KEY, AuditLine, Caller
+from buffer.memory_store import MemoryAdapterFeed
 from buffer.records import AdapterEvent
 from buffer.redis_server import EmbeddedRedis
 from buffer.store import StreamKey
+from serving.api.refused_calls import RefusedCalls
 from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
 from tests.support.tiny_adapters import tiny_adapter
@@ -347,6 +352,31 @@ def test_a_malformed_call_leaves_a_line_without_its_body(replicas: Replicas) -> 
         ("PUT /admin/status", "refused: status 405"),
     ]
     assert "user's words" not in str(audit(one))
+
+
+class SlowFeed(MemoryAdapterFeed):
+    """Writes a line of the audit log once it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+
+    def add_audit_line(self, line: AuditLine) -> None:
+        assert self.released.wait(60)
+        super().add_audit_line(line)
+
+
+@pytest.mark.asyncio
+async def test_callers_without_a_key_wait_for_no_store_and_cannot_fill_the_memory() -> None:
+    feed = SlowFeed()
+    refused_calls = RefusedCalls(feed)
+    for number in range(1_000):
+        refused_calls.note(Caller("no key", "somewhere"), "POST", f"/admin/{number}", REFUSED_BY_KEY)
+    assert feed.audit_log() == []
+    feed.released.set()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert 100 <= len(feed.audit_log(1_000)) <= 101
+    assert feed.audit_log()[0].operation.startswith("POST /admin/")
 
 
 def test_without_redis_admin_calls_are_503_and_answers_go_on(settings: ServingSettings) -> None:
