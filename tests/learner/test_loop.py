@@ -3,12 +3,15 @@
 import hashlib
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from buffer.administration import DirectAdministration
+from buffer.audit import Caller
 from buffer.controls import Controls
 from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
@@ -19,7 +22,9 @@ from buffer.records import (
     RecordSampling,
     ServingStatus,
 )
-from buffer.store import Delivery, StreamKey
+from buffer.redis_server import EmbeddedRedis
+from buffer.redis_store import RedisRecordStore
+from buffer.store import Delivery, RecordStore, StreamKey
 from learner.draft import TrainableDraft, build_draft, export_weights, import_weights
 from learner.loop import Learner
 from learner.tracking.mlflow_tracker import NullTracker
@@ -87,7 +92,7 @@ class FlakyStore(MemoryRecordStore):
 class LoopTestbed:
     """Store, feed, tracker and a learner that can be killed and built again."""
 
-    def __init__(self, folder: Path, store: MemoryRecordStore | None = None) -> None:
+    def __init__(self, folder: Path, store: RecordStore | None = None) -> None:
         self.folder = folder
         self.store = store or MemoryRecordStore(clock=lambda: NOW_S)
         self.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
@@ -554,6 +559,35 @@ def test_a_pause_of_one_route_leaves_the_others(testbed: LoopTestbed, traffic: T
     testbed.feed.change_controls(lambda controls: controls.with_learning_paused("default"))
     testbed.serve(traffic[1])
     assert not testbed.learner.run_cycle()
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_records_that_an_operator_deletes_while_they_wait_do_not_stop_it(
+    tmp_path: Path, traffic: Traffic, kind: str
+) -> None:
+    """They are pending in its consumer group; it is killed, and its next life finds only the others."""
+    with ExitStack() as opened:
+        store: RecordStore = MemoryRecordStore(clock=lambda: NOW_S)
+        if kind == "redis":
+            url = opened.enter_context(EmbeddedRedis()).url
+            store = opened.enter_context(closing(RedisRecordStore(url, clock=lambda: NOW_S)))
+        testbed = LoopTestbed(tmp_path, store)
+        few, rest = traffic[0][:15], traffic[0][15:]
+        testbed.serve(few)
+        assert not testbed.learner.run_cycle(), "too few"
+        assert store.size(KEY).num_pending == 15
+        admin = DirectAdministration(testbed.feed, store, "target-1", Caller("operator", "here"))
+        num_deleted = sum(admin.purge(request_id=record.record_id) for record in few[:5])
+        assert (num_deleted, store.size(KEY).num_pending) == (5, 10)
+
+        earlier, testbed.learner = testbed.learner, testbed.build()
+        testbed.serve(rest)
+        assert testbed.learner.run_cycle()
+        assert testbed.learner.snapshot()["num_records_seen"] == 25
+        testbed.serve(traffic[1][:10])
+        assert earlier.run_cycle(), "acknowledges what it holds, the deleted ones among them"
+        size = store.size(KEY)
+        assert (size.num_records, size.num_pending, size.num_dropped_records) == (35, 0, 0)
 
 
 class PausedMeanwhile(MemoryAdapterFeed):
