@@ -5,7 +5,9 @@ SeamError
 ├── CorruptRecordError     bytes that are no record or manifest; nothing was decoded
 ├── StoreUnavailableError  the store cannot be reached now; nothing was stored, try again
 ├── VersionConflictError   a publish whose draft_version is not the next one; nothing was published
-└── UnknownVersionError    no adapter with that route and draft_version; nothing changed
+├── UnknownVersionError    no adapter with that route and draft_version; nothing changed
+├── UnknownNameError       no route or replica of that name; nothing changed
+└── OrderRefusedError      an operator's order that contradicts another one; nothing changed
 """
 
 
@@ -31,3 +33,11 @@ class VersionConflictError(SeamError):
 
 class UnknownVersionError(SeamError):
     """No adapter with this route and draft_version is kept."""
+
+
+class UnknownNameError(SeamError):
+    """No route or replica has the name; the message says which there are."""
+
+
+class OrderRefusedError(SeamError):
+    """An operator's order cannot be followed beside those that stand; the message says what to do first."""

@@ -11,7 +11,9 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from buffer.audit import AuditLine
 from buffer.codec import decode, encode
+from buffer.controls import Controls
 from buffer.memory_stream import Entry, Stream
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_state import MAX_VERSION_BYTES, RouteState, num_versions_kept, promotion, turn
@@ -19,6 +21,8 @@ from buffer.route_table import RouteTable
 from buffer.store import (
     Bounds,
     Delivery,
+    PurgeStep,
+    RecordFilter,
     StreamKey,
     StreamSize,
     as_default,
@@ -79,6 +83,11 @@ class MemoryRecordStore:
         drawn = random.Random(seed).sample(payloads, min(num_records, len(payloads)))
         return [decode(GenerationRecord, payload) for payload in drawn]
 
+    def purge(self, key: StreamKey, meant: RecordFilter, cursor: int = 0) -> PurgeStep:
+        """All in one step."""
+        with self._changed:
+            return PurgeStep(self._stream(key).purge(meant, self._clock()), cursor=0)
+
     def size(self, key: StreamKey) -> StreamSize:
         with self._changed:
             stream = self._stream(key)
@@ -135,6 +144,7 @@ class MemoryAdapterFeed:
         max_versions: int = 8,
         max_version_bytes: int = MAX_VERSION_BYTES,
         max_events: int = 1_000,
+        max_audit_lines: int = 10_000,
         status_ttl_s: float = 10.0,
     ) -> None:
         self._clock = clock
@@ -145,6 +155,10 @@ class MemoryAdapterFeed:
         self._events: defaultdict[str, deque[AdapterEvent]] = defaultdict(lambda: deque(maxlen=max_events))
         self._statuses: dict[str, tuple[float, ServingStatus]] = {}
         self._route_table: RouteTable | None = None
+        self._controls: Controls | None = None
+        self._audit: dict[bool, deque[AuditLine]] = {
+            by_key: deque(maxlen=max_audit_lines) for by_key in (False, True)
+        }
         self._lock = threading.RLock()
 
     def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
@@ -231,6 +245,26 @@ class MemoryAdapterFeed:
             live = {name: kept for name, kept in self._statuses.items() if kept[0] > now_s}
             self._statuses = live
             return [live[name][1] for name in sorted(live)]
+
+    def controls(self) -> Controls | None:
+        with self._lock:
+            return self._controls
+
+    def change_controls(self, rule: Callable[[Controls], Controls]) -> Controls:
+        with self._lock:
+            self._controls = rule(self._controls or Controls())
+            return self._controls
+
+    def add_audit_line(self, line: AuditLine) -> None:
+        with self._lock:
+            self._audit[line.is_refused_by_key].append(line)
+
+    def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
+        with self._lock:
+            lines = sorted(
+                (line for kept in self._audit.values() for line in kept), key=lambda line: line.time
+            )
+            return lines[-max_lines:] if max_lines > 0 else []
 
     def close(self) -> None:
         """Nothing to release; the adapters stay readable."""

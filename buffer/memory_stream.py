@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from buffer.codec import decode
 from buffer.records import GenerationRecord
-from buffer.store import Bounds, Delivery
+from buffer.store import Bounds, Delivery, RecordFilter
 
 
 @dataclass
@@ -51,6 +51,13 @@ class Stream:
         del self.entry_ids[entry.record_id]
         self.num_bytes -= len(entry.payload)
         self.num_dropped += not entry.acknowledged
+
+    def purge(self, meant: RecordFilter, now_s: float) -> int:
+        found = [i for i, e in self.entries.items() if meant.fits(e.record_id, e.appended_at_s, now_s)]
+        for entry_id in found:
+            self.entries[entry_id].acknowledged = True  # not lost, but deleted
+            self.remove(entry_id)
+        return len(found)
 
     def trim(self, bounds: Bounds, now_s: float) -> None:
         for entry_id in [i for i, entry in self.entries.items() if entry.expires_at_s <= now_s]:

@@ -140,6 +140,11 @@ class AdapterManifest:
     num_records_seen: int = 0
 
 
+SERVING_CHANGES = ("promoted", "rolled_back", "pinned", "unpinned", "adopted")
+"""Kinds of events and decisions after which another draft may serve. `adopted`: the feed's history has no
+event for it."""
+
+
 @dataclass(frozen=True)
 class AdapterEvent:
     """One line of a route's history."""

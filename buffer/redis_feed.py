@@ -1,4 +1,4 @@
-"""Adapters, the pointer to the one that serves, their history and replicas' status, on Redis, by target.
+"""Adapters, which one serves, their history, replicas' status, and operators' orders, on Redis, by target.
 
 The rules are in `route_state`: a change reads a route's state, applies one of them and writes the outcome,
 all under WATCH, so that two writers never interleave. It knows no redis library: it works with the client of
@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
+from buffer.audit import AuditLine
 from buffer.codec import decode, encode
+from buffer.controls import Controls
 from buffer.errors import StoreUnavailableError
 from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
@@ -51,8 +53,9 @@ def _tag(*names: str) -> str:
 class RedisAdapterFeed:
     """An AdapterFeed of one target, shared by the learner, any number of replicas and operators.
 
-    Keeps `max_versions` adapters of `max_version_bytes` together, and `max_events` lines of history a route;
-    a status expires after `status_ttl_s` by the server's clock."""
+    Keeps `max_versions` adapters of `max_version_bytes` together, `max_events` lines of history a route, and
+    `max_audit_lines` of the audit log, as many again of those refused by key; a status expires after
+    `status_ttl_s` by the server's clock."""
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class RedisAdapterFeed:
         max_versions: int = 8,
         max_version_bytes: int = MAX_VERSION_BYTES,
         max_events: int = 1_000,
+        max_audit_lines: int = 10_000,
         status_ttl_s: float = 10.0,
         prefix: str = "everdraft",
         timeout_s: float = 5.0,
@@ -71,7 +75,7 @@ class RedisAdapterFeed:
         self._link = RedisLink(url, timeout_s)
         self._clock = clock
         self._max_versions, self._max_version_bytes = max_versions, max_version_bytes
-        self._max_events = max_events
+        self._max_events, self._max_audit_lines = max_events, max_audit_lines
         self._status_ttl_s = status_ttl_s
         self._prefix = prefix
         self._target_revision = target_revision
@@ -191,6 +195,41 @@ class RedisAdapterFeed:
                 client.srem(self._shared_key("status"), *gone)
         return [decode(ServingStatus, data) for data in found if data is not None]
 
+    def controls(self) -> Controls | None:
+        with self._reached():
+            data = self._link.client.get(self._shared_key("controls"))
+        return None if data is None else Controls.from_json(data)
+
+    def change_controls(self, rule: Callable[[Controls], Controls]) -> Controls:
+        key = self._shared_key("controls")
+
+        def attempt(pipe: Any) -> Controls:
+            data = pipe.get(key)
+            changed = rule(Controls() if data is None else Controls.from_json(data))
+            pipe.multi()
+            pipe.set(key, changed.to_json())
+            return changed
+
+        with self._reached():
+            self._register_target()
+            controls: Controls = self._link.client.transaction(attempt, key, value_from_callable=True)
+        return controls
+
+    def add_audit_line(self, line: AuditLine) -> None:
+        key = self._audit_keys[line.is_refused_by_key]
+        with self._reached():
+            self._link.client.xadd(
+                key, {"line": line.to_json()}, maxlen=self._max_audit_lines, approximate=False
+            )
+
+    def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
+        if max_lines <= 0:
+            return []
+        with self._reached():
+            found = [self._link.client.xrevrange(key, count=max_lines)[::-1] for key in self._audit_keys]
+        lines = [AuditLine.from_json(fields[b"line"]) for entries in found for _, fields in entries]
+        return sorted(lines, key=lambda line: line.time)[-max_lines:]
+
     def close(self) -> None:
         self._link.close()
 
@@ -213,6 +252,11 @@ class RedisAdapterFeed:
     def _shared_key(self, *parts: str) -> str:
         """Key of a part that is common to all routes."""
         return ":".join((f"{self._prefix}:{{{_tag(self._target_revision)}}}", *parts))
+
+    @property
+    def _audit_keys(self) -> tuple[str, str]:
+        """Of lines in general, and of those refused by key."""
+        return self._shared_key("audit"), self._shared_key("audit", "refused")
 
     def _register(self, route: str) -> None:
         self._register_target()

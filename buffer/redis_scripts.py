@@ -100,6 +100,32 @@ for i = 2, #ARGV do remove(ARGV[i]) end
 """
 """group, record ids: removes them, and counts as dropped those that nobody acknowledged."""
 
+PURGE = f"""{_PRELUDE}
+local request_id, oldest_s = ARGV[4], ARGV[5]
+
+local function is_meant(record_id, entry_id)
+  if request_id ~= '' and string.sub(record_id .. '-', 1, #request_id + 1) ~= request_id .. '-' then
+    return false
+  end
+  if oldest_s == '' then return true end
+  local entry = redis.call('XRANGE', stream, entry_id, entry_id)[1]
+  return entry and tonumber(entry[2][4]) < tonumber(oldest_s)
+end
+
+local scanned = redis.call('HSCAN', index, ARGV[2], 'COUNT', ARGV[3])
+local num_records = 0
+for i = 1, #scanned[2], 2 do
+  local record_id, entry_id = scanned[2][i], string.match(scanned[2][i + 1], '^%S+')
+  if is_meant(record_id, entry_id) then
+    redis.call('SREM', open, entry_id)
+    num_records = num_records + remove(record_id)
+  end
+end
+return {{num_records, scanned[1]}}
+"""
+"""group, cursor, how many records to look at, request id ('': any), the time of append before which records
+are meant ('': any) -> how many were deleted, the next cursor. They do not count as dropped."""
+
 ACK = f"""{_PRELUDE}
 for i = 2, #ARGV do
   redis.call('XACK', stream, group, ARGV[i])

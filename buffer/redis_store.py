@@ -31,6 +31,8 @@ from buffer.redis_streams import StreamRegistry, stream_keys
 from buffer.store import (
     Bounds,
     Delivery,
+    PurgeStep,
+    RecordFilter,
     StreamKey,
     StreamSize,
     as_default,
@@ -42,6 +44,8 @@ _SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis
 _FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException)
 _FETCH_AT_ONCE = 128
 """Entries fetched in one round trip: a few megabytes."""
+_PURGED_AT_ONCE = 256
+"""Records that one step of a purge looks at, while nobody else is served: some milliseconds."""
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 
@@ -204,6 +208,13 @@ class RedisRecordStore:
             ranks = random.Random(seed).sample(range(num_unexpired), min(num_records, num_unexpired))
             entries = self._fetch(key, self._run(redis_scripts.DRAW, key, ranks))
         return [delivery.record for delivery in self._readable(key, entries)]
+
+    def purge(self, key: StreamKey, meant: RecordFilter, cursor: int = 0) -> PurgeStep:
+        oldest_s = "" if meant.older_than_s is None else repr(self._clock() - meant.older_than_s)
+        args = [cursor, _PURGED_AT_ONCE, meant.request_id or "", oldest_s]
+        with self._link.translated():
+            num_records, next_cursor = self._run(redis_scripts.PURGE, key, args)
+        return PurgeStep(num_records, int(next_cursor))
 
     def size(self, key: StreamKey) -> StreamSize:
         with self._link.translated():

@@ -7,10 +7,20 @@ raised StoreUnavailableError changed nothing, making it again is safe.
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from buffer.audit import AuditLine
+from buffer.controls import Controls
 from buffer.errors import StoreUnavailableError
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_table import RouteTable
-from buffer.store import AdapterFeed, Delivery, RecordStore, StreamKey, StreamSize
+from buffer.store import (
+    AdapterFeed,
+    Delivery,
+    PurgeStep,
+    RecordFilter,
+    RecordStore,
+    StreamKey,
+    StreamSize,
+)
 
 Result = TypeVar("Result")
 Wait = Callable[[StoreUnavailableError], None]
@@ -49,6 +59,9 @@ class RetryingStore:
 
     def draw_replay(self, key: StreamKey, num_records: int, seed: int) -> list[GenerationRecord]:
         return _until_reached(self._wait, lambda: self._store.draw_replay(key, num_records, seed))
+
+    def purge(self, key: StreamKey, meant: RecordFilter, cursor: int = 0) -> PurgeStep:
+        return _until_reached(self._wait, lambda: self._store.purge(key, meant, cursor))
 
     def size(self, key: StreamKey) -> StreamSize:
         return _until_reached(self._wait, lambda: self._store.size(key))
@@ -122,6 +135,18 @@ class RetryingFeed:
 
     def statuses(self) -> list[ServingStatus]:
         return _until_reached(self._wait, self._feed.statuses)
+
+    def controls(self) -> Controls | None:
+        return _until_reached(self._wait, self._feed.controls)
+
+    def change_controls(self, rule: Callable[[Controls], Controls]) -> Controls:
+        return _until_reached(self._wait, lambda: self._feed.change_controls(rule))
+
+    def add_audit_line(self, line: AuditLine) -> None:
+        _until_reached(self._wait, lambda: self._feed.add_audit_line(line))
+
+    def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
+        return _until_reached(self._wait, lambda: self._feed.audit_log(max_lines))
 
     def close(self) -> None:
         self._feed.close()

@@ -5,10 +5,12 @@ then nothing was stored or changed. All calls are thread-safe. `now_s` comes fro
 implementation, never from the caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from buffer.audit import AuditLine
+from buffer.controls import Controls
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import AdapterEvent, AdapterManifest, GenerationRecord, ServingStatus
 from buffer.route_table import RouteTable
@@ -55,6 +57,28 @@ class StreamSize:
     """Records trimmed by a bound or expired before any consumer acknowledged them."""
     num_pending: int
     """Records delivered and not yet acknowledged."""
+
+
+@dataclass(frozen=True)
+class RecordFilter:
+    """Which records of a stream are meant: those that fit everything given."""
+
+    request_id: str | None = None
+    """Of the request that a record is of: `record_id` is this id, or begins with it and a dash."""
+    older_than_s: float | None = None
+    """Seconds since the record was appended."""
+
+    def fits(self, record_id: str, appended_at_s: float, now_s: float) -> bool:
+        is_of_request = self.request_id is None or f"{record_id}-".startswith(f"{self.request_id}-")
+        return is_of_request and (self.older_than_s is None or appended_at_s < now_s - self.older_than_s)
+
+
+@dataclass(frozen=True)
+class PurgeStep:
+    """What one step deleted, and where the next one begins; 0: there is none."""
+
+    num_records: int
+    cursor: int
 
 
 def is_bound_to_its_route(record: GenerationRecord) -> bool:
@@ -106,6 +130,12 @@ class RecordStore(Protocol):
         """A uniform draw, without replacement, over everything kept and unexpired, whether read or not."""
         ...
 
+    def purge(self, key: StreamKey, meant: RecordFilter, cursor: int = 0) -> PurgeStep:
+        """One step, bounded in time, over a stream: delete the records that are meant, delivered ones too,
+        which then are neither pending nor counted as dropped. Begin with cursor 0 and go on with each step's
+        own; a record that is there all the while is not missed."""
+        ...
+
     def size(self, key: StreamKey) -> StreamSize: ...
 
     def keys(self) -> list[StreamKey]:
@@ -117,8 +147,8 @@ class RecordStore(Protocol):
 
 class AdapterFeed(Protocol):
     """The feed of one target revision: adapters by route, the pointer to the one that serves, their history,
-    the table that routes prompts, and replicas' status. Another target has a separate feed, on the same
-    server too."""
+    the table that routes prompts, replicas' status, and what operators ordered and did. Another target has a
+    separate feed, on the same server too."""
 
     def publish(self, manifest: AdapterManifest, weights: bytes, on_trial: bool = False) -> None:
         """Keep the adapter, point the route at it (unless pinned), add a `promoted` event. `on_trial`: one
@@ -194,5 +224,23 @@ class AdapterFeed(Protocol):
         ...
 
     def statuses(self) -> list[ServingStatus]: ...
+
+    def controls(self) -> Controls | None:
+        """What operators ordered. None: nothing ever was, or the feed lost its data; whoever follows an order
+        goes on with it."""
+        ...
+
+    def change_controls(self, rule: Callable[[Controls], Controls]) -> Controls:
+        """Keep and return what `rule` makes of the orders; no other change comes between, and `rule` may be
+        called again."""
+        ...
+
+    def add_audit_line(self, line: AuditLine) -> None:
+        """Add to the audit log, which is bounded; lines refused by key have a bound of their own."""
+        ...
+
+    def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
+        """Oldest first, the last `max_lines`."""
+        ...
 
     def close(self) -> None: ...

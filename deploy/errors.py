@@ -4,6 +4,7 @@ DeployError
 ├── SettingsError            a setting is unknown, malformed or missing; one line for each fault
 ├── ModelPairError           target or draft cannot be loaded or do not fit
 ├── StateFolderInUseError    another everdraft runs with this state folder
+├── AdminCallError           the Admin API refused a call, or did not answer
 └── ClusterError             Ray, Redis or the endpoint did not start; what had been started was stopped
 """
 
@@ -22,6 +23,10 @@ class ModelPairError(DeployError, ValueError):
 
 class StateFolderInUseError(DeployError):
     """Another everdraft runs with this state folder."""
+
+
+class AdminCallError(DeployError):
+    """The Admin API refused a call, or did not answer."""
 
 
 class ClusterError(DeployError):

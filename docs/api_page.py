@@ -8,7 +8,15 @@ from typing import cast
 from pydantic import BaseModel
 
 from docs.tables import Schema, attribute_docstrings, fields, spans, table
-from serving.api import messages, output_form, request_schema, response_schema, tools, unsupported
+from serving.api import (
+    admin_schema,
+    messages,
+    output_form,
+    request_schema,
+    response_schema,
+    tools,
+    unsupported,
+)
 from serving.api.app import create_app
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
@@ -16,7 +24,7 @@ from serving.api.strict_body import StrictBody
 
 
 def api_lines() -> Iterator[str]:
-    """Endpoints, then the bodies that clients send, then the bodies that they get."""
+    """Endpoints, then the bodies that clients send and get, then those of operators."""
     document = _openapi_document()
     yield "## Endpoints\n"
     yield from table(("endpoint", "key", "answers"), _endpoint_rows(document["paths"]))
@@ -31,13 +39,22 @@ def api_lines() -> Iterator[str]:
     yield f"These fields change no token and are ignored: {spans(sorted(unsupported.HARMLESS))}.\n"
     yield "## What clients get\n"
     yield from _bodies(response_schema, response_schema.Body)
+    yield "## What operators send\n"
+    yield from _bodies(admin_schema, request_schema.StrictBody)
+    yield "## What operators get\n"
+    yield from _bodies(admin_schema, response_schema.Body)
 
 
 def _openapi_document() -> Schema:
     """Of an endpoint with keys, from the app itself: its routes are made without being called."""
     keys = KeyRing(("a-client-key",), "an-admin-key")
     return create_app(
-        cast(AppContext, SimpleNamespace(version="unreleased", keys=keys, limits=None, allowed_origins=()))
+        cast(
+            AppContext,
+            SimpleNamespace(
+                version="unreleased", keys=keys, limits=None, allowed_origins=(), refused_calls=None
+            ),
+        )
     ).openapi()
 
 

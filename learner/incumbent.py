@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from buffer.errors import UnknownVersionError, VersionConflictError
 from buffer.names import FLOOR_VERSION
-from buffer.records import AdapterEvent, AdapterManifest
+from buffer.records import SERVING_CHANGES, AdapterEvent, AdapterManifest
 from buffer.store import AdapterFeed
 from learner.draft import AdapterState, TrainableDraft, export_weights
-from learner.tracking.report_text import SERVING_CHANGES
 
 
 class Incumbent:

@@ -1,8 +1,9 @@
 """The learner's main loop, one cycle after another: read `run_cycle` first.
 
 Knows no Ray, no Redis, no MLflow: store, feed and tracker are passed in. Invariants: serving never waits for
-the learner; nothing is published that did not pass the gate; a record is acknowledged only after the
-checkpoint that used it was written; while the store cannot be reached the learner waits and loses nothing.
+the learner; nothing is published that did not pass the gate, or while an operator has paused learning; a
+record is acknowledged only after the checkpoint that used it was written, or untrained; while the store
+cannot be reached the learner waits and loses nothing.
 """
 
 import logging
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from buffer.controls import Controls
 from buffer.errors import StoreUnavailableError
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import GenerationRecord
@@ -34,6 +36,8 @@ from learner.trainable import state_bytes
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
+ORDERS_S = 1.0
+"""How often orders are read while training."""
 SUMMED = (
     "num_steps",
     "learner_s",
@@ -79,6 +83,7 @@ class Learner:
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
         self._streams: list[StreamKey] = []
+        self._controls, self._orders_read_s = Controls(), 0.0
         self._reclaim_at_s = 0.0
         folder = checkpoint.folder_of_target(Path(settings.checkpoint_folder), target_revision)
         latest = checkpoint.read_latest(folder)
@@ -106,7 +111,8 @@ class Learner:
         try:
             while not stop.is_set():
                 if self._paused.is_set() or not self.run_cycle():
-                    self._state = "paused" if self._paused.is_set() else "waiting"
+                    is_paused = self._paused.is_set() or self._controls.is_learning_paused
+                    self._state = "paused" if is_paused else "waiting"
                     stop.wait(POLL_S)
         except LearnerStopped:
             pass
@@ -118,8 +124,10 @@ class Learner:
         """One cycle: read, draw, distil, evaluate, gate, publish, checkpoint, acknowledge. False: no route
         was due."""
         self._start()
+        self._follow_orders()
         self._read()
-        self._routes.review(self._streams)
+        if not self._controls.is_learning_paused:
+            self._routes.review(self._streams)
         self._ack_untrained()
         draft = self._due()
         if draft is None:
@@ -130,8 +138,9 @@ class Learner:
             self._sound_records(draft, streams),
             self._inbox.num_waiting(streams),
             partial(self._replay, draft),
-            keep_going=self._rest,
+            keep_going=partial(self._rest, draft.route),
             sleep=self._stop.wait,
+            is_paused=partial(self._is_paused_now, draft.route),
         )
         self._routes.save(draft, self._inbox.entry_ids(streams))
         self._inbox.ack(streams)
@@ -139,7 +148,9 @@ class Learner:
         return True
 
     def pause(self) -> None:
-        """Ends the current cycle early; `snapshot()["state"]` is `paused` once nothing runs."""
+        """For this process: no cycle begins, and the current one ends early; `snapshot()["state"]` is
+        `paused` once nothing runs. An operator's pause is another thing: it comes through the feed, and what
+        serves is watched meanwhile."""
         self._paused.set()
 
     def resume(self) -> None:
@@ -184,6 +195,10 @@ class Learner:
         self._inbox.reclaim()
         self._reclaim_at_s = self._now_s() + CLAIM_IDLE_S
 
+    def _follow_orders(self) -> None:
+        self._controls = self._feed.controls() or self._controls
+        self._orders_read_s = time.monotonic()
+
     def _read(self) -> None:
         """For each route: follow the feed, handle replica rejections, read new records, watch the last
         swap."""
@@ -201,18 +216,19 @@ class Learner:
             draft.watch_live(sound)
 
     def _ack_untrained(self) -> None:
-        """Acknowledge records of routes whose training rests: some are held out, the others only counted. No
-        checkpoint used them."""
+        """Acknowledge records of routes whose training rests or is paused: some are held out, the others only
+        counted. No checkpoint used them; they stay in the store for replay."""
         for draft in self._routes:
-            if not (draft.is_resting and self._is_due(draft)):
+            if not ((draft.is_resting or self._controls.pauses(draft.route)) and self._is_due(draft)):
                 continue
             streams = self._routes.streams_of(draft, self._streams)
             draft.skip_training(self._sound_records(draft, streams), self._inbox.num_waiting(streams))
             self._inbox.ack(streams)
 
     def _due(self) -> RouteLearner | None:
-        """Of the routes that are due, the one whose records have waited longest."""
-        return max(filter(self._is_due, self._routes), key=self._oldest_age_s, default=None)
+        """Of the routes that are due and not paused, the one whose records have waited longest."""
+        due = (draft for draft in self._routes if not self._controls.pauses(draft.route))
+        return max(filter(self._is_due, due), key=self._oldest_age_s, default=None)
 
     def _is_due(self, draft: RouteLearner) -> bool:
         return draft.is_due(self._num_waiting(draft), self._oldest_age_s(draft))
@@ -261,10 +277,18 @@ class Learner:
         if self._stop.wait(self._settings.retry_s):
             raise LearnerStopped from error
 
-    def _rest(self, step_s: float) -> bool:
+    def _rest(self, route: str, step_s: float) -> bool:
         """Sleep so that steps take their share of the time; False: end the cycle's training."""
         share = self._settings.max_busy_share
-        return not self._stop.wait(step_s * (1 / share - 1)) and not self._paused.is_set()
+        if self._stop.wait(step_s * (1 / share - 1)) or self._paused.is_set():
+            return False
+        if time.monotonic() - self._orders_read_s >= ORDERS_S:
+            self._follow_orders()
+        return not self._controls.pauses(route)
+
+    def _is_paused_now(self, route: str) -> bool:
+        self._follow_orders()
+        return self._controls.pauses(route)
 
     def _fault(self, record: GenerationRecord) -> str:
         if record.expires_at_s <= self._now_s():
@@ -278,4 +302,7 @@ class Learner:
         return self._inbox.oldest_age_s(self._routes.streams_of(draft, self._streams), self._now_s())
 
     def _facts(self, draft: RouteLearner) -> dict[str, Any]:
-        return draft.facts() | {"num_waiting_records": self._num_waiting(draft)}
+        return draft.facts() | {
+            "num_waiting_records": self._num_waiting(draft),
+            "is_paused": self._controls.pauses(draft.route),
+        }

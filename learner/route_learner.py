@@ -7,7 +7,7 @@ continues the route from its checkpoint.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +162,21 @@ class RouteLearner:
         *,
         keep_going: Callable[[float], bool],
         sleep: Callable[[float], object],
+        is_paused: Callable[[], bool],
     ) -> None:
         """One cycle: distil, evaluate, gate, publish. `records`: the sound ones of `num_waiting`; `replay`
         draws up to so many kept records; `keep_going` gets each step's seconds and says whether to continue;
-        `sleep` waits while replicas swap."""
+        `sleep` waits while replicas swap; `is_paused` says, before a candidate is published, whether an
+        operator has paused learning meanwhile."""
         self.progress.took(num_waiting)
         fresh = self.hold_out(records) + self.bootstrap_records
         self.bootstrap_records = []
         _, num_replayed = self.trainer.plan(len(fresh), self.slowdown)
         report = self.trainer.train(fresh, replay(num_replayed), keep_going, self.slowdown)
         judgement = self._evaluate(report)
+        if judgement.decision.promote and is_paused():
+            decision = replace(judgement.decision, promote=False, reason="an operator has paused learning")
+            judgement = replace(judgement, decision=decision)
         if judgement.decision.promote:
             self._publish(judgement, sleep)
         else:

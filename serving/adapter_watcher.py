@@ -1,4 +1,4 @@
-"""Follows the adapter feed, route by route, and swaps drafts.
+"""Follows the adapter feed: swaps drafts, route by route, and reads what operators ordered.
 
 For each route: fetch, validate, stage aside, swap between two rounds; opens and closes the drafts of routes;
 reports the replica. One thread that never touches a request. Invariant: the draft that serves a route changes
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from buffer.controls import Controls
 from buffer.errors import SeamError, StoreUnavailableError, UnknownVersionError
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest, ServingStatus
@@ -60,6 +61,8 @@ class AdapterWatcher:
         self._replica_id, self._status = replica_id, status
         self._watch_interval_s, self._status_interval_s = watch_interval_s, status_interval_s
         self._followed = {} if drafts is None else {DEFAULT_ROUTE: _Followed()}
+        self.controls = Controls()
+        """What operators ordered, as it was read last."""
         self._feed_error = ""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="everdraft-watcher", daemon=True)
@@ -113,7 +116,9 @@ class AdapterWatcher:
         self._followed = {route: self._followed.get(route, _Followed()) for route in opened}
 
     def follow(self) -> None:
-        """Read the feed for each open route, and swap if it points to another version. Raises SeamError."""
+        """Read the feed: the orders, and for each open route whether it points to another version, which is
+        swapped in. Raises SeamError."""
+        self.controls = self._feed.controls() or self.controls
         for route, followed in self._followed.items():
             self._follow(route, followed)
 

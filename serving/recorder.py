@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from buffer.controls import Controls
 from buffer.records import GenerationRecord, RecordSampling, RoundTrace
 from buffer.store import StreamKey
 from serving.engine.request import CapturedRound, Generation, SamplingParams
@@ -44,7 +45,8 @@ class _Segment:
 
 
 class Recorder:
-    """`target_revision` names the stream; `replica_id` signs the records."""
+    """`target_revision` names the stream; `replica_id` signs the records. `capture_rate` is the setting, in
+    whose place an operator may order another by `controls`."""
 
     def __init__(
         self,
@@ -54,17 +56,24 @@ class Recorder:
         replica_id: str,
         capture_rate: float,
         record_ttl_s: float,
+        controls: Callable[[], Controls] = Controls,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._sink = sink
+        self._sink, self._controls = sink, controls
         self._target_revision, self._replica_id = target_revision, replica_id
         self._capture_rate, self._record_ttl_s = capture_rate, record_ttl_s
         self._clock = clock
 
+    @property
+    def capture_rate(self) -> float:
+        """Share of requests that is recorded now."""
+        ordered = self._controls().capture_rate
+        return self._capture_rate if ordered is None else ordered
+
     def wants(self, request_id: str, store: bool | None) -> bool:
         """Whether to capture this request; always the same for the same id. `store: false` is never
         captured."""
-        return store is not False and _unit_hash(request_id) < self._capture_rate
+        return store is not False and _unit_hash(request_id) < self.capture_rate
 
     def record(self, generation: Generation) -> None:
         """Submit the captured rounds of a finished or cancelled generation, if there are any."""

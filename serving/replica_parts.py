@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from buffer.administration import DirectAdministration
+from buffer.controls import Controls
 from buffer.exporter import MAX_QUEUE_BYTES, RecordExporter
 from buffer.records import ServingStatus
 from buffer.store import AdapterFeed, RecordStore
@@ -18,6 +20,7 @@ from serving.api.admission import Admission
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
+from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import parser_for
 from serving.generation_defaults import generation_defaults
@@ -72,7 +75,7 @@ class ReplicaParts:
             at_s=time.time(),
             num_dropped_records=0 if exporter is None else exporter.num_dropped_records,
             num_rerouted_records=0 if exporter is None else exporter.num_rerouted_records,
-            last_error="" if self._watcher is None else self._watcher.last_error,
+            last_error="" if self._watcher is None else self._watcher.last_error or self._unrecorded,
         )
 
     def close(self) -> None:
@@ -87,6 +90,17 @@ class ReplicaParts:
             if seam is not None:
                 seam.close()
 
+    def _controls(self) -> Controls:
+        return Controls() if self._watcher is None else self._watcher.controls
+
+    @property
+    def _unrecorded(self) -> str:
+        """Why an order to record is not followed; empty if it is, or there is none."""
+        rate = self._controls().capture_rate
+        if not rate or (self._exporter is not None and self._settings.records):
+            return ""
+        return f"capture_rate={rate:g} is ordered, and this replica was started without recording"
+
     def _new_watcher(self, feed: AdapterFeed) -> AdapterWatcher:
         return AdapterWatcher(
             self.engine.drafts,
@@ -99,7 +113,12 @@ class ReplicaParts:
         )
 
     def _new_context(self) -> AppContext:
-        settings, engine = self._settings, self.engine
+        settings, engine, feed, store = self._settings, self.engine, self._feed, self._store
+        administration = (
+            None
+            if feed is None or store is None
+            else partial(DirectAdministration, feed, store, engine.target_revision)
+        )
         admission = Admission(
             num_slots=settings.num_slots,
             max_queued_requests=settings.max_queued_requests,
@@ -129,6 +148,10 @@ class ReplicaParts:
             ),
             recorder=self._new_recorder(engine),
             status=self.status,
+            replica_id=self._replica_id,
+            controls=self._controls,
+            administration=administration,
+            refused_calls=RefusedCalls(feed),
             request_timeout_s=settings.request_timeout_s,
             grammars=GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids),
             tool_parser=settings.tool_call_parser or parser_for(codec.chat_template),
@@ -145,6 +168,7 @@ class ReplicaParts:
             replica_id=self._replica_id,
             capture_rate=settings.capture_rate,
             record_ttl_s=settings.record_ttl_s,
+            controls=self._controls,
         )
 
 

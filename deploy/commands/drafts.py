@@ -1,29 +1,20 @@
 """`everdraft drafts`: which drafts a route has had, which one serves, and taking that in hand."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
+from buffer.administration import RouteDrafts
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest
-from buffer.store import AdapterFeed
-from deploy.commands.console import (
-    DEFAULT_STATE_DIR,
-    RedisUrlOption,
-    RouteOption,
-    StateDirOption,
-    output,
-    plain_faults,
-    redis_url_of,
-)
-from deploy.commands.targets import TargetOption, target_meant
+from deploy.commands.administration import AdminKeyOption, UrlOption, opened_administration
+from deploy.commands.console import DEFAULT_STATE_DIR, RedisUrlOption, RouteOption, StateDirOption, output
+from deploy.commands.targets import TargetOption
 from deploy.commands.words import ago, decimals, sized
-from learner.tracking.report_text import SERVING_CHANGES
 
 app = typer.Typer(help="Drafts by route: list, show, roll back, pin.", no_args_is_help=True)
 
@@ -32,39 +23,26 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Goes into the route
 BY_HAND = "by an operator"
 
 
-@contextmanager
-def opened_feed(
-    state_dir: StateDirOption, redis_url: str | None, target_revision: str | None
-) -> Iterator[AdapterFeed]:
-    from deploy.wiring import open_feed
-
-    with plain_faults():
-        url = redis_url_of(state_dir, redis_url)
-        feed = open_feed(url, target_meant(url, state_dir, target_revision))
-        try:
-            yield feed
-        finally:
-            feed.close()
-
-
 @app.command("list")
 def list_drafts(
     route: Annotated[str | None, typer.Option("--route", help="One route only; default: all.")] = None,
-    events: Annotated[int, typer.Option(min=0, help="How many lines of history to show.")] = 8,
+    events: Annotated[int, typer.Option(min=0, max=200, help="How many lines of history to show.")] = 8,
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
     target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
     """By route: the drafts that are kept, the one that serves, and what happened last and why."""
-    with opened_feed(state_dir, redis_url, target_revision) as feed:
-        known = feed.routes()
+    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
+        every = admin.drafts(max_events=events)
+        known = [drafts.route for drafts in every]
         if route is not None and route not in known:
             output().print(f"route {route}: the floor; no draft was ever judged. Routes: {', '.join(known)}")
-            return
-        for name in [route] if route is not None else known or [DEFAULT_ROUTE]:
-            output().print(_versions(feed, name))
+        for drafts in (drafts for drafts in every if route in (None, drafts.route)):
+            output().print(_versions(drafts))
             if events:
-                output().print(_history(feed.history(name, events)))
+                output().print(_history(drafts.events))
 
 
 @app.command()
@@ -74,15 +52,16 @@ def show(
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
     target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
     """Everything known about one draft: what it fits, why it was let in, what became of it."""
-    with opened_feed(state_dir, redis_url, target_revision) as feed:
-        for name, text in _details(feed.manifest(route, version)):
+    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
+        draft = admin.draft(route, version)
+        for name, text in _details(draft.manifest):
             output().print(f"{name:<28}{text}")
-        latest = feed.latest(route)
-        serves = latest is not None and latest.draft_version == version
-        output().print(f"{'serves':<28}{'yes' if serves else 'no'}")
-        output().print(_history(list(_concerning(version, feed.history(route)))))
+        output().print(f"{'serves':<28}{'yes' if draft.is_serving else 'no'}")
+        output().print(_history(draft.events))
 
 
 @app.command()
@@ -93,10 +72,12 @@ def rollback(
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
     target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
     """Go back to an earlier draft; the learner goes on and may promote a better one."""
-    with opened_feed(state_dir, redis_url, target_revision) as feed:
-        serving = feed.rollback(route, reason, to)
+    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
+        serving = admin.rollback(route, reason, to)
         output().print(f"route {route}: {_named(serving)} serves from now on")
 
 
@@ -108,10 +89,12 @@ def pin(
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
     target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
     """Serve this draft, whatever the learner promotes, until unpinned."""
-    with opened_feed(state_dir, redis_url, target_revision) as feed:
-        feed.pin(route, version, reason)
+    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
+        admin.pin(route, version, reason)
         output().print(f"route {route}: {_named(version)} is pinned")
 
 
@@ -122,25 +105,25 @@ def unpin(
     state_dir: StateDirOption = DEFAULT_STATE_DIR,
     redis_url: RedisUrlOption = None,
     target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> None:
     """Let promotions take effect again."""
-    with opened_feed(state_dir, redis_url, target_revision) as feed:
-        serving = feed.unpin(route, reason)
+    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
+        serving = admin.unpin(route, reason)
         output().print(f"route {route}: no pin; {_named(serving)} serves from now on")
 
 
-def _versions(feed: AdapterFeed, route: str) -> Table:
-    latest, pinned, now_s = feed.latest(route), feed.pinned(route), time.time()
-    serving = latest.draft_version if latest is not None else FLOOR_VERSION
-    on_trial = feed.is_on_trial(route)
-    table = Table(title=f"drafts of route {route}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+def _versions(drafts: RouteDrafts) -> Table:
+    now_s = time.time()
+    paused = ", whose learning is paused" if drafts.is_learning_paused else ""
+    title = f"drafts of route {drafts.route}{paused}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("draft", "parent", "acceptance", "parent's", "records", "size", "made", ""):
         table.add_column(heading, justify="left" if heading in ("made", "") else "right", no_wrap=True)
-    table.add_row("0", "", "", "", "", "", "", _mark(FLOOR_VERSION, serving, pinned, name="the floor"))
-    for manifest in feed.versions(route):
-        table.add_row(
-            *_version_cells(manifest, now_s), _mark(manifest.draft_version, serving, pinned, on_trial)
-        )
+    table.add_row("0", "", "", "", "", "", "", _mark(FLOOR_VERSION, drafts, "the floor"))
+    for manifest in drafts.versions:
+        table.add_row(*_version_cells(manifest, now_s), _mark(manifest.draft_version, drafts))
     return table
 
 
@@ -157,27 +140,18 @@ def _version_cells(manifest: AdapterManifest, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _mark(version: int, serving: int, pinned: int | None, on_trial: bool = False, name: str = "") -> Text:
+def _mark(version: int, drafts: RouteDrafts, name: str = "") -> Text:
     marks = [Text(name)] if name else []
-    if version == serving:
+    if version == drafts.serving_version:
         marks.append(Text("serves", "bold green"))
-        if on_trial and pinned is None:
+        if drafts.is_on_trial:
             marks.append(Text("on trial on one replica", "yellow"))
-    if version == pinned:
+    if version == drafts.pinned_version:
         marks.append(Text("pinned", "yellow"))
     return Text(", ").join(marks)
 
 
-def _concerning(version: int, events: list[AdapterEvent]) -> Iterator[AdapterEvent]:
-    """What happened to a draft, what made another one serve in its place included."""
-    served = FLOOR_VERSION
-    for event in events:
-        if version in (event.draft_version, served if event.kind in SERVING_CHANGES else None):
-            yield event
-        served = event.draft_version if event.kind in SERVING_CHANGES else served
-
-
-def _history(events: list[AdapterEvent]) -> Table:
+def _history(events: Sequence[AdapterEvent]) -> Table:
     now_s = time.time()
     table = Table(title="history", title_justify="left", box=None, padding=(0, 2, 0, 0), show_header=False)
     for event in events:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from buffer.controls import Controls
 from buffer.names import FLOOR_VERSION, NGRAM_DRAFTER
 from buffer.records import DrafterCounts, ServingStatus
 from buffer.store import AdapterFeed, RecordStore
@@ -26,7 +27,7 @@ from deploy.commands.console import (
     running_note,
 )
 from deploy.commands.targets import SHOWN, TargetOption, targets_meant
-from deploy.commands.words import ago, milliseconds, percentage
+from deploy.commands.words import ago, milliseconds, orders_in_words, percentage
 from deploy.running import RunningNote
 from deploy.terminal import visible
 
@@ -81,6 +82,7 @@ def _as_data(targets: list[TargetFeed], store: RecordStore, learner: dict[str, A
             target.revision: {route: _serving(target.feed, route) for route in target.feed.routes()}
             for target in targets
         },
+        "controls": {target.revision: asdict(_controls(target.feed)) for target in targets},
         "streams": [
             {**asdict(key), **asdict(store.size(key))} for key in known if key.target_revision in meant
         ],
@@ -119,6 +121,9 @@ def _show_target(console: Console, target: TargetFeed, store: RecordStore) -> No
         console.print("", drafts, "", sep="\n")
     for route in feed.routes():
         console.print(f"route {route}: {_route_line(feed, route)}")
+    if (controls := _controls(feed)) != Controls():
+        for sentence in orders_in_words(controls):
+            console.print(sentence)
     known = store.keys()
     for key in [key for key in known if key.target_revision == target.revision]:
         size = store.size(key)
@@ -126,6 +131,10 @@ def _show_target(console: Console, target: TargetFeed, store: RecordStore) -> No
             f"records of route {key.route}: {size.num_records} kept, {size.num_pending} being learned, "
             f"{size.num_dropped_records} dropped"
         )
+
+
+def _controls(feed: AdapterFeed) -> Controls:
+    return feed.controls() or Controls()
 
 
 def _learner_line(learner: dict[str, Any]) -> str:

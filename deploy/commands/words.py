@@ -1,4 +1,8 @@
-"""Numbers as people read them. Pure functions."""
+"""Numbers and orders as people read them. Pure functions."""
+
+from collections.abc import Iterator
+
+from buffer.controls import Controls
 
 
 def ago(at_s: float, now_s: float) -> str:
@@ -33,3 +37,19 @@ def percentage(part: int, whole: int) -> str:
 def milliseconds(passed_s: float) -> str:
     """`6.4 ms`."""
     return f"{passed_s * 1000:.1f} ms"
+
+
+def orders_in_words(controls: Controls) -> Iterator[str]:
+    """A sentence for each part: learning, capture, and drains where there are any."""
+    if controls.is_learning_paused:
+        yield "learning is paused"
+    elif controls.paused_routes:
+        yield f"learning is paused on {', '.join(controls.paused_routes)}"
+    else:
+        yield "learning goes on"
+    rate = controls.capture_rate
+    yield "records: by serving.capture_rate" if rate is None else f"records: {100 * rate:g} % by order"
+    if controls.are_all_draining:
+        yield "all replicas drain: they take no new requests"
+    elif controls.draining_replicas:
+        yield f"draining: {', '.join(controls.draining_replicas)}"

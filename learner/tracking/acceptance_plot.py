@@ -6,7 +6,8 @@ Knows no MLflow. Invariant: draws on a canvas of its own, so that it may run in 
 import io
 from collections.abc import Iterable, Mapping, Sequence
 
-from learner.tracking.report_text import SERVING_CHANGES, Decision, named
+from buffer.records import SERVING_CHANGES
+from learner.tracking.report_text import Decision, named
 
 _LINES = {
     "acceptance_candidate": ("candidate", "#7fb3d5", 1.0),

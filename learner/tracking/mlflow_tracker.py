@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from buffer.names import DEFAULT_ROUTE
-from buffer.records import AdapterManifest
+from buffer.records import SERVING_CHANGES, AdapterManifest
 from buffer.redaction import redacted
 from learner.tracking.acceptance_plot import PLOTTED, acceptance_png
 from learner.tracking.outbox import Outbox
 from learner.tracking.registry import RouteRegistry
 from learner.tracking.report_text import (
-    SERVING_CHANGES,
     Decision,
     decisions_csv,
     decisions_from_csv,

@@ -12,10 +12,6 @@ from datetime import UTC, datetime
 from buffer.names import FLOOR_VERSION
 from buffer.records import AdapterManifest
 
-SERVING_CHANGES = ("promoted", "rolled_back", "pinned", "unpinned", "adopted")
-"""Kinds of decisions after which another draft may serve. `adopted`: the feed's history has no event for
-it."""
-
 _MAX_REASON = 1000
 _COLUMNS = ("decided_at", "kind", "reason", "draft_version", "num_records_seen")
 """The most important columns come first. MLflow's own page shows nothing under a column called `at`."""

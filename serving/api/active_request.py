@@ -155,7 +155,8 @@ def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
     """Take a place in the queue. Raises ApiError, and then holds no place."""
     began_s = time.monotonic()
     if not context.is_ready:
-        raise ApiError(503, "The server is not ready: it is loading or shutting down.")
+        message = "The server is not ready: it is loading, draining or shutting down."
+        raise ApiError(503, message, headers={"Retry-After": "1"})
     try:
         ticket = context.admission.admit(plan.num_choices, plan.num_prompt_tokens * plan.body.n)
     except QueueFullError as error:

@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from serving.api.admin import admin_routes
 from serving.api.auth_middleware import AuthMiddleware
 from serving.api.body_limit import BodyLimit
 from serving.api.chat import chat_routes
@@ -10,7 +11,7 @@ from serving.api.completions import completion_routes
 from serving.api.context import AppContext
 from serving.api.errors import install_error_handlers
 from serving.api.openapi import describe
-from serving.api.operations import admin_routes, health_routes, model_routes, token_routes
+from serving.api.operations import health_routes, model_routes, token_routes
 from serving.api.request_ids import REQUEST_ID_HEADER
 
 
@@ -24,7 +25,12 @@ def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI
     install_error_handlers(app)
     describe(app, context.keys)
     app.add_middleware(BodyLimit, limits=context.limits)
-    app.add_middleware(AuthMiddleware, keys=context.keys, sends_request_id=sends_request_id)
+    app.add_middleware(
+        AuthMiddleware,
+        keys=context.keys,
+        refused_calls=context.refused_calls,
+        sends_request_id=sends_request_id,
+    )
     if context.allowed_origins:  # outermost: a browser asks without a key first, and shows no error without
         app.add_middleware(
             CORSMiddleware,

@@ -1,4 +1,4 @@
-"""The outermost layer of the app but CORS: request ids, keys, and the answer to an unhandled exception.
+"""The outermost layer of the app but CORS: request ids, keys, refused admin calls, unhandled exceptions.
 
 A plain ASGI layer, so that bodies are not read before the key is checked and streams are never buffered.
 Invariant: every HTTP answer carries X-Request-Id exactly once (see `request_ids`), but for answers to a
@@ -10,11 +10,17 @@ import logging
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from buffer.audit import REFUSED_BY_KEY, Caller
 from serving.api.errors import ApiError, internal_error
-from serving.api.keys import KeyRing, realm_of
+from serving.api.keys import KeyRing, realm_of, shown_digest
+from serving.api.refused_calls import RefusedCalls
 from serving.api.request_ids import REQUEST_ID_HEADER, request_id_of
 
 _log = logging.getLogger(__name__)
+
+AUDITED = "audited"
+"""Key of the request's state: an operation has put the call into the audit log."""
+_READING = ("GET", "HEAD", "OPTIONS")
 
 
 class AuthMiddleware:
@@ -22,9 +28,11 @@ class AuthMiddleware:
 
     `sends_request_id` False: a proxy in front of the app adds the id to the answer."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, *, sends_request_id: bool = True) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, refused_calls: RefusedCalls, *, sends_request_id: bool = True
+    ) -> None:
         self._app = app
-        self._keys = keys
+        self._keys, self._refused_calls = keys, refused_calls
         self._sends_request_id = sends_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,26 +42,35 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 if self._sends_request_id:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         refusal = self._refusal(_route_path(scope), headers.get("authorization"))
         if refusal is not None:
+            self._note(scope, REFUSED_BY_KEY)
             await refusal.response()(scope, receive, send_with_id)
             return
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
             _log.exception("request %s failed", request_id)
-            if not started:
+            if not status:
                 await internal_error().response()(scope, receive, send_with_id)
+        if 400 <= status < 500 and scope["method"] not in _READING and not scope["state"].get(AUDITED):
+            self._note(scope, f"refused: status {status}")
+
+    def _note(self, scope: Scope, outcome: str) -> None:
+        """An admin call that reached no operation, which would have noted it."""
+        path = _route_path(scope)
+        if realm_of(path) == "admin":
+            self._refused_calls.note(caller_of(scope), scope["method"], path, outcome)
 
     def _refusal(self, path: str, authorization: str | None) -> ApiError | None:
         realm = realm_of(path)
@@ -62,6 +79,12 @@ class AuthMiddleware:
         key = "admin key" if realm == "admin" else "API key"
         message = f"A valid {key} is needed: send it as 'Authorization: Bearer KEY'."
         return ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
+
+
+def caller_of(scope: Scope) -> Caller:
+    """The key, by its digest, and the address of who connected, which may be a proxy's."""
+    host, _ = scope.get("client") or ("unknown", 0)
+    return Caller(shown_digest(Headers(scope=scope).get("authorization")), host)
 
 
 def _route_path(scope: Scope) -> str:

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from buffer.administration import Administration
+from buffer.audit import Caller
+from buffer.controls import Controls
 from buffer.records import ServingStatus
 from serving.api.admission import Admission
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
+from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import ToolParserName
 from serving.metrics import ServingMetrics
@@ -41,16 +45,23 @@ class AppContext:
     metrics: ServingMetrics
     recorder: Recorder | None
     status: Callable[[], ServingStatus]
+    replica_id: str
+    controls: Callable[[], Controls]
+    """What operators ordered, as this replica follows it."""
+    administration: Callable[[Caller], Administration] | None
+    """None: the replica has no Redis, so there is nothing that replicas share."""
+    refused_calls: RefusedCalls
     request_timeout_s: float
     grammars: GrammarCompiler
     tool_parser: ToolParserName | None
     """The form in which the model calls tools; None: none that is known."""
     draining: bool = field(default=False)
+    """It shuts down. An operator's order to drain is in `controls`."""
 
     @property
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
-        return self.engine.is_alive and not self.draining
+        return self.engine.is_alive and not self.draining and not self.controls().drains(self.replica_id)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new request and wait for those under way. Returns whether all ended in time."""

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from buffer.errors import OrderRefusedError, StoreUnavailableError, UnknownNameError, UnknownVersionError
 from serving.api.admission import QueueFullError
 
 
@@ -85,7 +86,7 @@ def from_validation(faults: Sequence[Any]) -> ApiError:
     if fault["type"] == "json_invalid":
         return bad_request("The body is not valid JSON.")
     named = (fault.get("ctx") or {}).get("param")
-    location = [part for part in fault["loc"] if part != "body"]
+    location = [part for number, part in enumerate(fault["loc"]) if number or part not in _PLACES]
     param = _field_name([*location, named] if named else location)
     message = str(fault["msg"]).removeprefix("Value error, ")
     if location and not named and fault["type"] not in _CLEAR_FAULTS:
@@ -93,6 +94,8 @@ def from_validation(faults: Sequence[Any]) -> ApiError:
     return bad_request(f"{param}: {message}" if param else message, param)
 
 
+_PLACES = ("body", "path", "query")
+"""Where a field was given; it is named without it."""
 _SHAPES = {
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "must be a text of 1 to 1024 characters, or a list of at most 16 of them",
@@ -110,6 +113,21 @@ def _field_name(location: Sequence[str | int]) -> str | None:
         elif part.isidentifier() and part not in {"str", "int", "list"}:
             name += f".{part}" if name else part
     return name or None
+
+
+_SEAM_STATUSES: dict[type[Exception], int] = {
+    OrderRefusedError: 400,
+    UnknownNameError: 404,
+    UnknownVersionError: 404,
+    StoreUnavailableError: 503,
+}
+
+
+def from_seam(error: Exception) -> ApiError:
+    """What admin operations raise. Messages begin with the field at fault, but for versions."""
+    message = str(error)
+    name = "version" if isinstance(error, UnknownVersionError) else message.partition("=")[0]
+    return ApiError(_SEAM_STATUSES[type(error)], message, param=name if name.isidentifier() else None)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -131,6 +149,11 @@ def install_error_handlers(app: FastAPI) -> None:
         }.get(error.status_code, str(error.detail))
         return ApiError(error.status_code, message, headers=error.headers).response()
 
+    async def on_seam(_: Request, error: Exception) -> JSONResponse:
+        return from_seam(error).response()
+
+    for kind in _SEAM_STATUSES:
+        app.add_exception_handler(kind, on_seam)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)

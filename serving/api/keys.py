@@ -12,6 +12,7 @@ from typing import Literal
 Realm = Literal["open", "client", "admin"]
 
 MIN_KEY_CHARS = 8
+_SHOWN_DIGITS = 8
 
 _CLIENT_PREFIXES = ("/v1", "/tokenize", "/detokenize", "/tokenizer_info")
 _ADMIN_PREFIXES = ("/admin",)
@@ -65,6 +66,12 @@ class KeyRing:
     def asks(self, realm: Realm) -> bool:
         """Whether a key is needed in this realm."""
         return realm == "admin" or (realm == "client" and bool(self._clients))
+
+
+def shown_digest(authorization: str | None) -> str:
+    """The first digits of the given key's digest, by which it may be named; `no key` if there is none."""
+    given = _bearer(authorization)
+    return _digest(given).hex()[:_SHOWN_DIGITS] if given else "no key"
 
 
 def _bearer(authorization: str | None) -> str:

@@ -17,12 +17,12 @@ Answers = dict[int | str, dict[str, Any]]
 _DESCRIPTIONS = {
     400: "The request is at fault; `param` names the field.",
     401: "A key is needed.",
-    404: "The model does not exist.",
+    404: "The model does not exist; of an admin call, the route, version or replica.",
     408: "It took longer than `request_timeout_s`, and was cancelled.",
     413: "The body is larger than any that could be answered.",
     429: "Too much waits already; `Retry-After` says when to come back.",
     500: "A failure of the server's own.",
-    503: "Not ready: loading, draining or stopped.",
+    503: "Not ready: loading, draining or stopped. Of an admin call: Redis is away.",
 }
 _BEARER = {"bearer": {"type": "http", "scheme": "bearer"}}
 _NEVER_ANSWERED = ("HTTPValidationError", "ValidationError")

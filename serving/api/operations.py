@@ -1,7 +1,4 @@
-"""All endpoints but generation: models, tokens, health, metrics, and admin."""
-
-import dataclasses
-from typing import Any
+"""Endpoints beside generation and admin: models, tokens, health and metrics."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -101,18 +98,6 @@ def token_routes(context: AppContext) -> APIRouter:
     def tokenizer_info() -> TokenizerInfo:
         """What a client needs to use `/tokenize` in place of a tokenizer of its own."""
         return context.codec.info
-
-    return router
-
-
-def admin_routes(context: AppContext) -> APIRouter:
-    """Endpoints that need the admin key."""
-    router = APIRouter()
-
-    @router.get("/admin/status")
-    def status() -> dict[str, Any]:
-        """The ServingStatus that the learner gets too."""
-        return dataclasses.asdict(context.status())
 
     return router
 

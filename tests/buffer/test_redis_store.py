@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import redis
 
+from buffer.audit import AuditLine
 from buffer.errors import StoreUnavailableError
 from buffer.records import AdapterEvent, ServingStatus
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis, find_server_binary
 from buffer.redis_store import RedisRecordStore
-from buffer.store import Bounds, StreamKey
+from buffer.store import Bounds, RecordFilter, StreamKey
 from tests.buffer.samples import START_S, FakeClock, borrowed, make_manifest, make_record
 from tests.support.ports import free_port
 
@@ -60,6 +61,7 @@ def every_call(url: str) -> dict[str, Callable[[], Any]]:
         "claim": lambda: store.claim(KEY, "learner", 0.0),
         "ack": lambda: store.ack(KEY, ["1-0"]),
         "draw_replay": lambda: store.draw_replay(KEY, 9, seed=0),
+        "purge": lambda: store.purge(KEY, RecordFilter("request")),
         "size": lambda: store.size(KEY),
         "keys": store.keys,
         "publish": lambda: feed.publish(make_manifest(1), b""),
@@ -77,6 +79,10 @@ def every_call(url: str) -> dict[str, Callable[[], Any]]:
         "routes": feed.routes,
         "report": lambda: feed.report(ServingStatus("one", START_S, {}, ())),
         "statuses": feed.statuses,
+        "controls": feed.controls,
+        "change_controls": lambda: feed.change_controls(lambda orders: orders.with_drain(None)),
+        "add_audit_line": lambda: feed.add_audit_line(AuditLine("", "", "", "drain", "allowed")),
+        "audit_log": feed.audit_log,
     }
 
 

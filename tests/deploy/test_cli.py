@@ -22,7 +22,22 @@ def test_the_version_is_that_of_the_distribution() -> None:
     assert shown.output.startswith("everdraft 0.")
 
 
-@pytest.mark.parametrize("command", ["demo", "serve", "learn", "status", "drafts", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "serve",
+        "learn",
+        "status",
+        "drafts",
+        "learning",
+        "capture",
+        "drain",
+        "records",
+        "admin",
+        "doctor",
+    ],
+)
 def test_every_command_explains_itself(command: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0

@@ -3,12 +3,16 @@
 import hashlib
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from buffer.administration import DirectAdministration
+from buffer.audit import Caller
+from buffer.controls import Controls
 from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.records import (
@@ -18,7 +22,9 @@ from buffer.records import (
     RecordSampling,
     ServingStatus,
 )
-from buffer.store import Delivery, StreamKey
+from buffer.redis_server import EmbeddedRedis
+from buffer.redis_store import RedisRecordStore
+from buffer.store import Delivery, RecordStore, StreamKey
 from learner.draft import TrainableDraft, build_draft, export_weights, import_weights
 from learner.loop import Learner
 from learner.tracking.mlflow_tracker import NullTracker
@@ -86,7 +92,7 @@ class FlakyStore(MemoryRecordStore):
 class LoopTestbed:
     """Store, feed, tracker and a learner that can be killed and built again."""
 
-    def __init__(self, folder: Path, store: MemoryRecordStore | None = None) -> None:
+    def __init__(self, folder: Path, store: RecordStore | None = None) -> None:
         self.folder = folder
         self.store = store or MemoryRecordStore(clock=lambda: NOW_S)
         self.feed = MemoryAdapterFeed(clock=lambda: NOW_S)
@@ -500,6 +506,122 @@ def test_it_runs_pauses_resumes_and_stops_in_a_thread(testbed: LoopTestbed, traf
         thread.join(60)
     assert not thread.is_alive()
     assert testbed.learner.snapshot()["state"] == "stopped"
+
+
+def paused(controls: Controls) -> Controls:
+    return controls.with_learning_paused(None)
+
+
+def resumed(controls: Controls) -> Controls:
+    return controls.with_learning_resumed(None)
+
+
+def test_paused_by_an_operator_it_reads_holds_out_and_acks_but_neither_trains_nor_promotes(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    testbed.feed.change_controls(paused)
+    for records in traffic[:3]:
+        testbed.serve(records)
+        assert not testbed.learner.run_cycle()
+    shown = testbed.learner.snapshot()
+    assert (shown["num_steps"], shown["num_records_seen"], shown["is_paused"]) == (0, 90, True)
+    assert shown["num_held_out_records"] > 0
+    size = testbed.store.size(KEY)
+    assert (size.num_pending, size.num_records, size.num_dropped_records) == (0, 90, 0), "kept for replay"
+    assert testbed.feed.history("default") == []
+
+    testbed.learner = testbed.build()  # a restart
+    testbed.serve(traffic[3])
+    assert not testbed.learner.run_cycle()
+    testbed.feed.change_controls(resumed)
+    testbed.serve(traffic[4])
+    assert testbed.learner.run_cycle()
+    assert testbed.learner.snapshot()["num_steps"] > 0
+
+
+def test_paused_by_an_operator_it_still_rolls_back_what_is_worse(
+    testbed: LoopTestbed, traffic: Traffic
+) -> None:
+    first = testbed.learn_until_promoted(traffic, least_gain=0.02)
+    testbed.feed.change_controls(paused)
+    testbed.feed.add_event(
+        AdapterEvent("rejected_by_replica", "default", first.draft_version, "r0: bytes", NOW_S)
+    )
+    testbed.learner.run_cycle()
+    assert testbed.feed.latest("default") is None
+    assert testbed.feed.history("default")[-1].kind == "rolled_back"
+
+
+def test_a_pause_of_one_route_leaves_the_others(testbed: LoopTestbed, traffic: Traffic) -> None:
+    testbed.feed.change_controls(lambda controls: controls.with_learning_paused("sql"))
+    testbed.serve(traffic[0])
+    assert testbed.learner.run_cycle()
+    testbed.feed.change_controls(lambda controls: controls.with_learning_paused("default"))
+    testbed.serve(traffic[1])
+    assert not testbed.learner.run_cycle()
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_records_that_an_operator_deletes_while_they_wait_do_not_stop_it(
+    tmp_path: Path, traffic: Traffic, kind: str
+) -> None:
+    """They are pending in its consumer group; it is killed, and its next life finds only the others."""
+    with ExitStack() as opened:
+        store: RecordStore = MemoryRecordStore(clock=lambda: NOW_S)
+        if kind == "redis":
+            url = opened.enter_context(EmbeddedRedis()).url
+            store = opened.enter_context(closing(RedisRecordStore(url, clock=lambda: NOW_S)))
+        testbed = LoopTestbed(tmp_path, store)
+        few, rest = traffic[0][:15], traffic[0][15:]
+        testbed.serve(few)
+        assert not testbed.learner.run_cycle(), "too few"
+        assert store.size(KEY).num_pending == 15
+        admin = DirectAdministration(testbed.feed, store, "target-1", Caller("operator", "here"))
+        num_deleted = sum(admin.purge(request_id=record.record_id) for record in few[:5])
+        assert (num_deleted, store.size(KEY).num_pending) == (5, 10)
+
+        earlier, testbed.learner = testbed.learner, testbed.build()
+        testbed.serve(rest)
+        assert testbed.learner.run_cycle()
+        assert testbed.learner.snapshot()["num_records_seen"] == 25
+        testbed.serve(traffic[1][:10])
+        assert earlier.run_cycle(), "acknowledges what it holds, the deleted ones among them"
+        size = store.size(KEY)
+        assert (size.num_records, size.num_pending, size.num_dropped_records) == (35, 0, 0)
+
+
+class PausedMeanwhile(MemoryAdapterFeed):
+    """An operator pauses learning while the candidate is judged: history is read for that alone."""
+
+    is_armed = False
+
+    def history(self, route: str, max_events: int = 200) -> list[AdapterEvent]:
+        if self.is_armed and max_events == 200:
+            self.change_controls(paused)
+        return super().history(route, max_events)
+
+
+def events_until_promoted(folder: Path, traffic: Traffic, armed_in_cycle: int = -1) -> list[AdapterEvent]:
+    """Cycle after cycle, until one promotes or the operator came in it."""
+    testbed = LoopTestbed(folder)
+    testbed.feed = feed = PausedMeanwhile(clock=lambda: NOW_S)
+    testbed.learner = testbed.build()
+    for number, records in enumerate(traffic):
+        feed.is_armed = number == armed_in_cycle
+        testbed.serve(records)
+        testbed.learner.run_cycle()
+        if feed.latest("default") or feed.is_armed:
+            break
+    return feed.history("default", 99)
+
+
+def test_what_passed_the_gate_is_not_published_after_a_pause(tmp_path: Path, traffic: Traffic) -> None:
+    without = events_until_promoted(tmp_path / "without", traffic)
+    assert without[-1].kind == "promoted"
+    with_pause = events_until_promoted(tmp_path / "with", traffic, armed_in_cycle=len(without) - 1)
+    assert [event.kind for event in with_pause[:-1]] == [event.kind for event in without[:-1]]
+    assert (with_pause[-1].kind, with_pause[-1].reason) == ("refused", "an operator has paused learning")
+    assert with_pause[-1].evidence == without[-1].evidence
 
 
 def test_published_bytes_are_the_candidates_own_weights(testbed: LoopTestbed, traffic: Traffic) -> None:

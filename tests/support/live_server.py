@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import uvicorn
 
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
+from buffer.redis_feed import RedisAdapterFeed
+from buffer.redis_store import RedisRecordStore
 from buffer.store import AdapterFeed, RecordStore
 from serving.api.app import create_app
-from serving.replica_parts import ReplicaParts
+from serving.replica_parts import ReplicaParts, open_parts
 from serving.settings import ServingSettings
 
 
@@ -38,9 +40,19 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live_server(settings: ServingSettings, replica_id: str = "replica-0") -> Iterator[LiveServer]:
-    store, feed = MemoryRecordStore(), MemoryAdapterFeed()
-    parts = ReplicaParts(settings, store=store, open_feed=lambda _: feed, replica_id=replica_id)
+def live_server(
+    settings: ServingSettings, replica_id: str = "replica-0", redis_url: str | None = None
+) -> Iterator[LiveServer]:
+    """Store and feed in memory, or on this Redis, which other replicas may share."""
+    store: RecordStore
+    feed: AdapterFeed
+    if redis_url is None:
+        store, feed = MemoryRecordStore(), MemoryAdapterFeed()
+        parts = ReplicaParts(settings, store=store, open_feed=lambda _: feed, replica_id=replica_id)
+    else:
+        parts = open_parts(settings, redis_url, replica_id)
+        store = RedisRecordStore(redis_url)
+        feed = RedisAdapterFeed(redis_url, parts.engine.target_revision)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(parts.context), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
@@ -53,3 +65,5 @@ def live_server(settings: ServingSettings, replica_id: str = "replica-0") -> Ite
         thread.join(10)
         listener.close()
         parts.close()
+        store.close()
+        feed.close()

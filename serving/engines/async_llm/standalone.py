@@ -77,6 +77,7 @@ class Standalone:
             replica_id=replica_id,
             capture_rate=float(environment.get(CAPTURE_RATE, 1.0)),
             record_ttl_s=float(environment.get(RECORD_TTL_S, 7 * 24 * 3600.0)),
+            controls=lambda: self._watcher.controls,
         )
         self._watcher = AdapterWatcher(
             self.drafts,
