@@ -40,7 +40,7 @@ def api_lines() -> Iterator[str]:
     yield "## What clients get\n"
     yield from _bodies(response_schema, response_schema.Body)
     yield "## What operators send\n"
-    yield from _bodies(admin_schema, request_schema.StrictBody)
+    yield from _bodies(admin_schema, StrictBody)
     yield "## What operators get\n"
     yield from _bodies(admin_schema, response_schema.Body)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from serving.api.request_schema import RequestBody, fault
+from serving.api.strict_body import RequestBody, fault
 from serving.api.response_schema import Body
 from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
 
