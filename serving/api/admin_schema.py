@@ -4,8 +4,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from serving.api.strict_body import RequestBody, fault
 from serving.api.response_schema import Body
+from serving.api.strict_body import RequestBody, fault
 from serving.api.unsupported import HARMLESS, NEUTRAL_VALUES
 
 Reason = Annotated[str, Field(min_length=1, max_length=500)]
