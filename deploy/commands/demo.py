@@ -33,7 +33,7 @@ LEARNER = {
 """Chosen on an early checkpoint of this pair, see LOG.md, where LoRA on the embeddings too learnt worse."""
 
 RealOption = Annotated[
-    bool, typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; 13 minutes.")
+    bool, typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; a quarter of an hour.")
 ]
 DataOption = Annotated[
     Path | None,

@@ -92,6 +92,34 @@ def test_what_cannot_be_done_is_a_400_that_names_it(
         )
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "size": {"enum": ["small", "large"]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+FORMS = [{"json": SCHEMA}, {"regex": "[a-z]{3,9}=[0-9]{2}"}, {"choice": ["yes", "no"]}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_structured_output_is_our_own_engines_word_for_word(
+    client: openai.OpenAI, form: dict[str, object]
+) -> None:
+    asked = {"model": "demo", "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
+    answer = client.completions.create(**asked, extra_body={"structured_outputs": form})  # type: ignore[call-overload]
+    settings = ServingSettings(
+        target=str(PAIR / "target"),
+        draft=str(PAIR / "draft"),
+        model_name="demo",
+        max_seq_len=256,
+        compile="off",
+    )
+    with live_server(settings) as ours, openai.OpenAI(base_url=f"{ours.url}/v1", api_key="none") as other:
+        expected = other.completions.create(**asked, extra_body={"structured_outputs": form})  # type: ignore[call-overload]
+    assert answer.choices[0].text == expected.choices[0].text
+    assert answer.choices[0].finish_reason == expected.choices[0].finish_reason == "stop"
+
+
 def test_its_records_reach_the_store(server: LiveServer, client: openai.OpenAI) -> None:
     from buffer.store import StreamKey
 
