@@ -14,6 +14,8 @@ from serving.api import (
     output_form,
     request_schema,
     response_schema,
+    responses_answer,
+    responses_schema,
     tools,
     unsupported,
 )
@@ -31,14 +33,15 @@ def api_lines() -> Iterator[str]:
     yield "## Statuses\n"
     yield from table(("status", "meaning"), _status_rows(document["paths"]))
     yield "## What clients send\n"
-    for module in (messages, request_schema, tools, output_form):
+    for module in (messages, request_schema, tools, output_form, responses_schema):
         yield from _bodies(module, StrictBody)
     yield "## Fields that are not acted on\n"
     yield "These fields are refused with 400, except for the values given, which ask for nothing.\n"
     yield from table(("field", "accepted values"), _neutral_rows())
     yield f"These fields change no token and are ignored: {spans(sorted(unsupported.HARMLESS))}.\n"
     yield "## What clients get\n"
-    yield from _bodies(response_schema, response_schema.Body)
+    for module in (response_schema, responses_answer):
+        yield from _bodies(module, response_schema.Body)
     yield "## What operators send\n"
     yield from _bodies(admin_schema, StrictBody)
     yield "## What operators get\n"

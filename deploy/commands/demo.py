@@ -33,7 +33,10 @@ LEARNER = {
 """Chosen on an early checkpoint of this pair, see LOG.md, where LoRA on the embeddings too learnt worse."""
 
 RealOption = Annotated[
-    bool, typer.Option("--real", help="A pretrained chat model, fetched once, drafts for itself; a quarter of an hour.")
+    bool,
+    typer.Option(
+        "--real", help="A pretrained chat model, fetched once, drafts for itself; a quarter of an hour."
+    ),
 ]
 DataOption = Annotated[
     Path | None,

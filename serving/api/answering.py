@@ -5,7 +5,7 @@ Knows neither endpoint: a Renderer formats the answer.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -31,16 +31,25 @@ CLIENT_LEFT = 499
 class Renderer(Protocol):
     """The shape of one endpoint's answers."""
 
-    def opening(self) -> Iterator[Body]:
+    @property
+    def end_of_stream(self) -> str:
+        """What comes last of all, whatever happened."""
+        ...
+
+    def opening(self) -> Iterable[Body]:
         """Chunks that need no token."""
         ...
 
-    def chunk(self, delta: ChoiceDelta) -> Body | None:
-        """None: it is held back."""
+    def chunks(self, delta: ChoiceDelta) -> Iterable[Body]:
+        """None where all that came is held back."""
         ...
 
-    def closing(self, usage: Usage, metrics: Metrics) -> Body:
-        """The chunk that `include_usage` asks for."""
+    def closing(self, usage: Usage, metrics: Metrics) -> Iterable[Body]:
+        """Chunks behind the last token."""
+        ...
+
+    def failure(self, error: ApiError) -> str:
+        """The event of an error behind the headers."""
         ...
 
     def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> Body:
@@ -97,21 +106,22 @@ async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
 
 
 async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
-    """The events of a stream. An error after the headers is an event too; `[DONE]` always comes last."""
+    """The events of a stream. An error after the headers is an event too."""
     try:
-        for opening in renderer.opening():
-            yield sse.event(opening.to_json())
+        for body in renderer.opening():
+            yield sse.event(body.to_json(), body.event_name)
         async for delta in active.deltas():
-            if _says_something(delta, plan) and (chunk := renderer.chunk(delta)) is not None:
-                yield sse.event(chunk.to_json())
-        if plan.body.include_usage:
-            yield sse.event(renderer.closing(*_figures(active, plan)).to_json())
+            if _says_something(delta, plan):
+                for body in renderer.chunks(delta):
+                    yield sse.event(body.to_json(), body.event_name)
+        for body in renderer.closing(*_figures(active, plan)):
+            yield sse.event(body.to_json(), body.event_name)
     except ApiError as error:
-        yield sse.event(error.body.model_dump_json())
+        yield renderer.failure(error)
     except Exception:
         _log.exception("request %s failed after its headers were sent", plan.api_id)
-        yield sse.event(internal_error().body.model_dump_json())
-    yield sse.DONE
+        yield renderer.failure(internal_error())
+    yield renderer.end_of_stream
 
 
 def _says_something(delta: ChoiceDelta, plan: RequestPlan) -> bool:

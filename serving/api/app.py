@@ -13,6 +13,7 @@ from serving.api.errors import install_error_handlers
 from serving.api.openapi import describe
 from serving.api.operations import health_routes, model_routes, token_routes
 from serving.api.request_ids import REQUEST_ID_HEADER
+from serving.api.responses import responses_routes
 
 
 def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI:
@@ -20,7 +21,15 @@ def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI
 
     `sends_request_id`: see `AuthMiddleware`."""
     app = FastAPI(title="everdraft", version=context.version)
-    for routes in (completion_routes, chat_routes, model_routes, token_routes, health_routes, admin_routes):
+    for routes in (
+        completion_routes,
+        chat_routes,
+        responses_routes,
+        model_routes,
+        token_routes,
+        health_routes,
+        admin_routes,
+    ):
         app.include_router(routes(context))
     install_error_handlers(app)
     describe(app, context.keys)

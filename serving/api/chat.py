@@ -33,23 +33,30 @@ def chat_routes(context: AppContext) -> APIRouter:
 
     @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATION_ANSWERS)
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
-        check_model(context, body.model)
-        context.limits.check_generations(1, body.n)
-        asked = tools_asked(context, body)
-        prompt = await chat_token_ids(
-            context.codec,
-            body.messages,
-            body.add_generation_prompt,
-            {**asked.template_arguments, **body.chat_template_kwargs},
-            continue_final_message=body.continue_final_message,
-        )
-        context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
-        constraint = await compiled_form(context, body, asked.forced)
-        plan = _plan(context, body, request, prompt, constraint)
-        renderer = ChatRenderer(naming_codec(context, body), plan, body, asked.new_parser)
+        plan, new_parser = await planned_chat(context, body, request, f"chatcmpl-{uuid.uuid4().hex}")
+        renderer = ChatRenderer(naming_codec(context, body), plan, body, new_parser)
         return await respond(context, request, plan, renderer)
 
     return router
+
+
+async def planned_chat(
+    context: AppContext, body: ChatBody, request: Request, api_id: str
+) -> tuple[RequestPlan, Callable[[], ToolParser] | None]:
+    """(what to generate, what finds calls of tools in it). Raises ApiError."""
+    check_model(context, body.model)
+    context.limits.check_generations(1, body.n)
+    asked = tools_asked(context, body)
+    prompt = await chat_token_ids(
+        context.codec,
+        body.messages,
+        body.add_generation_prompt,
+        {**asked.template_arguments, **body.chat_template_kwargs},
+        continue_final_message=body.continue_final_message,
+    )
+    context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
+    constraint = await compiled_form(context, body, asked.forced)
+    return _plan(context, body, request, prompt, constraint, api_id), asked.new_parser
 
 
 async def chat_token_ids(
@@ -139,11 +146,11 @@ def _plan(
     request: Request,
     prompt: list[int],
     constraint: TokenConstraint | None,
+    api_id: str,
 ) -> RequestPlan:
     max_tokens = fit_max_tokens(
         body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
     )
-    api_id = f"chatcmpl-{uuid.uuid4().hex}"
     return RequestPlan(
         api_id=api_id,
         created=int(time.time()),

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from serving.api import sse
 from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
+from serving.api.errors import ApiError
 from serving.api.logprobs import chat_logprobs, prompt_logprobs
 from serving.api.request_plan import RequestPlan
 from serving.api.request_schema import ChatBody
@@ -30,6 +32,8 @@ from serving.api.tools import CalledFunction, NamedTool, ToolCall
 class ChatRenderer:
     """`new_parser` finds the calls of tools in an answer's text; None: there are none to find."""
 
+    end_of_stream = sse.DONE
+
     def __init__(
         self,
         codec: TokenCodec,
@@ -49,11 +53,11 @@ class ChatRenderer:
             chunk = self._chunk([choice])
             yield chunk.model_copy(update=self._prompt_token_ids()) if index == 0 else chunk
 
-    def chunk(self, delta: ChoiceDelta) -> ChatChunk | None:
-        """None: all that came is held back, because it may belong to a call."""
+    def chunks(self, delta: ChoiceDelta) -> Iterator[ChatChunk]:
+        """None where all that came is held back, because it may belong to a call."""
         said, extras, logprobs = self._read(delta), self._extras.of(delta), self._logprobs(delta)
         if not (said.content or said.calls or delta.finish_reason or extras or logprobs):
-            return None
+            return
         told: dict[str, Any] = {"content": said.content} if said.content else {}
         if said.calls:
             told["tool_calls"] = [_chunk_of(call) for call in said.calls]
@@ -64,10 +68,14 @@ class ChatRenderer:
             finish_reason=self._finish_reason(delta),
             stop_reason=delta.stop_reason,
         )
-        return self._chunk([choice.model_copy(update=extras)])
+        yield self._chunk([choice.model_copy(update=extras)])
 
-    def closing(self, usage: Usage, metrics: Metrics) -> ChatChunk:
-        return self._chunk([]).model_copy(update={"usage": usage, "metrics": metrics})
+    def closing(self, usage: Usage, metrics: Metrics) -> Iterator[ChatChunk]:
+        if self._plan.body.include_usage:
+            yield self._chunk([]).model_copy(update={"usage": usage, "metrics": metrics})
+
+    def failure(self, error: ApiError) -> str:
+        return sse.event(error.body.model_dump_json())
 
     def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> ChatCompletion:
         plan = self._plan

@@ -19,6 +19,11 @@ class Body(BaseModel):
     def to_json(self) -> str:
         return self.model_dump_json(exclude_unset=True)
 
+    @property
+    def event_name(self) -> str | None:
+        """In a stream whose events have names."""
+        return None
+
 
 class PromptTokensDetails(Body):
     cached_tokens: int

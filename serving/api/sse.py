@@ -8,9 +8,9 @@ from starlette.types import Receive, Scope, Send
 DONE = "data: [DONE]\n\n"
 
 
-def event(json_text: str) -> str:
+def event(json_text: str, name: str | None = None) -> str:
     """One event. JSON has no raw line breaks, so one line is enough."""
-    return f"data: {json_text}\n\n"
+    return f"data: {json_text}\n\n" if name is None else f"event: {name}\ndata: {json_text}\n\n"
 
 
 class EventStream(StreamingResponse):
