@@ -50,12 +50,12 @@ class _Listener:
 
     def __call__(self, event: TokenEvent) -> None:
         self._held.append(_Arrival(self._index, time.monotonic(), event))
+        if event.generation is not None and self._recorder is not None:
+            self._recorder.record(event.generation)  # first, so that who has the answer finds the record
         if self._eager or not self._begun or event.generation is not None:
             self._begun = True
             self._event_queue.post(self._held)
             self._held = []
-        if event.generation is not None and self._recorder is not None:
-            self._recorder.record(event.generation)
 
 
 class ActiveRequest:

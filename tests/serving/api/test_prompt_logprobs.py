@@ -156,6 +156,7 @@ def test_no_token_may_be_asked_for(
 ) -> None:
     exporter = server.parts._exporter
     assert exporter is not None
+    server.wait_until_idle()
     before, emitted = exporter.num_submitted, server.parts.engine.stats().num_output_tokens
     prompts = [PROMPT, "a b", "c"]
     answer = complete(client, prompts, max_tokens=0, n=2, echo=echo, logprobs=logprobs)
