@@ -28,9 +28,10 @@ ANYTHING = StructuredOutput("regex", "(?s:.*)")
 
 @dataclass(frozen=True)
 class Case:
-    """`name`: draft/file#group.test."""
+    """`name`: draft/file#group.test. `shown`: the schema of the suite; `schema`: the bounded one that binds."""
 
     name: str
+    shown: dict[str, Any]
     schema: dict[str, Any]
     example: Any
 
@@ -47,7 +48,7 @@ def suite(folder: Path) -> Iterator[Case]:
                 continue
             for test, asked in enumerate(group["tests"]):
                 name = f"{file.relative_to(folder)}#{number}.{test}"
-                yield Case(name, bounded(schema), asked["data"])
+                yield Case(name, schema, bounded(schema), asked["data"])
 
 
 def bounded(schema: Any) -> Any:
@@ -117,13 +118,15 @@ def measure_suite(
         began_s = time.perf_counter()
         answers[arm] = engine.generate([prompts[index] for index in fits], sampling)
         report(f"{arm}: {len(fits)} answers in {time.perf_counter() - began_s:.0f} s")
-    ended, wrong = [], {}
+    ended, wrong, endless = [], dict[str, str](), dict[str, str]()
     for index, answer in zip(fits, answers["speculation"], strict=True):
         if answer.finish_reason == "stop":
             ended.append(index)
             fault = _fault(engine, accepted[index][0], answer)
             if fault:
                 wrong[accepted[index][0].name] = fault
+        else:
+            endless[accepted[index][0].name] = _text(engine, answer)[:60]
     drafted_tokens = sum(answer.num_drafted for answer in answers["speculation"])
     return {
         "case_ids": [accepted[index][0].name for index in fits],
@@ -133,6 +136,7 @@ def measure_suite(
         "num_ended": len(ended),
         "num_valid": len(ended) - len(wrong),
         "wrong": wrong,
+        "not_ended": endless,
         "num_identical": sum(
             one.output_token_ids == other.output_token_ids
             for one, other in zip(answers["speculation"], answers["alone"], strict=True)
@@ -142,19 +146,23 @@ def measure_suite(
 
 
 def _question(case: Case) -> str:
-    schema = json.dumps({key: value for key, value in case.schema.items() if key != "$schema"})
-    return f"Write JSON that fits this schema: {schema}\nFor example: {json.dumps(case.example)[:200]}"
+    shown, example = json.dumps(case.shown), json.dumps(case.example)[:200]
+    return f"JSON schema: {shown}\nExample: {example}\nWrite a short JSON value that fits the schema."
 
 
 def _fault(engine: LocalEngine, case: Case, answer: Generation) -> str:
     """Why an answer is not what was asked for; empty if it is."""
-    assert engine.tokenizer is not None
-    text = engine.tokenizer.decode(answer.output_token_ids, skip_special_tokens=True)
+    text = _text(engine, answer)
     try:
         jsonschema.Draft4Validator(case.schema).validate(json.loads(text))
     except (ValueError, jsonschema.ValidationError) as error:
         return f"{text[:100]!r}: {str(error)[:100]}"
     return ""
+
+
+def _text(engine: LocalEngine, answer: Generation) -> str:
+    assert engine.tokenizer is not None
+    return str(engine.tokenizer.decode(answer.output_token_ids, skip_special_tokens=True))
 
 
 def measure_cost(
