@@ -28,7 +28,7 @@ ANYTHING = StructuredOutput("regex", "(?s:.*)")
 
 @dataclass(frozen=True)
 class Case:
-    """`name`: draft/file#group.test. `shown`: the schema of the suite; `schema`: the bounded one that binds."""
+    """`name`: draft/file#group.test. `shown`: the suite's schema; `schema`: the bounded one that binds."""
 
     name: str
     shown: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The measure of structured output: what it lists and bounds, and that it sees an answer that does not fit."""
+"""The measure of structured output: what it lists and bounds, and that it sees a wrong answer."""
 
 import json
 from pathlib import Path
