@@ -45,7 +45,9 @@ def structured(
     options = EngineOptions(num_slots=slots, max_seq_len=512 + answer_tokens, max_route_drafts=0)
     with load_engine(target, draft, options) as engine:
         found = bench.measure_suite(engine, chosen, answer_tokens, say)
-        say({key: value for key, value in found.items() if key.startswith(("num", "share", "wrong"))})
+        for name, judged in found.items():
+            if name.startswith("temperature"):
+                say(name, {key: value for key, value in judged.items() if key != "not_ended"})
         cost = bench.measure_cost(engine, turns, tokens, say) if turns else {}
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, "structured", {"threads": threads, "suite": found, "cost": cost}, {})

@@ -52,7 +52,8 @@ def suite(folder: Path) -> Iterator[Case]:
 
 
 def bounded(schema: Any) -> Any:
-    """With a longest text and a longest list wherever the schema sets none, and in draft 4's dialect."""
+    """With a longest text and a longest list wherever the schema sets none, two levels into what it leaves
+    open, too, and in draft 4's dialect."""
     return {"$schema": "http://json-schema.org/draft-04/schema#", **_bounded(schema)}
 
 
@@ -61,7 +62,7 @@ _ARE_SCHEMAS = ("items", "additionalItems", "additionalProperties", "not")
 _LIST_SCHEMAS = ("allOf", "anyOf", "oneOf", "items")
 
 
-def _bounded(schema: Any) -> Any:
+def _bounded(schema: Any, depth: int = 2) -> Any:
     if not isinstance(schema, dict):
         return schema
     made = dict(schema)
@@ -75,6 +76,8 @@ def _bounded(schema: Any) -> Any:
     if not {"$ref", "enum", "const"} & made.keys():
         made.setdefault("maxLength", max(MAX_LENGTH, made.get("minLength", 0)))
         made.setdefault("maxItems", max(MAX_ITEMS, made.get("minItems", 0)))
+        for open_end in ("items", "additionalProperties") if depth else ():
+            made.setdefault(open_end, _bounded({}, depth - 1))
     return made
 
 
@@ -89,9 +92,13 @@ def _keywords(schema: Any) -> Iterator[str]:
 
 
 def measure_suite(
-    engine: LocalEngine, cases: Sequence[Case], max_tokens: int, report: Callable[[str], None]
+    engine: LocalEngine,
+    cases: Sequence[Case],
+    max_tokens: int,
+    report: Callable[[str], None],
+    temperatures: Sequence[float] = (0.0, 1.0),
 ) -> dict[str, Any]:
-    """Every accepted case, greedy, with speculation and without."""
+    """Every accepted case, with speculation and without: greedy, and drawn with the case's number as seed."""
     compiler = compiler_of(engine)
     accepted: list[tuple[Case, CompiledGrammar]] = []
     refused: dict[str, str] = {}
@@ -101,47 +108,54 @@ def measure_suite(
             accepted.append((case, compiler.compile(asked)))
         except GrammarError as error:
             refused[case.name] = str(error)[:100]
-    report(f"{len(accepted)} cases accepted, {len(refused)} refused")
     prompts = [token_ids(engine.tokenizer, [said("user", _question(case))]) for case, _ in accepted]
-    fits = [index for index, prompt in enumerate(prompts) if len(prompt) + max_tokens <= engine.max_seq_len]
-    answers = {}
-    for arm, drafted in (("speculation", None), ("alone", 0)):
-        sampling = [
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=max_tokens,
-                num_draft_tokens=drafted,
-                constraint=accepted[index][1],
-            )
-            for index in fits
-        ]
-        began_s = time.perf_counter()
-        answers[arm] = engine.generate([prompts[index] for index in fits], sampling)
-        report(f"{arm}: {len(fits)} answers in {time.perf_counter() - began_s:.0f} s")
-    ended, wrong, endless = [], dict[str, str](), dict[str, str]()
-    for index, answer in zip(fits, answers["speculation"], strict=True):
-        if answer.finish_reason == "stop":
-            ended.append(index)
-            fault = _fault(engine, accepted[index][0], answer)
-            if fault:
-                wrong[accepted[index][0].name] = fault
-        else:
-            endless[accepted[index][0].name] = _text(engine, answer)[:60]
-    drafted_tokens = sum(answer.num_drafted for answer in answers["speculation"])
+    fitting = [
+        index for index, prompt in enumerate(prompts) if len(prompt) + max_tokens <= engine.max_seq_len
+    ]
+    report(f"{len(fitting)} cases are asked, {len(refused)} refused")
+    found: dict[str, Any] = {"case_ids": [accepted[index][0].name for index in fitting], "refused": refused}
+    for temperature in temperatures:
+        answers = {}
+        for arm, drafted in (("speculation", None), ("alone", 0)):
+            sampling = [
+                SamplingParams(
+                    temperature=temperature,
+                    seed=index if temperature else None,
+                    max_tokens=max_tokens,
+                    num_draft_tokens=drafted,
+                    constraint=accepted[index][1],
+                )
+                for index in fitting
+            ]
+            began_s = time.perf_counter()
+            answers[arm] = engine.generate([prompts[index] for index in fitting], sampling)
+            spent_s = time.perf_counter() - began_s
+            report(f"temperature {temperature:g}, {arm}: {len(fitting)} answers in {spent_s:.0f} s")
+        asked_cases = [accepted[index][0] for index in fitting]
+        found[f"temperature {temperature:g}"] = _judged(engine, asked_cases, **answers)
+    return found
+
+
+def _judged(
+    engine: LocalEngine, cases: Sequence[Case], speculation: list[Generation], alone: list[Generation]
+) -> dict[str, Any]:
+    wrong, endless = dict[str, str](), dict[str, str]()
+    for case, answer in zip(cases, speculation, strict=True):
+        if answer.finish_reason != "stop":
+            endless[case.name] = _text(engine, answer)[:60]
+        elif fault := _fault(engine, case, answer):
+            wrong[case.name] = fault
+    num_ended = len(cases) - len(endless)
+    pairs = zip(speculation, alone, strict=True)
     return {
-        "case_ids": [accepted[index][0].name for index in fits],
-        "refused": refused,
-        "num_answers": len(fits),
-        "share_ended": len(ended) / len(fits),
-        "num_ended": len(ended),
-        "num_valid": len(ended) - len(wrong),
+        "num_answers": len(cases),
+        "share_ended": num_ended / len(cases),
+        "num_ended": num_ended,
+        "num_valid": num_ended - len(wrong),
         "wrong": wrong,
         "not_ended": endless,
-        "num_identical": sum(
-            one.output_token_ids == other.output_token_ids
-            for one, other in zip(answers["speculation"], answers["alone"], strict=True)
-        ),
-        "num_draft_tokens": drafted_tokens,
+        "num_identical": sum(one.output_token_ids == other.output_token_ids for one, other in pairs),
+        "num_draft_tokens": sum(answer.num_drafted for answer in speculation),
     }
 
 

@@ -126,6 +126,8 @@ class ReplicaParts:
             clock=time.monotonic,
         )
         codec = TokenCodec(engine.tokenizer)
+        grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+        grammars.prepare()
         return AppContext(
             engine=engine,
             codec=codec,
@@ -153,7 +155,7 @@ class ReplicaParts:
             administration=administration,
             refused_calls=RefusedCalls(feed),
             request_timeout_s=settings.request_timeout_s,
-            grammars=GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids),
+            grammars=grammars,
             tool_parser=settings.tool_call_parser or parser_for(codec.chat_template),
         )
 

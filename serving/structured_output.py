@@ -4,6 +4,7 @@ llguidance reads schemas, expressions and grammars, and says which tokens may fo
 compiled once and kept, and their errors become ours. Knows no HTTP and no engine; thread-safe.
 """
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -112,8 +113,14 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[StructuredOutput, CompiledGrammar] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Reads the tokenizer, which holds up every thread for up to seconds: better before there are
+        requests. A tokenizer that cannot be used is told of by `compile`."""
+        with contextlib.suppress(GrammarError):
+            _ = self._wrapped_tokenizer
+
     def compile(self, asked: StructuredOutput) -> CompiledGrammar:
-        """May take seconds the first time. Raises GrammarError."""
+        """May take a second. Raises GrammarError."""
         with self._lock:
             compiled = self._kept.get(asked)
         if compiled is None:

@@ -55,10 +55,12 @@ def test_answers_are_counted_and_a_wrong_one_is_seen(
         found = measure_suite(engine, list(suite(folder)), 12, print)
         assert found["case_ids"] == ["draft4/enum.json#0.0", "draft4/enum.json#0.1"]
         assert list(found["refused"]) == ["draft4/enum.json#1.0"]
-        assert (found["num_ended"], found["num_valid"], found["num_identical"]) == (2, 2, 2)
-        assert found["num_draft_tokens"] > 0
+        for judged in (found["temperature 0"], found["temperature 1"]):
+            assert (judged["num_ended"], judged["num_valid"], judged["num_identical"]) == (2, 2, 2)
+            assert judged["num_draft_tokens"] > 0
         monkeypatch.setattr(structured, "_text", lambda engine, answer: '"b"')
-        assert measure_suite(engine, list(suite(folder)), 12, print)["num_valid"] == 0
+        again = measure_suite(engine, list(suite(folder)), 12, print, temperatures=(0.0,))
+        assert again["temperature 0"]["num_valid"] == 0
         cost = measure_cost(engine, 1, 4, print)
         assert set(cost) == {
             f"{arm}, {count} at once" for arm in ("alone", "speculation") for count in (1, 8)
