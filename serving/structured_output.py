@@ -147,7 +147,10 @@ class GrammarCompiler:
             raise GrammarError("the model's tokenizer is not of the fast kind, which structured output needs")
         if not self._eos_token_ids:
             raise GrammarError("the model has no end-of-text token, which structured output needs")
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        try:
+            return from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        except Exception as error:  # of a library in another language, about a file in a format of its own
+            raise GrammarError(f"the model's tokenizer does not fit structured output: {error}") from None
 
     @cached_property
     def _ends_M(self) -> NDArray[np.uint8]:

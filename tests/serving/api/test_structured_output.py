@@ -8,7 +8,10 @@ from typing import Any
 import openai
 import pytest
 
+import serving.structured_output as structured_output
+from serving.structured_output import GrammarCompiler, GrammarError, StructuredOutput
 from tests.support.live_server import LiveServer
+from tests.support.tiny_models import tiny_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -148,3 +151,19 @@ def test_a_text_format_asks_for_nothing(client: openai.OpenAI) -> None:
         for also in ({}, {"response_format": {"type": "text"}})
     ]
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "eos", "words"),
+    [(object(), [1], "fast kind"), (None, [], "no end-of-text token"), ("broken", [1], "does not fit")],
+)
+def test_a_tokenizer_that_cannot_be_read_is_no_fault_of_the_start(
+    tokenizer: Any, eos: list[int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tiny_tokenizer() if tokenizer in (None, "broken") else tokenizer
+    if tokenizer == "broken":
+        monkeypatch.setattr(structured_output, "from_tokenizer", lambda *asked, **options: 1 / 0)
+    compiler = GrammarCompiler(given, 320, eos)
+    compiler.prepare()
+    with pytest.raises(GrammarError, match=words):
+        compiler.compile(StructuredOutput("regex", "a"))
