@@ -22,8 +22,11 @@ from serving.structured_output import CompiledGrammar, GrammarCompiler, GrammarE
 
 MAX_LENGTH, MAX_ITEMS = 12, 2
 SPOKEN_BY_DRAFT_3_ALONE = frozenset(("extends", "disallow", "divisibleBy"))
-ANYTHING = StructuredOutput("regex", "(?s:.*)")
-"""Allows every text, so that what it costs is not what it changes."""
+FORMS = {
+    "anything": StructuredOutput("regex", "(?s:.*)"),
+    "json": StructuredOutput("json", '{"type": "array", "items": {"type": "string"}, "minItems": 100}'),
+}
+"""The first allows every text, so that what it costs is not what it changes; the second goes to any limit."""
 
 
 @dataclass(frozen=True)
@@ -182,36 +185,32 @@ def _text(engine: LocalEngine, answer: Generation) -> str:
 def measure_cost(
     engine: LocalEngine, turns: int, num_tokens: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Seconds a token of requests with a form that allows everything, over those without, in turn: by number
-    of requests at once, with speculation and without."""
-    constraint = compiler_of(engine).compile(ANYTHING)
-    prompts = demo_prompts(engine.tokenizer, 64)
+    """Seconds a token of requests with a form over those without, in turn: by form, number of requests at
+    once, with speculation and without."""
+    compiler, prompts = compiler_of(engine), demo_prompts(engine.tokenizer, 64)
     found: dict[str, Any] = {}
-    for batch_size in (1, 8):
-        for name, drafted in (("alone", 0), ("speculation", None)):
-            ratios = []
-            for turn in range(turns + 1):
-                asked = list(islice(prompts, batch_size))
-                plain = SamplingParams(
-                    temperature=0.0, max_tokens=num_tokens, num_draft_tokens=drafted, ignore_eos=False
-                )
-                formed = replace(plain, constraint=constraint)
-                spent = {}
-                for arm in ("plain", "formed") if turn % 2 else ("formed", "plain"):
-                    began_s = time.perf_counter()
-                    done = engine.generate(asked, plain if arm == "plain" else formed)
-                    num = sum(len(each.output_token_ids) for each in done)
-                    spent[arm] = (time.perf_counter() - began_s) / num
-                if turn:
+    for form, asked in FORMS.items():
+        constraint = compiler.compile(asked)
+        for batch_size in (1, 8):
+            for name, drafted in (("alone", 0), ("speculation", None)):
+                plain = SamplingParams(temperature=0.0, max_tokens=num_tokens, num_draft_tokens=drafted)
+                arms = {"plain": plain, "formed": replace(plain, constraint=constraint)}
+                ratios = []
+                for turn in range(turns + 1):
+                    batch, spent = list(islice(prompts, batch_size)), {}
+                    for arm in sorted(arms, reverse=bool(turn % 2)):
+                        spent[arm] = _seconds_a_token(engine, batch, arms[arm])
                     ratios.append(spent["formed"] / spent["plain"])
-            found[f"{name}, {batch_size} at once"] = {
-                "seconds_over_plain": statistics.median(ratios),
-                "pairs": len(ratios),
-            }
-            report(
-                f"{name}, {batch_size} at once: {statistics.median(ratios):.3f} of plain's seconds a token"
-            )
+                over, where = statistics.median(ratios[1:]), f"{form}, {name}, {batch_size} at once"
+                found[where] = {"seconds_over_plain": over, "pairs": turns}
+                report(f"{where}: {over:.3f} of plain's seconds a token")
     return found
+
+
+def _seconds_a_token(engine: LocalEngine, prompts: list[list[int]], sampling: SamplingParams) -> float:
+    began_s = time.perf_counter()
+    done = engine.generate(prompts, sampling)
+    return (time.perf_counter() - began_s) / sum(len(each.output_token_ids) for each in done)
 
 
 def compiler_of(engine: LocalEngine) -> GrammarCompiler:
