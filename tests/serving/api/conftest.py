@@ -1,12 +1,16 @@
 """One live server for all tests of the API that need no settings of their own."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import openai
 import pytest
 
 from serving.settings import ServingSettings
 from tests.support.live_server import LiveServer, live_server
+
+collect_ignore = [] if find_spec("schemathesis") else ["test_schema.py"]
+"""The extra `clients` is not in vLLM's environment."""
 
 
 @pytest.fixture(scope="session")

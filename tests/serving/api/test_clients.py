@@ -200,6 +200,7 @@ def test_a_client_that_gives_up_leaves_nothing_running(server: LiveServer, clien
     server.wait_until_idle()
 
 
+@pytest.mark.skipif(find_spec("litellm") is None, reason="litellm comes with the extra clients")
 def test_litellm_gets_what_the_official_client_gets(server: LiveServer, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"messages": MESSAGES, "seed": 5, "max_tokens": 12}
     command = [sys.executable, "-m", "tests.support.litellm_client", server.url]
