@@ -62,6 +62,4 @@ def test_answers_are_counted_and_a_wrong_one_is_seen(
         again = measure_suite(engine, list(suite(folder)), 12, print, temperatures=(0.0,))
         assert again["temperature 0"]["num_valid"] == 0
         cost = measure_cost(engine, 1, 4, print)
-        assert set(cost) == {
-            f"{arm}, {count} at once" for arm in ("alone", "speculation") for count in (1, 8)
-        }
+        assert len(cost) == 8 and all(each["seconds_over_plain"] > 0 for each in cost.values())

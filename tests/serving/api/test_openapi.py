@@ -25,6 +25,7 @@ SCORED = {"messages": MESSAGES, "prompt_logprobs": 1, "max_tokens": 1}
 GOOD_BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [{"prompt": "a"}, {"prompt": "a", "stream": True}, ECHOED],
     "/v1/chat/completions": [{"messages": MESSAGES}, {"messages": MESSAGES, "stream": True}, SCORED],
+    "/v1/responses": [{"input": "a"}, {"input": MESSAGES, "stream": True}],
     "/tokenize": [{"prompt": "a"}, {"messages": MESSAGES, "return_token_strs": True}],
     "/detokenize": [{"tokens": [5, 6]}],
     "/admin/drafts/{route}/rollback": [{"reason": "worse"}],
