@@ -57,6 +57,15 @@ class Renderer(Protocol):
         ...
 
 
+class DataEvents:
+    """What a Renderer inherits whose events have no names: OpenAI's chat and completions."""
+
+    end_of_stream = sse.DONE
+
+    def failure(self, error: ApiError) -> str:
+        return sse.event(error.body.model_dump_json())
+
+
 async def respond(context: AppContext, request: Request, plan: RequestPlan, renderer: Renderer) -> Response:
     """Raises ApiError if the request cannot start, or if it fails and is not streamed."""
     with ExitStack() as ends:

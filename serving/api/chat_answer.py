@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from serving.api import sse
+from serving.api.answering import DataEvents
 from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
-from serving.api.errors import ApiError
 from serving.api.logprobs import chat_logprobs, prompt_logprobs
 from serving.api.request_plan import RequestPlan
 from serving.api.request_schema import ChatBody
@@ -29,10 +28,8 @@ from serving.api.tool_parsing import ParsedText, ToolCallDelta, ToolParser
 from serving.api.tools import CalledFunction, NamedTool, ToolCall
 
 
-class ChatRenderer:
+class ChatRenderer(DataEvents):
     """`new_parser` finds the calls of tools in an answer's text; None: there are none to find."""
-
-    end_of_stream = sse.DONE
 
     def __init__(
         self,
@@ -73,9 +70,6 @@ class ChatRenderer:
     def closing(self, usage: Usage, metrics: Metrics) -> Iterator[ChatChunk]:
         if self._plan.body.include_usage:
             yield self._chunk([]).model_copy(update={"usage": usage, "metrics": metrics})
-
-    def failure(self, error: ApiError) -> str:
-        return sse.event(error.body.model_dump_json())
 
     def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> ChatCompletion:
         plan = self._plan

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serving.api import sse
-from serving.api.answering import respond
+from serving.api.answering import DataEvents, respond
 from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
-from serving.api.errors import ApiError, bad_request
+from serving.api.errors import bad_request
 from serving.api.incoming import check_model, compiled_form, encode, naming_codec, route_of
 from serving.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
@@ -112,11 +111,9 @@ def _plan(
     )
 
 
-class CompletionRenderer:
+class CompletionRenderer(DataEvents):
     """`echoes`: the text put before each prompt's choices, if any. In a stream it is a chunk of its own, or,
     where it comes with log-probabilities, part of the first one."""
-
-    end_of_stream = sse.DONE
 
     def __init__(self, codec: TokenCodec, plan: RequestPlan, echoes: list[str] | None) -> None:
         self._codec, self._plan, self._echoes = codec, plan, echoes
@@ -138,9 +135,6 @@ class CompletionRenderer:
     def closing(self, usage: Usage, metrics: Metrics) -> Iterator[Completion]:
         if self._plan.body.include_usage:
             yield self._completion([]).model_copy(update={"usage": usage, "metrics": metrics})
-
-    def failure(self, error: ApiError) -> str:
-        return sse.event(error.body.model_dump_json())
 
     def answer(self, choices: list[ChoiceDelta], usage: Usage, metrics: Metrics) -> Completion:
         rendered = [self._choice(delta, self._echo(delta.index) + delta.text) for delta in choices]

@@ -180,13 +180,13 @@ class ResponsesRenderer:
             begun = OutputMessage(id=f"msg_{uuid.uuid4().hex}", status="in_progress", content=[])
             yield from self._begin(begun)
             part = OutputText(text="")
-            yield self._event("response.content_part.added", item_id=begun.id, content_index=0, part=part)
+            yield self._of_item("response.content_part.added", item_id=begun.id, content_index=0, part=part)
             self._output[-1] = begun.model_copy(update={"content": [part]})
         item = self._output[-1]
         assert isinstance(item, OutputMessage)
         part = OutputText(text=item.content[0].text + text)
         self._output[-1] = item.model_copy(update={"content": [part]})
-        yield self._event(
+        yield self._of_item(
             "response.output_text.delta", item_id=item.id, content_index=0, delta=text, logprobs=[]
         )
 
@@ -205,12 +205,14 @@ class ResponsesRenderer:
         assert isinstance(item, OutputCall)
         self._output[-1] = item.model_copy(update={"arguments": item.arguments + call.arguments})
         if call.arguments:
-            yield self._event("response.function_call_arguments.delta", item_id=item.id, delta=call.arguments)
+            yield self._of_item(
+                "response.function_call_arguments.delta", item_id=item.id, delta=call.arguments
+            )
 
     def _begin(self, item: OutputMessage | OutputCall) -> Iterator[ResponsesEvent]:
         self._output.append(item)
         self._is_open = True
-        yield self._event("response.output_item.added", item=item)
+        yield self._of_item("response.output_item.added", item=item)
 
     def _end(self) -> Iterator[ResponsesEvent]:
         """Of the item that is open, if one is."""
@@ -221,16 +223,17 @@ class ResponsesRenderer:
         self._output[-1] = item
         if isinstance(item, OutputMessage):
             part, at = item.content[0], {"item_id": item.id, "content_index": 0}
-            yield self._event("response.output_text.done", **at, text=part.text, logprobs=[])
-            yield self._event("response.content_part.done", **at, part=part)
+            yield self._of_item("response.output_text.done", **at, text=part.text, logprobs=[])
+            yield self._of_item("response.content_part.done", **at, part=part)
         else:
             told = {"name": item.name, "arguments": item.arguments}
-            yield self._event("response.function_call_arguments.done", item_id=item.id, **told)
-        yield self._event("response.output_item.done", item=item)
+            yield self._of_item("response.function_call_arguments.done", item_id=item.id, **told)
+        yield self._of_item("response.output_item.done", item=item)
+
+    def _of_item(self, kind: str, **fields: Any) -> ResponsesEvent:
+        return self._event(kind, output_index=len(self._output) - 1, **fields)
 
     def _event(self, kind: str, **fields: Any) -> ResponsesEvent:
-        if not kind.startswith(("response.created", "response.in_", "response.comp", "response.incomp")):
-            fields["output_index"] = len(self._output) - 1
         event = ResponsesEvent(type=kind, sequence_number=self._num_events, **fields)
         self._num_events += 1
         return event

@@ -63,6 +63,8 @@ InputItem = Annotated[
 
 
 class ResponsesTool(StrictBody):
+    """Not a Function with a type: its type must be the first to be found wrong."""
+
     type: Literal["function"]
     name: FunctionName
     description: str | None = None

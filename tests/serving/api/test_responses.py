@@ -6,8 +6,6 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving.api.test_tools import caller as caller  # the same model, which calls by itself
-
 WEATHER: Any = {
     "type": "function",
     "name": "weather",

@@ -1,25 +1,13 @@
 """Tools as the official client sees them: on models that call by themselves, and where a call is forced."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from serving.settings import ServingSettings
-from tests.support.live_server import live_server
-from tests.support.tiny_models import save_tiny_caller
+from tests.serving.api.conftest import PIECES
 
-PIECES = [
-    "Look:\n",
-    "<tool_call>",
-    '{"name": "weather", ',
-    '"arguments": ',
-    '{"city": ',
-    '"Oslo"}}',
-    "</tool_call>",
-]
 SAID = "".join(PIECES)
 MESSAGES: Any = [{"role": "user", "content": "the weather?"}]
 WEATHER: Any = {
@@ -49,19 +37,6 @@ REFERS: Any = {
     },
 }
 NOW: Any = {"type": "function", "function": {"name": "now"}}
-
-
-@pytest.fixture(scope="module")
-def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    target = save_tiny_caller(tmp_path_factory.mktemp("caller"), PIECES)
-    settings = ServingSettings(
-        compile="off", target=target, draft=None, model_name="tiny", num_slots=4, max_seq_len=512
-    )
-    with (
-        live_server(settings) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as opened,
-    ):
-        yield opened
 
 
 def chat(client: openai.OpenAI, shown: list[Any], /, **fields: Any) -> Any:
