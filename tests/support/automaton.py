@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 class Automaton:
     """A TokenConstraint. `next_state[s][v]`: where token v leads from state s; -1: it is not allowed."""
 
-    next_state: tuple[tuple[int, ...], ...]
+    # Not shown: a failing example prints its automata, and Hypothesis refuses a text of 30 kB.
+    next_state: tuple[tuple[int, ...], ...] = field(repr=False)
+    seed: int | None = None
 
     @classmethod
     def drawn(cls, vocab_size: int, seed: int, num_states: int = 3) -> "Automaton":
@@ -24,7 +26,7 @@ class Automaton:
         ]
         for row in rows:
             row[chooser.randrange(vocab_size)] = chooser.randrange(num_states)
-        return cls(tuple(tuple(row) for row in rows))
+        return cls(tuple(tuple(row) for row in rows), seed)
 
     def after(self, state: int, token_ids: Sequence[int]) -> int:
         for token in token_ids:
