@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 class Automaton:
     """A TokenConstraint. `next_state[s][v]`: where token v leads from state s; -1: it is not allowed."""
 
-    # Not shown: a failing example prints its automata, and Hypothesis refuses a text of 30 kB.
-    next_state: tuple[tuple[int, ...], ...] = field(repr=False)
-    seed: int | None = None
+    next_state: tuple[tuple[int, ...], ...]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """On one line: Hypothesis would give every number of a failing example a line of its own."""
+        printer.text(repr(self))
 
     @classmethod
     def drawn(cls, vocab_size: int, seed: int, num_states: int = 3) -> "Automaton":
@@ -26,7 +29,7 @@ class Automaton:
         ]
         for row in rows:
             row[chooser.randrange(vocab_size)] = chooser.randrange(num_states)
-        return cls(tuple(tuple(row) for row in rows), seed)
+        return cls(tuple(tuple(row) for row in rows))
 
     def after(self, state: int, token_ids: Sequence[int]) -> int:
         for token in token_ids:
