@@ -1,18 +1,28 @@
 """How a command reaches what it administers: its Redis, or with `--url` its Admin API."""
 
 import getpass
+import inspect
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
 from buffer.administration import Administration, DirectAdministration
 from buffer.audit import Caller
-from deploy.commands.console import fail, plain_faults, redis_url_of
-from deploy.commands.targets import target_meant
+from deploy.commands.console import (
+    DEFAULT_STATE_DIR,
+    RedisUrlOption,
+    StateDirOption,
+    fail,
+    plain_faults,
+    redis_url_of,
+)
+from deploy.commands.targets import TargetOption, target_meant
+
+P = ParamSpec("P")
 
 UrlOption = Annotated[
     str | None,
@@ -28,13 +38,28 @@ AdminKeyOption = Annotated[
 ]
 
 
+def administers(command: Callable[Concatenate[Administration, P], None]) -> Callable[..., None]:
+    """The command, to which the Administration that is meant is given first, with the options that say which
+    one that is beside its own."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        with opened_administration(**{name: given.pop(name) for name in which}) as admin:
+            command(admin, **given)  # type: ignore[call-arg]
+
+    which = inspect.signature(opened_administration).parameters
+    _, *own = inspect.signature(command).parameters.values()
+    setattr(run, "__signature__", inspect.Signature([*own, *which.values()]))  # noqa: B010 (unknown to mypy)
+    return run
+
+
 @contextmanager
 def opened_administration(
-    state_dir: Path,
-    redis_url: str | None,
-    target_revision: str | None,
-    url: str | None,
-    admin_key: str | None,
+    state_dir: StateDirOption = DEFAULT_STATE_DIR,
+    redis_url: RedisUrlOption = None,
+    target_revision: TargetOption = None,
+    url: UrlOption = None,
+    admin_key: AdminKeyOption = None,
 ) -> Iterator[Administration]:
     """Faults inside the block end the command with their message."""
     from deploy.http_administration import HttpAdministration

@@ -8,12 +8,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from buffer.administration import RouteDrafts
+from buffer.administration import Administration, RouteDrafts
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import AdapterEvent, AdapterManifest
-from deploy.commands.administration import AdminKeyOption, UrlOption, opened_administration
-from deploy.commands.console import DEFAULT_STATE_DIR, RedisUrlOption, RouteOption, StateDirOption, output
-from deploy.commands.targets import TargetOption
+from deploy.commands.administration import administers
+from deploy.commands.console import RouteOption, output
 from deploy.commands.words import ago, decimals, sized
 
 app = typer.Typer(help="Drafts by route: list, show, roll back, pin.", no_args_is_help=True)
@@ -24,94 +23,74 @@ BY_HAND = "by an operator"
 
 
 @app.command("list")
+@administers
 def list_drafts(
+    admin: Administration,
     route: Annotated[str | None, typer.Option("--route", help="One route only; default: all.")] = None,
     events: Annotated[int, typer.Option(min=0, max=200, help="How many lines of history to show.")] = 8,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """By route: the drafts that are kept, the one that serves, and what happened last and why."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        every = admin.drafts(max_events=events)
-        known = [drafts.route for drafts in every]
-        if route is not None and route not in known:
-            output().print(f"route {route}: the floor; no draft was ever judged. Routes: {', '.join(known)}")
-        for drafts in (drafts for drafts in every if route in (None, drafts.route)):
-            output().print(_versions(drafts))
-            if events:
-                output().print(_history(drafts.events))
+    every = admin.drafts(max_events=events)
+    known = [drafts.route for drafts in every]
+    if route is not None and route not in known:
+        output().print(f"route {route}: the floor; no draft was ever judged. Routes: {', '.join(known)}")
+    for drafts in (drafts for drafts in every if route in (None, drafts.route)):
+        output().print(_versions(drafts))
+        if events:
+            output().print(_history(drafts.events))
 
 
 @app.command()
+@administers
 def show(
+    admin: Administration,
     version: VersionArgument,
     route: RouteOption = DEFAULT_ROUTE,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Everything known about one draft: what it fits, why it was let in, what became of it."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        draft = admin.draft(route, version)
-        for name, text in _details(draft.manifest):
-            output().print(f"{name:<28}{text}")
-        output().print(f"{'serves':<28}{'yes' if draft.is_serving else 'no'}")
-        output().print(_history(draft.events))
+    draft = admin.draft(route, version)
+    for name, text in _details(draft.manifest):
+        output().print(f"{name:<28}{text}")
+    output().print(f"{'serves':<28}{'yes' if draft.is_serving else 'no'}")
+    output().print(_history(draft.events))
 
 
 @app.command()
+@administers
 def rollback(
+    admin: Administration,
     to: Annotated[int | None, typer.Option(min=0, help="Version to go to; default: the parent.")] = None,
     reason: ReasonOption = BY_HAND,
     route: RouteOption = DEFAULT_ROUTE,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Go back to an earlier draft; the learner goes on and may promote a better one."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        serving = admin.rollback(route, reason, to)
-        output().print(f"route {route}: {_named(serving)} serves from now on")
+    serving = admin.rollback(route, reason, to)
+    output().print(f"route {route}: {_named(serving)} serves from now on")
 
 
 @app.command()
+@administers
 def pin(
+    admin: Administration,
     version: VersionArgument,
     reason: ReasonOption = BY_HAND,
     route: RouteOption = DEFAULT_ROUTE,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Serve this draft, whatever the learner promotes, until unpinned."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        admin.pin(route, version, reason)
-        output().print(f"route {route}: {_named(version)} is pinned")
+    admin.pin(route, version, reason)
+    output().print(f"route {route}: {_named(version)} is pinned")
 
 
 @app.command()
+@administers
 def unpin(
+    admin: Administration,
     reason: ReasonOption = BY_HAND,
     route: RouteOption = DEFAULT_ROUTE,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Let promotions take effect again."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        serving = admin.unpin(route, reason)
-        output().print(f"route {route}: no pin; {_named(serving)} serves from now on")
+    serving = admin.unpin(route, reason)
+    output().print(f"route {route}: no pin; {_named(serving)} serves from now on")
 
 
 def _versions(drafts: RouteDrafts) -> Table:

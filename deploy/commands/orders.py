@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from buffer.administration import Administration
 from buffer.controls import Controls
-from deploy.commands.administration import AdminKeyOption, UrlOption, opened_administration
-from deploy.commands.console import DEFAULT_STATE_DIR, RedisUrlOption, StateDirOption, fail, output
-from deploy.commands.targets import TargetOption
+from deploy.commands.administration import administers
+from deploy.commands.console import fail, output
 from deploy.commands.words import orders_in_words
 
 learning = typer.Typer(help="Pause and resume the learner.", no_args_is_help=True)
@@ -22,102 +22,78 @@ OneRouteOption = Annotated[str | None, typer.Option("--route", help="This route'
 
 
 @learning.command()
+@administers
 def pause(
+    admin: Administration,
     route: OneRouteOption = None,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Train and promote no more; what serves is still watched, and rolled back if it is worse."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        _say(admin.pause_learning(route))
+    _say(admin.pause_learning(route))
 
 
 @learning.command()
+@administers
 def resume(
+    admin: Administration,
     route: OneRouteOption = None,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Learn again."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        _say(admin.resume_learning(route))
+    _say(admin.resume_learning(route))
 
 
+@administers
 def capture(
+    admin: Administration,
     rate: Annotated[
         float | None, typer.Argument(min=0, max=1, help="Share of requests to record; none: show.")
     ] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Back to serving.capture_rate.")] = False,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """What share of requests all replicas record for learning: show it, order another, or go back."""
     if reset and rate is not None:
         fail(f"a rate ({rate:g}) and --reset contradict each other; nothing was changed")
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        _say(admin.controls() if rate is None and not reset else admin.set_capture_rate(rate))
+    _say(admin.controls() if rate is None and not reset else admin.set_capture_rate(rate))
 
 
+@administers
 def drain(
+    admin: Administration,
     replica: Annotated[
         str | None, typer.Option("--replica", help="One replica, by its id; default: all.")
     ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take requests again.")] = False,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Refuse new requests with 503, and let those under way finish, until it is undone."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        _say(admin.undrain(replica) if undo else admin.drain(replica))
+    _say(admin.undrain(replica) if undo else admin.drain(replica))
 
 
 @records.command()
+@administers
 def purge(
+    admin: Administration,
     request_id: Annotated[str | None, typer.Option("--request-id", help="The id of an answer.")] = None,
     route: Annotated[str | None, typer.Option("--route", help="Records of this route.")] = None,
     older_than: Annotated[
         float | None, typer.Option("--older-than", min=0, help="Stored more than so many seconds ago.")
     ] = None,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """Delete, for good, the records that fit everything given; something must be."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        num_records = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
-        output().print(f"{num_records} records deleted")
+    num_records = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
+    output().print(f"{num_records} records deleted")
 
 
 @admin_log.command("log")
+@administers
 def show_log(
+    admin: Administration,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=1000, help="How many.")] = 20,
-    state_dir: StateDirOption = DEFAULT_STATE_DIR,
-    redis_url: RedisUrlOption = None,
-    target_revision: TargetOption = None,
-    url: UrlOption = None,
-    admin_key: AdminKeyOption = None,
 ) -> None:
     """The last changes and refused calls: when, who, from where, what, and what came of it."""
-    with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for line in admin.audit_log(lines):
-            arguments = " ".join(f"{name}={value}" for name, value in line.arguments.items())
-            table.add_row(line.time, line.who, line.address, line.operation, arguments, line.outcome)
-        output().print(table)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for line in admin.audit_log(lines):
+        arguments = " ".join(f"{name}={value}" for name, value in line.arguments.items())
+        table.add_row(line.time, line.who, line.address, line.operation, arguments, line.outcome)
+    output().print(table)
 
 
 def _say(controls: Controls) -> None:
