@@ -10,6 +10,7 @@ a given folder, which two servers never use at once.
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -50,7 +51,8 @@ class EmbeddedRedis:
 
     `folder` keeps its state over restarts (append-only file, flushed every second); without one the server
     persists nothing and its files vanish with it. It waits for a server that a killed process left in the
-    folder, and never touches one that another process runs. Not thread-safe."""
+    folder, and never touches one that another process runs. `restarts`: a server that ends unexpectedly is
+    started again. Not thread-safe."""
 
     def __init__(
         self,
@@ -59,11 +61,13 @@ class EmbeddedRedis:
         folder: Path | None = None,
         port: int | None = None,
         start_timeout_s: float = 20.0,
+        restarts: bool = False,
     ) -> None:
         self._given_url = url
         self._folder = folder
         self._port = port
         self._start_timeout_s = start_timeout_s
+        self._restarts = restarts
         self._password = secrets.token_urlsafe(24)
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._pid: int | None = None
@@ -81,7 +85,7 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id while it is started; None for a given URL."""
+        """The process id of the server that was started; None for a given URL. A restart changes it unseen."""
         return self._pid
 
     def start(self) -> Self:
@@ -137,6 +141,8 @@ class EmbeddedRedis:
         while first_line and supervisor.poll() is None and time.monotonic() < deadline_s:
             if _answers(port, self._password):
                 self._port, self._pid = port, int(first_line)
+                if self._restarts:
+                    supervisor.send_signal(signal.SIGUSR1)
                 return None
             time.sleep(0.02)
         return self._failure(supervisor)

@@ -7,8 +7,9 @@ of what the server holds. Invariant: the server never outlives it.
 
 Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the folder, at
 the end), and descriptors of locks that the server keeps open as long as it runs, even if this process is
-killed. Standard input: the server's configuration. Standard output: the server's process id; then, if the
-server ends unexpectedly, the end of its log.
+killed. Standard input: the server's configuration. Standard output: the first server's process id; then, if
+the server ends unexpectedly, the end of its log. After SIGUSR1, which says that the server is up and has to stay
+up, one that ends is started again instead.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,16 +27,23 @@ _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.1
 _GRACE_S = 3.0
 """How long a server may take to flush and end before it is killed."""
+_RESTART_PAUSE_S = 0.5
 
 
 def main(parent_pid: int, binary: str, folder: Path, keep: bool, locks: tuple[int, ...] = ()) -> None:
+    has_to_stay_up = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: has_to_stay_up.set())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    configuration = sys.stdin.buffer.read()
     server = None
     try:
-        server = _start(binary, sys.stdin.buffer.read(), folder / _LOG_NAME, locks)
+        server = _start(binary, configuration, folder / _LOG_NAME, locks)
         print(server.pid, flush=True)
         while os.getppid() == parent_pid:
-            if server.poll() is not None:
+            if server.poll() is not None and has_to_stay_up.is_set():
+                time.sleep(_RESTART_PAUSE_S)
+                server = _start(binary, configuration, folder / _LOG_NAME, locks)
+            elif server.poll() is not None:
                 print((folder / _LOG_NAME).read_text(errors="replace")[-2000:], flush=True)
                 return
             time.sleep(_POLL_S)

@@ -203,7 +203,7 @@ def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
         return
     narrate("starting Redis")
     try:
-        server = EmbeddedRedis(folder=settings.state_dir / "redis").start()
+        server = EmbeddedRedis(folder=settings.state_dir / "redis", restarts=True).start()
     except StoreUnavailableError as error:
         raise ClusterError(str(error)) from error
     try:

@@ -59,6 +59,13 @@ def ping(url: str) -> bool:
         return bool(client.ping())
 
 
+def answers(url: str) -> bool:
+    try:
+        return ping(url)
+    except redis.ConnectionError:
+        return False
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_parent_takes_its_server_with_it(signal_number: int) -> None:
     parent, server = start_parent("sleep")
@@ -113,6 +120,24 @@ def test_a_killed_server_starts_again_at_the_same_url() -> None:
         assert ping(url)
         second = server.pid
         assert server.start().pid == second  # it runs: nothing to do
+
+
+def test_a_server_that_restarts_comes_back_by_itself_with_what_it_persisted(tmp_path: Path) -> None:
+    with EmbeddedRedis(folder=tmp_path, restarts=True) as server:
+        assert server.pid is not None
+        with redis.Redis.from_url(server.url) as client:
+            client.set("kept", "yes")
+        supervisor = psutil.Process(server.pid).parent()
+        assert supervisor is not None
+        killed: set[psutil.Process] = set()
+        for _ in range(3):
+            assert holds_within(20, lambda: bool(set(supervisor.children()) - killed))
+            [process] = set(supervisor.children()) - killed
+            process.kill()
+            killed.add(process)
+            assert holds_within(20, lambda: answers(server.url))
+            with redis.Redis.from_url(server.url) as client:
+                assert client.get("kept") == b"yes"
 
 
 def test_a_stopped_server_is_gone_with_its_folder() -> None:

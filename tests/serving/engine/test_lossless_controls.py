@@ -269,13 +269,13 @@ def test_a_boolean_mask_that_is_added_is_caught() -> None:
 
 def test_a_slot_that_does_not_move_with_its_sequence_is_caught(monkeypatch: Patch) -> None:
     monkeypatch.setattr(SlotCache, "move", lambda *moved: None)
-    _schedules_fail("another text's keys")
+    _schedules_fail("another text's keys|another context")
     _schedules_fail("another text|another context|is excluded", checks_caches=False)
 
 
 def test_a_prefix_that_is_found_by_less_than_its_tokens_is_caught(monkeypatch: Patch) -> None:
     monkeypatch.setattr(PrefixCache, "_key", lambda cache, parent, tokens: (parent, tokens[:1]))
-    _schedules_fail("another text's keys")
+    _schedules_fail("another text's keys|another context")
     _schedules_fail("another text|another context|is excluded", checks_caches=False)
 
 
