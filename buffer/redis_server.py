@@ -85,7 +85,8 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int | None:
-        """The process id of the server that was started; None for a given URL. A restart changes it unseen."""
+        """The process id of the server that was started, which is not that of one that the supervisor started
+        after it; None for a given URL."""
         return self._pid
 
     def start(self) -> Self:

@@ -8,8 +8,8 @@ of what the server holds. Invariant: the server never outlives it.
 Arguments: the parent's process id, the server binary, the server's folder, "keep" or "remove" (the folder, at
 the end), and descriptors of locks that the server keeps open as long as it runs, even if this process is
 killed. Standard input: the server's configuration. Standard output: the first server's process id; then, if
-the server ends unexpectedly, the end of its log. After SIGUSR1, which says that the server is up and has to stay
-up, one that ends is started again instead.
+the server ends unexpectedly, the end of its log. After SIGUSR1, which says that the server is up and has to
+stay up, one that ends is started again instead.
 """
 
 import ctypes
