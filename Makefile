@@ -21,10 +21,10 @@ EDITABLE := --editable '.[dev,clients,demo,docs]' --editable ./benchmarks
 export TORCH_INDEX TORCH_CUDA
 export NO_MKDOCS_2_WARNING = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm test-vllm demo demo-real serve test test-all fuzz check docs bench format clean
+.PHONY: help setup setup-vllm test-vllm demo demo-real serve test test-all fuzz check docs bench chaos format clean
 
 help:
-	@echo "make setup | setup-vllm | test-vllm | demo | demo-real | serve | test | test-all | fuzz | check | docs | bench | format | clean"
+	@echo "make setup | setup-vllm | test-vllm | demo | demo-real | serve | test | test-all | fuzz | check | docs | bench | chaos | format | clean"
 	@echo 'arguments go in ARGS: make demo ARGS="--exit --report demo.json"'
 
 setup: $(STAMP)
@@ -81,6 +81,9 @@ check: setup
 docs: setup
 	$(BIN)/python -m docs.generate
 	$(BIN)/mkdocs build --strict --quiet
+
+chaos: setup
+	$(BIN)/everdraft bench chaos $(ARGS)
 
 bench: setup
 	$(BIN)/everdraft bench $(or $(ARGS),engine)

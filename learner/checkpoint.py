@@ -8,17 +8,23 @@ is used. Knows no store. Invariant: after `write` returns, the state survives lo
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from buffer.records import AdapterManifest
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, as on a full disk; the files of before are as they were."""
+
 
 KEPT_FILES = 2
 _NAMED_BY = 16
@@ -50,15 +56,16 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write, flush, rename, delete all but the last files. Returns the new file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write, flush, rename, delete all but the last files. Returns the new file. Raises CheckpointError."""
     files = _files(folder)
     number = _number(files[-1]) + 1 if files else 1
     aside = folder / f"{number:010d}.part"
     tensors, header = _contents(checkpoint)
-    safetensors.torch.save_file(tensors, aside, header)
-    path = folder / f"{number:010d}-{_digest(aside)}.safetensors"
-    _put_in_place(aside, path)
+    with _written(aside):
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(tensors, aside, header)
+        path = folder / f"{number:010d}-{_digest(aside)}.safetensors"
+        _put_in_place(aside, path)
     for old in [*files[: len(files) + 1 - KEPT_FILES], *folder.glob("*.part")]:
         old.unlink(missing_ok=True)
     return path
@@ -83,10 +90,11 @@ def folder_of_target(folder: Path, target_revision: str) -> Path:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file atomically, even across a loss of power."""
+    """Replace a file atomically, even across a loss of power. Raises CheckpointError."""
     aside = path.with_suffix(".part")
-    aside.write_bytes(data)
-    _put_in_place(aside, path)
+    with _written(aside):
+        aside.write_bytes(data)
+        _put_in_place(aside, path)
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
@@ -183,6 +191,17 @@ def _number(path: Path) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+@contextmanager
+def _written(aside: Path) -> Iterator[None]:
+    """Half a file is not left: it would keep the space that the next one needs."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise CheckpointError(f"{aside.parent}: {error}; no checkpoint was written") from error
 
 
 def _put_in_place(aside: Path, path: Path) -> None:

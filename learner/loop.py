@@ -97,6 +97,7 @@ class Learner:
             target_revision=target_revision,
             is_sound=lambda record: not self._fault(record),
             now_s=now_s,
+            wait_for_disk=self._wait_for_disk,
             has_memory=self._has_memory,
         )
         self._inbox = RecordInbox(
@@ -271,9 +272,17 @@ class Learner:
         return needed < self._free_bytes()
 
     def _wait_for_store(self, error: StoreUnavailableError) -> None:
-        """Wait between two attempts; raises LearnerStopped if stopped meanwhile."""
-        self._state, self._last_error = "store unavailable", str(error)
-        logger.info("store cannot be reached, trying again: %s", error)
+        self._wait_to_try_again("store unavailable", error)
+
+    def _wait_for_disk(self, error: checkpoint.CheckpointError) -> None:
+        """No record is acknowledged meanwhile, so none is lost if this process ends."""
+        self._wait_to_try_again("checkpoint cannot be written", error)
+
+    def _wait_to_try_again(self, state: str, error: Exception) -> None:
+        """Raises LearnerStopped if stopped meanwhile."""
+        if self._state != state:
+            logger.warning("%s, trying again: %s", state, error)
+        self._state, self._last_error = state, str(error)
         if self._stop.wait(self._settings.retry_s):
             raise LearnerStopped from error
 

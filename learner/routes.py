@@ -51,10 +51,12 @@ class Routes:
         target_revision: str,
         is_sound: Callable[[GenerationRecord], bool],
         now_s: Callable[[], float],
+        wait_for_disk: Callable[[checkpoint.CheckpointError], None],
         has_memory: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`has_memory`: whether the training state of one more route fits now."""
-        self._has_memory = has_memory
+        """`wait_for_disk` is called before what could not be written is tried again. `has_memory`: whether
+        the training state of one more route fits now."""
+        self._wait_for_disk, self._has_memory = wait_for_disk, has_memory
         self._refused: set[str] = set()
         """Routes that found no memory, which is told once."""
         self._build, self._store, self._feed, self._settings = build, store, feed, settings
@@ -176,7 +178,8 @@ class Routes:
 
     def save(self, draft: RouteLearner, used_entry_ids: dict[str, list[str]]) -> None:
         """Write the route's checkpoint, then the route book."""
-        draft.save(checkpoint_folder(self._folder, draft.route), used_entry_ids)
+        folder = checkpoint_folder(self._folder, draft.route)
+        self._until_written(lambda: draft.save(folder, used_entry_ids))
         self._write_book()
 
     # opening and closing
@@ -257,4 +260,12 @@ class Routes:
             self._feed.put_route_table(told_of(self._kinds.table, list(self.drafts)))
 
     def _write_book(self) -> None:
-        write_book(self._folder, RouteBook(self._standings, self._kinds.table))
+        book = RouteBook(self._standings, self._kinds.table)
+        self._until_written(lambda: write_book(self._folder, book))
+
+    def _until_written(self, write: Callable[[], None]) -> None:
+        while True:
+            try:
+                return write()
+            except checkpoint.CheckpointError as error:
+                self._wait_for_disk(error)

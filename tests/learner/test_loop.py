@@ -1,6 +1,7 @@
 """The learner's whole life over the in-memory store and feed."""
 
 import hashlib
+import shutil
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -25,6 +26,7 @@ from buffer.records import (
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
 from buffer.store import Delivery, RecordStore, StreamKey
+from learner import checkpoint
 from learner.draft import TrainableDraft, build_draft, export_weights, import_weights
 from learner.loop import Learner
 from learner.tracking.mlflow_tracker import NullTracker
@@ -469,6 +471,30 @@ def test_a_store_that_keeps_failing_only_slows_it_down(tmp_path: Path, traffic: 
     assert testbed.learner.run_cycle()
     assert testbed.store.size(KEY).num_pending == 0
     assert testbed.learner.snapshot()["num_records_seen"] == 30
+
+
+def test_a_disk_that_takes_no_checkpoint_is_waited_for_and_no_record_is_lost(
+    tmp_path: Path, traffic: Traffic
+) -> None:
+    testbed = LoopTestbed(tmp_path)
+    folder = checkpoint.folder_of_target(tmp_path, "target-1")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.touch()  # where nothing can be written into
+    testbed.serve(traffic[0])
+    stop = threading.Event()
+    thread = threading.Thread(target=testbed.learner.run, args=(stop,))
+    thread.start()
+    try:
+        wait_until(lambda: testbed.learner.snapshot()["state"] == "checkpoint cannot be written", 120.0)
+        assert "no checkpoint was written" in testbed.learner.snapshot()["last_error"]
+        assert testbed.store.size(KEY).num_pending == 30
+        folder.unlink()
+        wait_until(lambda: testbed.store.size(KEY).num_pending == 0, 120.0)
+        assert checkpoint.read_latest(folder) is not None
+        assert not list(folder.glob("*.part"))
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_poisoned_and_foreign_records_are_counted_and_acked_without_harm(

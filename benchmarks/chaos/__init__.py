@@ -1,0 +1,1 @@
+"""Faults injected for real into a running service, under load, and what came of each."""

@@ -1,0 +1,52 @@
+"""The service under faults, in short: real processes, killed under real traffic. `make chaos` does all."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.commands import chaos_settings, table
+from benchmarks.chaos.faults import Fault, faults
+from benchmarks.chaos.measure import Chaos, Outcome
+from benchmarks.chaos.service import Service, running_service
+from benchmarks.chaos.traffic import Traffic
+from benchmarks.options import DEMO_DRAFT, DEMO_TARGET
+from tests.support.ports import free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+
+SHORT = ("Redis: SIGKILL", "Redis: full", "learner: SIGKILL", "replica: SIGKILL")
+
+
+def test_answers_records_and_learning_survive_what_is_killed(tmp_path: Path) -> None:
+    """With a control: a fault that really loses records and requests is seen to."""
+    chosen = {name: fault for name, fault in faults(hold_s=3.0).items() if name in SHORT}
+    settings = chaos_settings(DEMO_TARGET, DEMO_DRAFT, 2)
+    ports = (free_port(), free_port())
+    with (
+        running_service(settings, tmp_path, ports, print, start_s=400.0) as service,
+        Traffic(service.url, service.model) as traffic,
+    ):
+        chaos = Chaos(service, traffic, print)
+        outcomes = list(chaos.run(chosen))
+        [control] = chaos.run({"control": Fault(_forgets_its_records)})
+    assert [one.fault for one in outcomes] == list(SHORT)
+    for one in outcomes:
+        assert not one.not_run
+        assert one.num_requests > 0 and one.num_failed == 0, one
+        assert one.recovered_after_s is not None, one
+        assert one.num_lost == 0 and not one.left, one
+    assert outcomes[-1].num_stored > 0
+    assert control.num_lost == control.num_stored > 0
+
+
+def _forgets_its_records(service: Service) -> None:
+    service.on_redis(lambda client: client.flushall())
+
+
+def test_the_table_says_what_was_not_run_and_why() -> None:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table([Outcome("clock", not_run="no libfaketime"), Outcome("Redis: full", num_requests=7)]))
+    text = console.export_text()
+    assert "not run: no libfaketime" in text and "never" in text and "nothing" in text
