@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.serve.schema import ApplicationStatus
 
 from buffer.redaction import redacted
 from deploy import ray_guard
+from deploy.doorkeeper import kept_door
 from deploy.errors import ClusterError
 from deploy.settings import ClusterSettings
 from serving.api.request_ids import SERVE_PROXY_ENVIRONMENT
@@ -116,9 +117,12 @@ def _joined_ray(address: str, namespace: str) -> Iterator[None]:
 
 
 @contextmanager
-def endpoint(application: serve.Application, *, host: str, port: int) -> Iterator[str]:
+def endpoint(
+    application: serve.Application, *, host: str, port: int, keeps_door: bool = False
+) -> Iterator[str]:
     """The application answers on host:port inside the block, which is given the revision of its target;
-    leaving it drains and stops it.
+    leaving it drains and stops it. `keeps_door`: on this machine alone, so that clients wait here while its
+    proxy is started again.
 
     Raises ClusterError when the application cannot start.
     """
@@ -126,7 +130,9 @@ def endpoint(application: serve.Application, *, host: str, port: int) -> Iterato
     with _refused(f"Ray Serve did not start on port {port}; this machine may be too busy"):
         serve.start(http_options={"host": host, "port": port})
     try:
-        yield _run(application)
+        revision = _run(application)
+        with kept_door(host, port) if keeps_door else nullcontext():
+            yield revision
     finally:
         with suppress(Exception), redirect_stdout(io.StringIO()):
             # Ray may be gone already, for example after SIGKILL of one of its processes.
@@ -188,8 +194,10 @@ def _guard_headers() -> None:
 
 
 def _await_proxy() -> None:
-    """Serve kills a proxy that is not ready within five seconds, over and over on a machine that is busy."""
+    """Serve kills a proxy that is not ready within five seconds, over and over on a machine that is busy; and
+    looks only every ten seconds whether one has died."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 
 def _share_accelerators() -> None:

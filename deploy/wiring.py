@@ -131,7 +131,10 @@ def _replicas_and_learner(
                 "a draft of the target's own layers is fitted to it at the first start, which takes minutes"
             )
         application = build_deployment(settings.serving, redis_url, num_gpus=cluster.num_gpus_per_replica)
-        revision = parts.enter_context(endpoint(application, host=cluster.host, port=cluster.port))
+        is_own_ray = cluster.ray_address is None
+        revision = parts.enter_context(
+            endpoint(application, host=cluster.host, port=cluster.port, keeps_door=is_own_ray)
+        )
         learner = None
         if cluster.learn and settings.serving.draft is not None:
             narrate("starting the learner")

@@ -1,5 +1,7 @@
 """`everdraft bench chaos`: faults injected into a running service, and a table of what each cost."""
 
+import signal
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +41,7 @@ def chaos(
     if not chosen:
         fail(f"--fault {' '.join(fault or [])}: none begins so; there are {', '.join(every)}")
     say = errors().print
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends, too
     report.parent.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with TemporaryDirectory(prefix="everdraft-chaos-") as folder:

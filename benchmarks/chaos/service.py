@@ -73,6 +73,7 @@ class MlflowServer:
                     *("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"),
                     *("--artifacts-destination", str(self._folder / "artifacts")),
                 ],
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -96,10 +96,10 @@ class Traffic:
                 extra_body={"return_weight_versions": True},
             )
             answer = raw.parse().model_dump()
-        except OpenAIError as error:
+            figures = answer["metrics"]["speculative_decoding"]
+            versions = answer["choices"][0]["weight_versions"]
+        except (OpenAIError, ValueError, KeyError, TypeError) as error:  # half an answer is none
             return Asked(began_s, time.monotonic(), error=f"{type(error).__name__}: {error}"[:200])
-        figures = answer["metrics"]["speculative_decoding"]
-        versions = answer["choices"][0]["weight_versions"]
         return Asked(
             began_s,
             time.monotonic(),
