@@ -1,7 +1,8 @@
 """The draft that serves a route according to the adapter feed, and how the learner replaces it.
 
 Knows no records and no training. Invariants: the learner always adopts what the feed says, including an
-operator's rollback or pin; version numbers only grow, even after the feed lost its data.
+operator's rollback or pin, but for an adapter that no replica can serve, which it takes back; version numbers
+only grow, even after the feed lost its data.
 """
 
 import hashlib
@@ -48,8 +49,9 @@ class Incumbent:
         return self.manifest.draft_version if self.manifest else FLOOR_VERSION
 
     def sync(self) -> bool:
-        """Adopt the draft that the feed says serves; if the feed lost its data, publish the adapter again.
-        True: another draft serves."""
+        """Adopt the draft that the feed says serves; if the feed lost its data, publish the adapter again; if
+        what it says is corrupt or another model's, take that back: replicas go on with what they have, and
+        candidates must be judged against that. True: another draft serves."""
         last_version = self._feed.last_version(self._route)
         if self.manifest is not None and last_version < self.manifest.draft_version:
             self._feed.publish(self.manifest, self.weights)
@@ -58,7 +60,13 @@ class Incumbent:
         latest = self._feed.latest(self._route)
         if (latest.draft_version if latest else FLOOR_VERSION) == self.version:
             return False
-        self._adopt(latest)
+        latest, weights = self._with_weights(latest)
+        fault = "" if latest is None else self._fault(latest, weights)
+        if latest is not None and fault and self._feed.pinned(self._route) is None:
+            self._take_back(latest, fault)
+            return False
+        self.manifest, self.weights = latest, weights
+        self.state, self.unreadable = self._read(latest, weights)
         return True
 
     def parent(self) -> AdapterState | None:
@@ -131,15 +139,32 @@ class Incumbent:
             num_records_seen=num_records_seen,
         )
 
-    def _adopt(self, latest: AdapterManifest | None) -> None:
-        weights = b""
-        if latest is not None:
-            try:
-                weights = self._feed.weights(self._route, latest.draft_version)
-            except UnknownVersionError:
-                latest = None
-        self.manifest, self.weights = latest, weights
-        self.state, self.unreadable = self._read(latest, weights)
+    def _with_weights(self, latest: AdapterManifest | None) -> tuple[AdapterManifest | None, bytes]:
+        """No manifest where the feed has just let go of it."""
+        if latest is None:
+            return None, b""
+        try:
+            return latest, self._feed.weights(self._route, latest.draft_version)
+        except UnknownVersionError:
+            return None, b""
+
+    def _fault(self, manifest: AdapterManifest, weights: bytes) -> str:
+        """Why replicas refuse the adapter and keep what they serve; empty: they may serve it. One for another
+        draft is left alone on the floor: the draft may have been changed, and replicas start on the floor."""
+        if manifest.target_revision != self._target_revision:
+            return f"it was made for the target {manifest.target_revision[:12]}…"
+        if hashlib.sha256(weights).hexdigest() != manifest.sha256:
+            return "its bytes are not those that its manifest names"
+        if self.state is not None and manifest.draft_revision != self._draft.draft_revision:
+            return f"it was made for the draft {manifest.draft_revision[:12]}…"
+        return ""
+
+    def _take_back(self, latest: AdapterManifest, fault: str) -> None:
+        reason = f"version {latest.draft_version} cannot be served: {fault}"
+        try:
+            self._feed.rollback(self._route, reason, self.version)
+        except UnknownVersionError:  # ours is no longer kept
+            self._feed.rollback(self._route, reason)
 
     def _read(self, manifest: AdapterManifest | None, weights: bytes) -> tuple[AdapterState | None, str]:
         """The adapter's weights, None if replicas would refuse it and serve the floor; and the reason if

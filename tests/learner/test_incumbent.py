@@ -195,16 +195,51 @@ def test_a_refusal_is_a_line_in_the_history_and_takes_no_number(
     assert publish(incumbent, state(draft, 2)).draft_version == 2
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"draft_revision": "draft-2"}, {"target_revision": "target-2"}, {"sha256": "0" * 64}],
+REFUSED = pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"draft_revision": "draft-2"}, "was made for the draft draft-2"),
+        ({"target_revision": "target-2"}, "was made for the target target-2"),
+        ({"sha256": "0" * 64}, "bytes are not those"),
+    ],
     ids=["another draft", "another target", "damaged"],
 )
-def test_what_replicas_refuse_counts_as_the_floor_that_they_serve(
-    feed: MemoryAdapterFeed, draft: TrainableDraft, changes: dict[str, object]
+
+
+@REFUSED
+def test_what_every_replica_refuses_is_taken_back_and_what_serves_stays_the_measure(
+    feed: MemoryAdapterFeed, draft: TrainableDraft, changes: dict[str, object], reason: str
+) -> None:
+    incumbent, good = incumbent_of(feed, draft), state(draft, 1)
+    publish(incumbent, good)
+    foreign(feed, draft, 2, **changes)
+    assert incumbent.sync() is False
+    assert incumbent.version == 1 and same(incumbent.state, good)
+    latest = feed.latest(ROUTE)
+    assert latest is not None and latest.draft_version == 1
+    event = feed.history(ROUTE)[-1]
+    assert event.kind == "rolled_back" and reason in event.reason
+    assert publish(incumbent, state(draft, 2)).draft_version == 3
+
+
+@REFUSED
+def test_a_pin_to_what_replicas_refuse_is_not_fought(
+    feed: MemoryAdapterFeed, draft: TrainableDraft, changes: dict[str, object], reason: str
 ) -> None:
     incumbent = incumbent_of(feed, draft)
-    foreign(feed, draft, 1, **changes)
+    publish(incumbent, state(draft, 1))
+    foreign(feed, draft, 2, **changes)
+    feed.pin(ROUTE, 2, "an operator's word")
+    assert incumbent.sync() is True
+    assert (incumbent.version, incumbent.state, incumbent.unreadable) == (2, None, "")
+    assert feed.pinned(ROUTE) == 2
+
+
+def test_an_adapter_of_another_draft_counts_as_the_floor_that_replicas_start_on(
+    feed: MemoryAdapterFeed, draft: TrainableDraft
+) -> None:
+    incumbent = incumbent_of(feed, draft)
+    foreign(feed, draft, 1, draft_revision="draft-2")
     assert incumbent.sync() is True
     assert (incumbent.version, incumbent.state, incumbent.unreadable) == (1, None, "")
 
