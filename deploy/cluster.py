@@ -118,7 +118,7 @@ def _joined_ray(address: str, namespace: str) -> Iterator[None]:
 @contextmanager
 def endpoint(application: serve.Application, *, host: str, port: int) -> Iterator[str]:
     """The application answers on host:port inside the block, which is given the revision of its target;
-    leaving it drains and stops it.
+    leaving it stops it; see `draining` for what comes before.
 
     Raises ClusterError when the application cannot start.
     """

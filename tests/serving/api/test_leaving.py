@@ -187,6 +187,37 @@ def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple
         assert "everdraft_requests_rejected_total" in httpx.get(f"{server.url}/metrics").text
 
 
+def test_what_cannot_be_queued_is_refused_before_its_prompt_is_tokenised(tiny_pair: tuple[str, str]) -> None:
+    """Only its tokens could tell that each of these is too long: idle, the server says so."""
+    settings = ServingSettings(
+        compile="off",
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=256,
+        max_queued_requests=0,
+    )
+    text = "fox " * 20_000
+    bodies: dict[str, dict[str, object]] = {
+        "completions": {"prompt": text},
+        "chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "responses": {"input": text},
+    }
+
+    def statuses() -> set[int]:
+        posts = (
+            httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60) for path, body in bodies.items()
+        )
+        return {answer.status_code for answer in posts}
+
+    with live_server(settings) as server:
+        assert statuses() == {400}
+        ticket = server.parts.context.admission.admit(1, 1)
+        assert statuses() == {429}
+        ticket.release()
+        assert statuses() == {400}
+
+
 def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[str, str]) -> None:
     settings = ServingSettings(
         compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256
