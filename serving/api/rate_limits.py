@@ -19,7 +19,7 @@ LIMIT_HEADERS = tuple(
 )
 
 
-class Bucket:
+class TokenBucket:
     """`per_minute` of something. `clock`: monotonic seconds."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
@@ -48,7 +48,9 @@ class Quota:
     def __init__(self, tenant: Tenant, clock: Callable[[], float]) -> None:
         self._name = tenant.name
         limits = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
-        self._buckets = {kind: Bucket(limit, clock) for kind, limit in limits.items() if limit is not None}
+        self._buckets = {
+            kind: TokenBucket(limit, clock) for kind, limit in limits.items() if limit is not None
+        }
 
     def check(self, num_prompt_tokens: int = 1) -> None:
         """Raises ApiError where a request with such a prompt may not begin now; takes nothing."""

@@ -122,7 +122,10 @@ def test_a_request_may_give_itself_less_time_also_where_it_never_gets_a_slot(
         num_prompt_tokens = server.parts.engine.stats().num_prompt_tokens
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 60, "stream": True}):
             busy(server)
-            url, body = f"{server.url}/v1/completions", LONG | {"prompt": "b" * 40, "stream": stream}
+            url, body = (
+                f"{server.url}/v1/completions",
+                LONG | {"prompt": "b" * 40, "max_tokens": 200, "stream": stream},
+            )
             late = httpx.post(url, json=body, headers={"X-Request-Timeout": "0.05"}, timeout=30)
             assert "took longer than 0.05 s" in late.text and '"type":"timeout_error"' in late.text
             assert late.status_code == (200 if stream else 408)

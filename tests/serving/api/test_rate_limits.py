@@ -3,7 +3,7 @@
 import pytest
 
 from serving.api.errors import ApiError
-from serving.api.rate_limits import Bucket, Quota, RateLimits
+from serving.api.rate_limits import Quota, RateLimits, TokenBucket
 from serving.tenants import Tenant, digest_of
 
 
@@ -25,7 +25,7 @@ def tenant(requests: int | None = None, tokens: int | None = None) -> Tenant:
 
 def test_a_bucket_holds_a_minutes_allowance_and_is_refilled_steadily() -> None:
     clock = Clock()
-    bucket = Bucket(60, clock)
+    bucket = TokenBucket(60, clock)
     bucket.take(60)
     assert (bucket.left(), bucket.wait_s(1), bucket.wait_s(60)) == (0, 1, 60)
     clock.now_s += 15
@@ -36,13 +36,13 @@ def test_a_bucket_holds_a_minutes_allowance_and_is_refilled_steadily() -> None:
 
 def test_what_was_taken_beyond_it_is_made_up_for() -> None:
     clock = Clock()
-    bucket = Bucket(60, clock)
+    bucket = TokenBucket(60, clock)
     bucket.take(90)
     assert (bucket.left(), bucket.wait_s(1)) == (-30, 31)
 
 
 def test_more_than_it_can_hold_waits_until_it_is_full() -> None:
-    bucket = Bucket(60, Clock())
+    bucket = TokenBucket(60, Clock())
     assert bucket.wait_s(1000) == 0
     bucket.take(1)
     assert bucket.wait_s(1000) == 1
