@@ -46,7 +46,6 @@ class Quota:
     """What one tenant may still ask for."""
 
     def __init__(self, tenant: Tenant, clock: Callable[[], float]) -> None:
-        self._name = tenant.name
         limits = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
         self._buckets = {
             kind: TokenBucket(limit, clock) for kind, limit in limits.items() if limit is not None
