@@ -48,7 +48,9 @@ _TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
 _EMBEDDING = "prompt_embedding_H"
 """The key is absent if the record has no embedding, as in all records of builds that did not know it."""
 _MAX_EMBEDDING = 2**16
-_RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds", _EMBEDDING})
+_ISOLATED = "isolated"
+"""There only if it is true: builds that do not know it read every other record, and refuse these."""
+_RECORD_SCALARS = sorted(_RECORD_HINTS.keys() - {*_TOKEN_FIELDS, "rounds", _EMBEDDING, _ISOLATED})
 
 T = TypeVar("T")
 
@@ -107,6 +109,8 @@ def _record_to_plain(record: GenerationRecord) -> dict[str, Any]:
     plain = {name: to_plain(getattr(record, name)) for name in _RECORD_SCALARS}
     for name in _TOKEN_FIELDS:
         plain[name] = np.ascontiguousarray(getattr(record, name), dtype="<i4").tobytes()
+    if record.isolated:
+        plain[_ISOLATED] = True
     try:
         if record.prompt_embedding_H is not None:
             plain[_EMBEDDING] = _checked_embedding(record.prompt_embedding_H).tobytes()
@@ -116,13 +120,14 @@ def _record_to_plain(record: GenerationRecord) -> dict[str, Any]:
 
 
 def _record_from_plain(plain: dict[str, Any]) -> GenerationRecord:
-    if plain.keys() | {_EMBEDDING} != _RECORD_HINTS.keys():
+    if plain.keys() | {_EMBEDDING, _ISOLATED} != _RECORD_HINTS.keys():
         raise ValueError(f"fields are {sorted(plain)}")
     values = {name: from_plain(_RECORD_HINTS[name], plain[name]) for name in _RECORD_SCALARS}
     for name in _TOKEN_FIELDS:
         values[name] = np.frombuffer(plain[name], dtype="<i4")
     if _EMBEDDING in plain:
         values[_EMBEDDING] = _checked_embedding(np.frombuffer(plain[_EMBEDDING], dtype="<f2"))
+    values[_ISOLATED] = from_plain(bool, plain.get(_ISOLATED, False))
     return GenerationRecord(**values, rounds=decode_rounds(plain["rounds"]))
 
 

@@ -5,6 +5,9 @@ FLOOR_VERSION = 0
 
 DEFAULT_ROUTE = "default"
 
+AUTO_PREFIX = "auto-"
+"""Prefix of the names of routes that were found by clustering and not named by a request."""
+
 MODEL_DRAFTER = "draft"
 """`drafter_id` of a draft model; its weights have versions, which are counted by route."""
 

@@ -102,6 +102,8 @@ class GenerationRecord:
     prompt_embedding_H: NDArray[np.float16] | None = None
     """The target's last hidden state, averaged over the prompt's tokens (in every segment, over the request's
     own prompt). Prompts are routed by it. None: it was not computed."""
+    isolated: bool = False
+    """Its route serves one tenant alone: the record may train the draft of that route, and no other."""
 
     @property
     def num_positions(self) -> int:

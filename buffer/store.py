@@ -82,9 +82,9 @@ class PurgeStep:
 
 
 def is_bound_to_its_route(record: GenerationRecord) -> bool:
-    """Whether the draft of the record's own route drafted in it. Such routes are few, because replicas have
-    room for few drafts."""
-    return any(trace.draft_route == record.route for trace in record.rounds)
+    """Whether it is a record of an isolated route, or the draft of its own route drafted in it. Such routes
+    are few: an operator names them, or replicas have room for their drafts."""
+    return record.isolated or any(trace.draft_route == record.route for trace in record.rounds)
 
 
 def default_stream(key: StreamKey) -> StreamKey:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands import convert, demo, doctor, draft, drafts, learn, orders, serve, status
+from deploy.commands import convert, demo, doctor, draft, drafts, key, learn, orders, serve, status
 from deploy.commands.console import fail
 from deploy.environment import quieten_libraries
 
@@ -38,6 +38,7 @@ app.command()(learn.learn)
 app.command()(status.status)
 app.add_typer(drafts.app, name="drafts")
 app.add_typer(draft.app, name="draft")
+app.add_typer(key.app, name="key")
 app.add_typer(orders.learning, name="learning")
 app.command()(orders.capture)
 app.command()(orders.drain)

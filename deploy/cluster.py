@@ -121,8 +121,8 @@ def endpoint(
     application: serve.Application, *, host: str, port: int, keeps_door: bool = False
 ) -> Iterator[str]:
     """The application answers on host:port inside the block, which is given the revision of its target;
-    leaving it drains and stops it. `keeps_door`: on this machine alone, so that clients wait here while its
-    proxy is started again.
+    leaving it stops it; see `draining` for what comes before. `keeps_door`: on this machine alone, so that
+    clients wait here while its proxy is started again.
 
     Raises ClusterError when the application cannot start.
     """

@@ -48,6 +48,7 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
         RedisAdapterFeed(redis_url, pair.target_revision),
         learner,
         target_revision=pair.target_revision,
+        isolated_routes=serving.isolated_routes,
         free_bytes=lambda: free_memory(draft.device).device_bytes,
         tracker_for=partial(
             _tracker, learner, registered_base_name(learner, serving.target, pair.target_revision)

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -132,7 +132,7 @@ def _leaves(tree: Mapping[str, Any], model: type[BaseModel] | None) -> Iterator[
 
 def _section(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
     field = model.model_fields.get(key) if model is not None else None
-    if field is None:
+    if field is None or get_origin(field.annotation) is tuple:  # a list of entries is one value
         return None
     candidates = (field.annotation, *get_args(field.annotation))
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

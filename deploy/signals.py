@@ -8,17 +8,18 @@ from types import FrameType
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-def wait_for_stop(every_second: Callable[[], None]) -> None:
-    """Return at the first SIGINT or SIGTERM. Later ones are taken in too: stopping has begun.
+def wait_for_stop(every_second: Callable[[], None]) -> threading.Event:
+    """Return at the first SIGINT or SIGTERM, with an event that is set by the next one.
 
     Must be called on the main thread, and after libraries that set handlers of their own (Ray does).
     """
-    stop = threading.Event()
+    stop, again = threading.Event(), threading.Event()
 
     def note(_: int, __: FrameType | None) -> None:
-        stop.set()
+        (again if stop.is_set() else stop).set()
 
     for number in STOPPING:
         signal.signal(number, note)
     while not stop.wait(timeout=1.0):
         every_second()
+    return again

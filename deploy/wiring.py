@@ -6,6 +6,7 @@ exception, takes down everything that it started, in reverse order.
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,13 @@ class RunningSystem:
         """Leave word of the learner for `everdraft status`; to be called about once a second."""
         if self.learner is not None:
             write_learner_snapshot(self.settings.state_dir, self.learner.snapshot())
+
+    def drain(self, abort: threading.Event) -> bool:
+        """Take no new requests, and wait for those under way: for `serving.drain_timeout_s`, or until `abort`
+        is set. Returns whether all were answered whole."""
+        from deploy.draining import drain
+
+        return drain(self.url, timeout_s=self.settings.serving.drain_timeout_s, abort=abort)
 
 
 def check_redis_url(redis_url: str) -> None:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,12 @@ class Learner:
         tracker_for: Callable[[str], Tracker] | None = None,
         now_s: Callable[[], float] = time.time,
         free_bytes: Callable[[], float] = lambda: math.inf,
+        isolated_routes: Collection[str] = (),
     ) -> None:
         """`tracker_for` builds the tracker from the run id in the checkpoint, which may be empty.
-        `free_bytes`: of the memory that training state lies in."""
+        `free_bytes`: of the memory that training state lies in. `isolated_routes`: their records train no
+        other draft, and their drafts start no other; a record that says so of itself is kept apart in any
+        case."""
         self._draft, self._settings = draft, settings
         self._store = RetryingStore(store, self._wait_for_store)
         self._feed = RetryingFeed(feed, self._wait_for_store)
@@ -95,10 +98,11 @@ class Learner:
             settings,
             folder=folder,
             target_revision=target_revision,
-            is_sound=lambda record: not self._fault(record),
+            is_sound=lambda record, route: not self._fault(record, route),
             now_s=now_s,
             wait_for_disk=self._wait_for_disk,
             has_memory=self._has_memory,
+            isolated=isolated_routes,
         )
         self._inbox = RecordInbox(
             self._store, target_revision, settings.consumer_name, self._routes.used_entry_ids()
@@ -186,7 +190,7 @@ class Learner:
         for draft in self._routes:
             for key in self._routes.streams_of(draft, self._streams):
                 kept = self._store.draw_replay(key, wanted, self._settings.seed)
-                sound = [record for record in kept if not self._fault(record)]
+                sound = [record for record in kept if not self._fault(record, draft.route)]
                 self._routes.remember(sound)
                 draft.hold_out(sound)
         self._started = True
@@ -212,9 +216,13 @@ class Learner:
         for draft in self._routes:
             streams = self._routes.streams_of(draft, self._streams)
             arrived = self._inbox.read(streams, self._settings.max_records_per_cycle)
-            sound = [record for record in arrived if not self._fault(record)]
+            sound = [record for record in arrived if not self._fault(record, draft.route)]
             self._routes.arrived(sound)
             draft.watch_live(sound)
+        for key in self._routes.untrained_streams(self._streams):
+            arrived = self._inbox.read([key], self._settings.max_records_per_cycle)
+            self._routes.arrived([record for record in arrived if not self._fault(record, key.route)])
+            self._inbox.ack([key])  # they stay in the store, and train the route's draft once it has one
 
     def _ack_untrained(self) -> None:
         """Acknowledge records of routes whose training rests or is paused: some are held out, the others only
@@ -236,18 +244,18 @@ class Learner:
 
     def _sound_records(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[GenerationRecord]:
         records = self._inbox.records(streams)
-        sound = [record for record in records if not self._fault(record)]
+        sound = [record for record in records if not self._fault(record, draft.route)]
         draft.refused_records(len(records) - len(sound))
         return sound
 
     def _replay(self, draft: RouteLearner, num_records: int) -> list[GenerationRecord]:
-        """Kept records for replay: a route's own; all routes' for `default`, whose draft may have to serve
-        them again."""
+        """Kept records for replay: a route's own; for `default`, whose draft may have to serve them again,
+        those of all routes that are not isolated."""
         own = self._routes.streams_of(draft, self._streams)
-        streams = self._streams if draft.route == DEFAULT_ROUTE else own
+        streams = self._routes.shared_streams(self._streams) if draft.route == DEFAULT_ROUTE else own
         share = self._settings.held_out_share
         drawn = replay_draw(self._store, streams, num_records, share, draft.trainer.rng)
-        return [record for record in drawn if not self._fault(record)]
+        return [record for record in drawn if not self._fault(record, draft.route)]
 
     # helpers
 
@@ -299,9 +307,12 @@ class Learner:
         self._follow_orders()
         return self._controls.pauses(route)
 
-    def _fault(self, record: GenerationRecord) -> str:
+    def _fault(self, record: GenerationRecord, route: str) -> str:
+        """Why the record may not train the draft of this route; empty: it may."""
         if record.expires_at_s <= self._now_s():
             return "expired"
+        if record.isolated and record.route != route:
+            return "isolated"
         return record_fault(record, self._target_revision, self._draft.vocab_size)
 
     def _num_waiting(self, draft: RouteLearner) -> int:

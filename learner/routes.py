@@ -2,17 +2,19 @@
 
 Knows no training. Invariants: `default` is always open and takes the records of every route that is not;
 after a route is closed, `default`'s draft serves its requests and trains on its records, and its own draft is
-gone.
+gone. Of isolated routes it trains on no record, whether they are open or not: what their tenants write
+reaches no centroid and no other draft.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
 from buffer.records import AdapterEvent, GenerationRecord
+from buffer.route_table import RouteTable
 from buffer.store import AdapterFeed, RecordStore, StreamKey
 from learner import checkpoint
 from learner.judging.draft_selection import FLOOR, ExistingDraft, best_draft
@@ -26,7 +28,7 @@ from learner.routing.route_book import (
     read_book,
     write_book,
 )
-from learner.routing.route_clusters import told_of
+from learner.routing.route_clusters import restricted, told_of
 from learner.settings import LearnerSettings
 
 logger = logging.getLogger(__name__)
@@ -49,13 +51,16 @@ class Routes:
         *,
         folder: Path,
         target_revision: str,
-        is_sound: Callable[[GenerationRecord], bool],
+        is_sound: Callable[[GenerationRecord, str], bool],
         now_s: Callable[[], float],
         wait_for_disk: Callable[[checkpoint.CheckpointError], None],
         has_memory: Callable[[], bool] = lambda: True,
+        isolated: Collection[str] = (),
     ) -> None:
-        """`wait_for_disk` is called before what could not be written is tried again. `has_memory`: whether
-        the training state of one more route fits now."""
+        """`is_sound`: whether a record may train the draft of a route. `wait_for_disk` is called before what
+        could not be written is tried again. `has_memory`: whether the training state of one more route fits
+        now."""
+        self._isolated = set(isolated)
         self._wait_for_disk, self._has_memory = wait_for_disk, has_memory
         self._refused: set[str] = set()
         """Routes that found no memory, which is told once."""
@@ -71,7 +76,7 @@ class Routes:
         )
         book = read_book(self._folder)
         self._standings = dict(book.standings)
-        self._kinds = PromptKinds(settings, target_revision, book.table)
+        self._kinds = PromptKinds(settings, target_revision, self._public(book.table))
         self._used: dict[str, list[str]] = {}
         self._num_unreviewed = 0
         self.drafts: dict[str, RouteLearner] = {}
@@ -91,18 +96,28 @@ class Routes:
     def default(self) -> RouteLearner:
         return self.drafts[DEFAULT_ROUTE]
 
-    def existing(self) -> list[ExistingDraft]:
-        """Every draft that serves a route and can be scored, `default`'s first, and the floor."""
+    def existing(self, route: str) -> list[ExistingDraft]:
+        """Every draft that may serve this route and can be scored, `default`'s first, and the floor."""
         default = self.default.serving
         floor = [] if default.key == FLOOR.key else [FLOOR]
-        others = [draft.serving for draft in self if draft.has_own and draft.route != DEFAULT_ROUTE]
+        closed = {DEFAULT_ROUTE, *self._isolated - {route}}
+        others = [draft.serving for draft in self if draft.has_own and draft.route not in closed]
         return [draft for draft in [default, *floor, *others] if not draft.unreadable]
 
     def streams_of(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[StreamKey]:
         """The streams whose records train it."""
         if draft.route == DEFAULT_ROUTE:
-            return [key for key in streams if key.route == DEFAULT_ROUTE or key.route not in self.drafts]
+            shared = self.shared_streams(streams)
+            return [key for key in shared if key.route == DEFAULT_ROUTE or key.route not in self.drafts]
         return [key for key in streams if key.route == draft.route]
+
+    def shared_streams(self, streams: Sequence[StreamKey]) -> list[StreamKey]:
+        """Those whose records may train `default`'s draft."""
+        return [key for key in streams if key.route not in self._isolated]
+
+    def untrained_streams(self, streams: Sequence[StreamKey]) -> list[StreamKey]:
+        """Those whose records train no draft: of isolated routes that have none."""
+        return [key for key in streams if key.route in self._isolated and key.route not in self.drafts]
 
     def used_entry_ids(self) -> dict[str, list[str]]:
         """Entry ids that checkpoints have used, by stream; perhaps not yet acknowledged."""
@@ -120,19 +135,22 @@ class Routes:
         for route in list(self.drafts)[1 + self._policy.max_routes :]:
             self._close(route, f"max_routes is {self._policy.max_routes}, so no draft is trained for it")
         table = self._feed.route_table()
-        if table is None:
+        if table is not None and self._kinds.table is None:
+            is_ours = table.target_revision == self._target_revision
+            self._kinds.table = self._public(table) if is_ours else None
+        if table is None or self._isolated.intersection(table.routes):
             self._put_table()
-        elif self._kinds.table is None and table.target_revision == self._target_revision:
-            self._kinds.table = table
 
     def remember(self, records: Sequence[GenerationRecord]) -> None:
-        """Keep the prompts of sound records, to cluster untagged traffic."""
-        self._kinds.remember(records)
+        """Keep the prompts of sound records, to cluster untagged traffic; not those of isolated routes, which
+        records may name, too."""
+        self._isolated.update(record.route for record in records if record.isolated)
+        self._kinds.remember(self._shared(records))
 
     def arrived(self, records: Sequence[GenerationRecord]) -> None:
         """Count new sound records for their routes."""
         self.remember(records)
-        self._num_unreviewed += len(records)
+        self._num_unreviewed += len(self._shared(records))
         for route, num_records in Counter(
             self._kinds.kind_of(record, self.drafts) for record in records
         ).items():
@@ -166,7 +184,7 @@ class Routes:
 
     def decided(self, draft: RouteLearner) -> None:
         """After each decision on a route's candidate: check whether its own draft is the best one for it."""
-        existing = self.existing()
+        existing = self.existing(draft.route)
         draft.compare(existing)
         if draft.route == DEFAULT_ROUTE or draft.serving.unreadable:
             return
@@ -191,7 +209,7 @@ class Routes:
         """Open a route; its candidate starts from the draft that is best on the route's held-out records."""
         draft = self._build(route, None, self._default_draft)
         draft.bootstrap_records = draft.judge.split(self._kept(route))
-        existing = self.existing()
+        existing = self.existing(route)
         draft.compare(existing)
         draft.start_from(best_draft(draft.scores_of_drafts, existing))
         standing = self._standings[route]
@@ -241,7 +259,7 @@ class Routes:
         kept: list[GenerationRecord] = []
         for stream in (route, DEFAULT_ROUTE):
             drawn = self._store.draw_replay(StreamKey(self._target_revision, stream), wanted, seed)
-            sound = (record for record in drawn if self._is_sound(record))
+            sound = (record for record in drawn if self._is_sound(record, route))
             kept += [record for record in sound if self._kinds.belongs(record, route)]
         return kept
 
@@ -257,7 +275,14 @@ class Routes:
     def _put_table(self) -> None:
         """Publish the table with open routes only."""
         if self._kinds.table is not None:
-            self._feed.put_route_table(told_of(self._kinds.table, list(self.drafts)))
+            shared = [route for route in self.drafts if route not in self._isolated]
+            self._feed.put_route_table(told_of(self._kinds.table, shared))
+
+    def _public(self, table: RouteTable | None) -> RouteTable | None:
+        """Without centroids of isolated routes, which it has if they were not isolated before."""
+        if table is None or not self._isolated.intersection(table.routes):
+            return table
+        return restricted(table, [route for route in table.routes if route not in self._isolated])
 
     def _write_book(self) -> None:
         book = RouteBook(self._standings, self._kinds.table)
@@ -269,3 +294,7 @@ class Routes:
                 return write()
             except checkpoint.CheckpointError as error:
                 self._wait_for_disk(error)
+
+    def _shared(self, records: Sequence[GenerationRecord]) -> list[GenerationRecord]:
+        """Those that may say where other tenants' prompts belong."""
+        return [record for record in records if record.route not in self._isolated]

@@ -7,7 +7,7 @@ the record itself is built on the sink's thread.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,6 +18,7 @@ from buffer.controls import Controls
 from buffer.records import GenerationRecord, RecordSampling, RoundTrace
 from buffer.store import StreamKey
 from serving.engine.request import CapturedRound, Generation, SamplingParams
+from serving.tenants import CaptureMode
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class _Segment:
 
 class Recorder:
     """`target_revision` names the stream; `replica_id` signs the records. `capture_rate` is the setting, in
-    whose place an operator may order another by `controls`."""
+    whose place an operator may order another by `controls`. Records of `isolated_routes` say so."""
 
     def __init__(
         self,
@@ -56,12 +57,14 @@ class Recorder:
         replica_id: str,
         capture_rate: float,
         record_ttl_s: float,
+        isolated_routes: Collection[str] = (),
         controls: Callable[[], Controls] = Controls,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._sink, self._controls = sink, controls
         self._target_revision, self._replica_id = target_revision, replica_id
         self._capture_rate, self._record_ttl_s = capture_rate, record_ttl_s
+        self._isolated_routes = isolated_routes
         self._clock = clock
 
     @property
@@ -70,10 +73,11 @@ class Recorder:
         ordered = self._controls().capture_rate
         return self._capture_rate if ordered is None else ordered
 
-    def wants(self, request_id: str, store: bool | None) -> bool:
+    def wants(self, request_id: str, store: bool | None, tenant_capture: CaptureMode | None = None) -> bool:
         """Whether to capture this request; always the same for the same id. `store: false` is never
-        captured."""
-        return store is not False and _unit_hash(request_id) < self.capture_rate
+        captured, and a tenant's only if it allows what is kept on a disk."""
+        allowed = store is not False and tenant_capture in (None, "replay")
+        return allowed and _unit_hash(request_id) < self.capture_rate
 
     def record(self, generation: Generation) -> None:
         """Submit the captured rounds of a finished or cancelled generation, if there are any."""
@@ -108,6 +112,7 @@ class Recorder:
             replica_id=self._replica_id,
             segment=segment.number,
             prompt_embedding_H=generation.prompt_embedding_H,
+            isolated=generation.route in self._isolated_routes,
         )
 
 

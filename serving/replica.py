@@ -4,6 +4,7 @@ Knows no learner. Invariant: a draft never changes through Serve (that would sta
 through the adapter feed.
 """
 
+import asyncio
 import sys
 from typing import Any
 
@@ -46,6 +47,15 @@ class Replica:
         """Raises if the replica must be restarted; Ray then does so."""
         if not self._parts.engine.is_alive:
             raise RuntimeError("the engine thread has ended; no request can be answered here")
+
+    def drain(self) -> int:
+        """Take no new requests from now on. Returns how many are under way."""
+        return self._parts.context.drain()
+
+    async def abort(self) -> int:
+        """End what is under way with an error."""
+        await asyncio.to_thread(self._parts.engine.close)
+        return self._parts.context.drain()
 
     def __del__(self) -> None:
         """Ray waits for requests under way before it calls this, up to the drain timeout."""

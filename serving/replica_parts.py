@@ -20,6 +20,7 @@ from serving.api.admission import Admission
 from serving.api.context import AppContext
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
+from serving.api.rate_limits import RateLimits
 from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import parser_for
@@ -59,6 +60,8 @@ class ReplicaParts:
         self._store = store
         records = store is not None and settings.records
         self.engine: ServingEngine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
+        if self.engine.router is not None:
+            self.engine.router.closed_routes = settings.isolated_routes
         self._exporter = None if store is None else RecordExporter(store)
         self._feed = None if open_feed is None else open_feed(self.engine.target_revision)
         self._watcher = None if self._feed is None else self._new_watcher(self._feed)
@@ -124,7 +127,9 @@ class ReplicaParts:
             max_queued_requests=settings.max_queued_requests,
             max_queued_prompt_tokens=settings.max_queued_prompt_tokens,
             clock=time.monotonic,
+            has_owners=bool(settings.tenants),
         )
+        tenants = [tenant.share(settings.num_replicas) for tenant in settings.tenants]
         codec = TokenCodec(engine.tokenizer)
         grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
         grammars.prepare()
@@ -140,7 +145,9 @@ class ReplicaParts:
                 max_generations=settings.generations_per_request,
                 max_prompt_tokens=settings.prompt_tokens_per_request,
             ),
-            keys=KeyRing(settings.revealed_api_keys(), settings.revealed_admin_key()),
+            rate_limits=RateLimits(tenants, time.monotonic),
+            isolated_routes=settings.isolated_routes,
+            keys=KeyRing(settings.revealed_api_keys(), settings.revealed_admin_key(), tenants),
             allowed_origins=settings.allowed_origins,
             metrics=ServingMetrics(
                 engine.stats,
@@ -170,6 +177,7 @@ class ReplicaParts:
             replica_id=self._replica_id,
             capture_rate=settings.capture_rate,
             record_ttl_s=settings.record_ttl_s,
+            isolated_routes=settings.isolated_routes,
             controls=self._controls,
         )
 

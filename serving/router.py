@@ -36,6 +36,8 @@ class PromptRouter:
     def __init__(self, target_revision: str) -> None:
         self._target_revision = target_revision
         self._table: RouteTable | None = None
+        self.closed_routes: frozenset[str] = frozenset()
+        """Routes that no prompt is of, only a tag: prompts near one are of the default route."""
 
     def use(self, table: RouteTable | None) -> None:
         """Use this table. None, or a table of another target: every prompt is of the default route."""
@@ -46,4 +48,5 @@ class PromptRouter:
     def __call__(self, embedding_H: NDArray[np.float16]) -> str:
         """Raises ValueError for an embedding of another size than the table's."""
         table = self._table
-        return DEFAULT_ROUTE if table is None else table.route_of(embedding_H)
+        route = DEFAULT_ROUTE if table is None else table.route_of(embedding_H)
+        return DEFAULT_ROUTE if route in self.closed_routes else route

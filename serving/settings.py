@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 
 from buffer.store import Bounds
 from serving.api.keys import check_key
+from serving.tenants import Tenant, check_together, digest_of, isolated_routes
 
 ModelName = Annotated[str, Field(min_length=1)]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
@@ -86,6 +87,10 @@ class ServingSettings(BaseModel):
     admin_key: SecretStr | None = None
     """Bearer key of `/admin`, 8 characters or more, which no client key opens; None keeps `/admin` shut."""
 
+    tenants: tuple[Tenant, ...] = ()
+    """Holders of keys with routes and limits of their own; where there are any, the endpoint asks for a
+    key."""
+
     allowed_origins: tuple[Origin, ...] = ()
     """Origins of web pages, such as `https://chat.example.org`, whose scripts may call the API from a
     browser; `*` for all of them. None: no page may."""
@@ -155,6 +160,18 @@ class ServingSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _tenants_are_apart(self) -> Self:
+        check_together(self.tenants)
+        others = {"api_keys": self.revealed_api_keys(), "admin_key": (self.revealed_admin_key() or "",)}
+        for field, keys in others.items():
+            digests = {digest_of(key) for key in keys}
+            if found := next((t.name for t in self.tenants if digests.intersection(t.keys)), None):
+                raise ValueError(
+                    f"a key of the tenant {found!r} is in {field} too; a key belongs to one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _vllm_can_do_it(self) -> Self:
         if self.engine != "vllm":
             return self
@@ -166,6 +183,12 @@ class ServingSettings(BaseModel):
         ):
             if asked:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not possible with engine='vllm'")
+        for tenant in self.tenants:
+            if tenant.isolated and tenant.capture != "off":
+                raise ValueError(
+                    f"the tenant {tenant.name!r} is isolated, and engine='vllm' has one draft for all "
+                    "routes, which its records would train; give it capture='off'"
+                )
         return self
 
     @model_validator(mode="after")
@@ -208,6 +231,11 @@ class ServingSettings(BaseModel):
         if self.engine != "everdraft":
             return 0
         return _UNASKED_ROUTE_DRAFTS if self.max_route_drafts is None else self.max_route_drafts
+
+    @property
+    def isolated_routes(self) -> frozenset[str]:
+        """Routes that one tenant alone may use."""
+        return isolated_routes(self.tenants)
 
     @property
     def records(self) -> bool:

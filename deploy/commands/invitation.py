@@ -35,7 +35,8 @@ def invite(console: Console, system: RunningSystem) -> None:
 
 def curl_line(system: RunningSystem) -> str:
     body = TRY.format(model=system.settings.serving.served_name)
-    needs_key = bool(system.settings.serving.api_keys)
+    serving = system.settings.serving
+    needs_key = bool(serving.api_keys or serving.tenants)
     key = ' -H "Authorization: Bearer $EVERDRAFT_KEY"' if needs_key else ""
     return f"curl {system.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 

@@ -42,5 +42,11 @@ def serve(
         settings = load_settings(config, os.environ, overrides)
         with running_system(settings, errors().print) as system:
             invite(output(), system)
-            wait_for_stop(system.note_learner)
+            again = wait_for_stop(system.note_learner)
+            errors().print(
+                f"draining: requests under way may go on for {settings.serving.drain_timeout_s:g} s; "
+                "a second signal ends them at once"
+            )
+            if not system.drain(again):
+                errors().print("requests under way were aborted")
             errors().print("stopping")

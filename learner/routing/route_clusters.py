@@ -17,11 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.names import DEFAULT_ROUTE
+from buffer.names import AUTO_PREFIX, DEFAULT_ROUTE
 from buffer.route_table import RouteTable
-
-AUTO_PREFIX = "auto-"
-"""Prefix of the names of routes that were found by clustering and not named by a request."""
 
 LEAST_PROMPTS = 40
 """A kind needs at least so many prompts to be shown to be separate."""

@@ -7,7 +7,7 @@ every few generations.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from serving.api.admission import QueueFullError, Ticket
@@ -38,13 +38,20 @@ class _Listener:
     generation.
 
     Unless `eager`, events after the first are held until the last: an answer that is sent whole needs no
-    wake-up of the event loop for each round.
+    wake-up of the event loop for each round. `on_end` runs on the event loop.
     """
 
     def __init__(
-        self, index: int, events: EventQueue[_Arrival], recorder: Recorder | None, eager: bool
+        self,
+        index: int,
+        events: EventQueue[_Arrival],
+        recorder: Recorder | None,
+        on_end: Callable[[], None],
+        *,
+        eager: bool,
     ) -> None:
         self._index, self._event_queue, self._recorder, self._eager = index, events, recorder, eager
+        self._on_end = on_end
         self._held: list[_Arrival] = []
         self._begun = False
 
@@ -54,7 +61,7 @@ class _Listener:
             self._recorder.record(event.generation)  # first, so that who has the answer finds the record
         if self._eager or not self._begun or event.generation is not None:
             self._begun = True
-            self._event_queue.post(self._held)
+            self._event_queue.post(self._held, None if event.generation is None else self._on_end)
             self._held = []
 
 
@@ -63,10 +70,15 @@ class ActiveRequest:
 
     def __init__(self, context: AppContext, plan: RequestPlan, ticket: Ticket, began_s: float) -> None:
         self._context, self._plan, self._ticket = context, plan, ticket
-        self._deadline_s = began_s + context.request_timeout_s
+        asked_s = context.request_timeout_s if plan.timeout_s is None else plan.timeout_s
+        self._timeout_s = min(asked_s, context.request_timeout_s)
+        self._deadline_s = began_s + self._timeout_s
+        self._quota = context.rate_limits.of(plan.key_holder)
         self._clocks = [context.metrics.clock(began_s) for _ in range(plan.num_choices)]
         self._event_queue: EventQueue[_Arrival] = EventQueue()
         self._handles: list[GenerationHandle] = []
+        self._num_running, self._is_open = plan.num_choices, True
+        context.num_open += 1
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
         self.generations: list[Generation] = []
         """Generations that ended, in the order of their ends."""
@@ -87,8 +99,19 @@ class ActiveRequest:
     def _submit(self, index: int, request: GenerationRequest) -> None:
         body = self._plan.body
         eager = body.stream or bool(body.stop_strings)
-        listener = _Listener(index, self._event_queue, self._context.recorder, eager)
+        recorder = self._context.recorder
+        listener = _Listener(index, self._event_queue, recorder, self._generation_ended, eager=eager)
         self._handles.append(self._context.engine.submit(request, listener))
+
+    @property
+    def limit_headers(self) -> dict[str, str]:
+        """What is left to the request's tenant, as headers of its answer."""
+        return {} if self._quota is None else self._quota.headers()
+
+    @property
+    def remaining_s(self) -> float:
+        """Until its deadline."""
+        return self._deadline_s - time.monotonic()
 
     @property
     def num_output_tokens(self) -> int:
@@ -114,17 +137,27 @@ class ActiveRequest:
                 handle.cancel()
                 clock.finished("abort")
         self._ticket.release()
+        self._context.num_open -= self._is_open
+        self._is_open = False
+
+    def _generation_ended(self) -> None:
+        """In the engine, where its slot is free; a client that reads slowly keeps no place from others."""
+        self._num_running -= 1
+        if self._num_running == 0:
+            self._ticket.release()
 
     async def _take(self) -> list[_Arrival]:
         try:
             return await self._event_queue.take(max(0.0, self._deadline_s - time.monotonic()))
         except TimeoutError:
-            seconds = self._context.request_timeout_s
-            raise ApiError(408, f"The request took longer than {seconds:g} s and was cancelled.") from None
+            text = f"The request took longer than {self._timeout_s:g} s and was cancelled."
+            raise ApiError(408, text) from None
 
     def _push(self, arrival: _Arrival) -> ChoiceDelta:
         state, clock = self._states[arrival.index], self._clocks[arrival.index]
         clock.tokens(len(arrival.event.token_ids), arrival.at_s)
+        if self._quota is not None:
+            self._quota.answered(len(arrival.event.token_ids))
         try:
             delta = state.push(arrival.event)
         except ApiError:
@@ -154,11 +187,16 @@ class ActiveRequest:
 def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
     """Take a place in the queue. Raises ApiError, and then holds no place."""
     began_s = time.monotonic()
-    if not context.is_ready:
-        message = "The server is not ready: it is loading, draining or shutting down."
-        raise ApiError(503, message, headers={"Retry-After": "1"})
+    context.require_ready()
+    tenant, num_prompt_tokens = plan.key_holder, plan.num_prompt_tokens * plan.body.n
+    quota = context.rate_limits.of(tenant)
+    if quota is not None:
+        quota.check(num_prompt_tokens)
+    most = None if tenant is None else tenant.max_concurrent
     try:
-        ticket = context.admission.admit(plan.num_choices, plan.num_prompt_tokens * plan.body.n)
+        ticket = context.admission.admit(plan.num_choices, num_prompt_tokens, plan.tenant, most)
     except QueueFullError as error:
         raise queue_full(error) from None
+    if quota is not None:
+        quota.begin(num_prompt_tokens)
     return ActiveRequest(context, plan, ticket, began_s)

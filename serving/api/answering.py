@@ -24,6 +24,8 @@ from serving.api.response_schema import Body, Metrics, Usage
 
 _log = logging.getLogger(__name__)
 
+_LAST_EVENTS_S = 5.0
+"""How long a client may take to read what is left at the deadline, the error included."""
 CLIENT_LEFT = 499
 """Status for access logs; the client that would get it has disconnected."""
 
@@ -81,8 +83,12 @@ async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
     """Submit the request and return its answer, or the stream of it."""
     await active.submit()
     if plan.body.stream:
-        return sse.EventStream(_events(active, plan, renderer), on_close=active.close)
-    return Response(await _whole(active, plan, renderer), media_type="application/json")
+        events = _events(active, plan, renderer)
+        return sse.EventStream(
+            events, active.limit_headers, timeout_s=active.remaining_s + _LAST_EVENTS_S, on_close=active.close
+        )
+    answer = await _whole(active, plan, renderer)
+    return Response(answer, headers=active.limit_headers, media_type="application/json")
 
 
 async def _unless_client_leaves(request: Request, begun: Coroutine[Any, Any, Response]) -> Response | None:

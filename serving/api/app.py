@@ -12,6 +12,7 @@ from serving.api.context import AppContext
 from serving.api.errors import install_error_handlers
 from serving.api.openapi import describe
 from serving.api.operations import health_routes, model_routes, token_routes
+from serving.api.rate_limits import LIMIT_HEADERS
 from serving.api.request_ids import REQUEST_ID_HEADER
 from serving.api.responses import responses_routes
 
@@ -46,6 +47,6 @@ def create_app(context: AppContext, *, sends_request_id: bool = True) -> FastAPI
             allow_origins=context.allowed_origins,
             allow_methods=("*",),
             allow_headers=("*",),
-            expose_headers=(REQUEST_ID_HEADER, "Retry-After"),
+            expose_headers=(REQUEST_ID_HEADER, "Retry-After", *LIMIT_HEADERS),
         )
     return app

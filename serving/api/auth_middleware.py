@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 
 AUDITED = "audited"
 """Key of the request's state: an operation has put the call into the audit log."""
+TENANT = "tenant"
+"""Key of the request's state: the Tenant whose key it brought, or None."""
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -42,6 +44,8 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
+        authorization = headers.get("authorization")
+        scope["state"][TENANT] = self._keys.tenant_of(authorization)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -52,7 +56,7 @@ class AuthMiddleware:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        refusal = self._refusal(_route_path(scope), headers.get("authorization"))
+        refusal = self._refusal(_route_path(scope), authorization)
         if refusal is not None:
             self._note(scope, REFUSED_BY_KEY)
             await refusal.response()(scope, receive, send_with_id)

@@ -15,7 +15,16 @@ from serving.api.answering import respond
 from serving.api.chat_answer import ChatRenderer
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, compiled_form, naming_codec, route_of
+from serving.api.incoming import (
+    captures,
+    check_model,
+    check_room,
+    compiled_form,
+    naming_codec,
+    route_of,
+    tenant_of,
+    timeout_of,
+)
 from serving.api.messages import ChatMessage
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
@@ -24,7 +33,7 @@ from serving.api.response_schema import ChatCompletion
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import ToolParser
 from serving.api.tools import forced_form, parser_of, rendered_call
-from serving.engine.request import TokenConstraint
+from serving.engine.request import SamplingParams, TokenConstraint
 from serving.structured_output import StructuredOutput
 
 
@@ -44,8 +53,11 @@ async def planned_chat(
     context: AppContext, body: ChatBody, request: Request, api_id: str
 ) -> tuple[RequestPlan, Callable[[], ToolParser] | None]:
     """(what to generate, what finds calls of tools in it). Raises ApiError."""
+    tenant = tenant_of(request)
+    check_room(context, tenant)
     check_model(context, body.model)
-    context.limits.check_generations(1, body.n)
+    context.limits.check_generations(1, body.n, tenant.max_concurrent if tenant else None)
+    route, timeout_s = route_of(context, request, body.metadata), timeout_of(request)
     asked = tools_asked(context, body)
     prompt = await chat_token_ids(
         context.codec,
@@ -56,7 +68,19 @@ async def planned_chat(
     )
     context.limits.check_prompt_tokens(len(prompt), body.n, "messages")
     constraint = await compiled_form(context, body, asked.forced)
-    return _plan(context, body, request, prompt, constraint, api_id), asked.new_parser
+    plan = RequestPlan(
+        api_id=api_id,
+        created=int(time.time()),
+        model=body.model or context.model_names[0],
+        body=body,
+        prompts=(tuple(prompt),),
+        sampling=_sampling(context, body, len(prompt), constraint),
+        route=route,
+        capture=captures(context, api_id, body, tenant),
+        timeout_s=timeout_s,
+        key_holder=tenant,
+    )
+    return plan, asked.new_parser
 
 
 async def chat_token_ids(
@@ -140,26 +164,11 @@ def _plain(message: ChatMessage) -> dict[str, Any]:
     return {"role": role, "content": message.text, **kept}
 
 
-def _plan(
-    context: AppContext,
-    body: ChatBody,
-    request: Request,
-    prompt: list[int],
-    constraint: TokenConstraint | None,
-    api_id: str,
-) -> RequestPlan:
+def _sampling(
+    context: AppContext, body: ChatBody, prompt_len: int, constraint: TokenConstraint | None
+) -> SamplingParams:
     max_tokens = fit_max_tokens(
-        body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
+        body.token_limit, None, prompt_len, context.engine.max_seq_len, prompt_field="messages"
     )
-    return RequestPlan(
-        api_id=api_id,
-        created=int(time.time()),
-        model=body.model or context.model_names[0],
-        body=body,
-        prompts=(tuple(prompt),),
-        sampling=sampling_of(
-            context, body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, constraint
-        ),
-        route=route_of(request, body.metadata),
-        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
-    )
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    return sampling_of(context, body, max_tokens, num_top, constraint)

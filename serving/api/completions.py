@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -13,7 +13,17 @@ from serving.api.choice_extras import ChoiceExtras
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
-from serving.api.incoming import check_model, compiled_form, encode, naming_codec, route_of
+from serving.api.incoming import (
+    captures,
+    check_model,
+    check_room,
+    compiled_form,
+    encode,
+    naming_codec,
+    route_of,
+    tenant_of,
+    timeout_of,
+)
 from serving.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
 from serving.api.openapi import GENERATION_ANSWERS
 from serving.api.request_plan import RequestPlan, fit_max_tokens, sampling_of
@@ -26,7 +36,7 @@ from serving.api.response_schema import (
     Usage,
 )
 from serving.api.token_codec import TokenCodec
-from serving.engine.request import TokenConstraint
+from serving.engine.request import SamplingParams, TokenConstraint
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -36,22 +46,42 @@ def completion_routes(context: AppContext) -> APIRouter:
 
     @router.post("/v1/completions", response_model=Completion, responses=GENERATION_ANSWERS)
     async def create_completion(body: CompletionBody, request: Request) -> Response:
-        check_model(context, body.model)
-        prompts = await _prompts(context, body)
-        constraint = await compiled_form(context, body)
-        plan = _plan(context, body, request, prompts, constraint)
-        echoes = await _echoes(context.codec, body, prompts)
+        plan = await _planned(context, body, request)
+        echoes = await _echoes(context.codec, body, plan.prompts)
         renderer = CompletionRenderer(naming_codec(context, body), plan, echoes)
         return await respond(context, request, plan, renderer)
 
     return router
 
 
-async def _prompts(context: AppContext, body: CompletionBody) -> list[list[int]]:
+async def _planned(context: AppContext, body: CompletionBody, request: Request) -> RequestPlan:
+    """Raises ApiError."""
+    tenant = tenant_of(request)
+    check_room(context, tenant)
+    check_model(context, body.model)
+    route, timeout_s = route_of(context, request, body.metadata), timeout_of(request)
+    prompts = await _prompts(context, body, tenant.max_concurrent if tenant else None)
+    constraint = await compiled_form(context, body)
+    api_id = f"cmpl-{uuid.uuid4().hex}"
+    return RequestPlan(
+        api_id=api_id,
+        created=int(time.time()),
+        model=body.model or context.model_names[0],
+        body=body,
+        prompts=tuple(tuple(prompt) for prompt in prompts),
+        sampling=_sampling(context, body, max(map(len, prompts)), constraint),
+        route=route,
+        capture=captures(context, api_id, body, tenant),
+        timeout_s=timeout_s,
+        key_holder=tenant,
+    )
+
+
+async def _prompts(context: AppContext, body: CompletionBody, max_concurrent: int | None) -> list[list[int]]:
     """Token ids of every prompt. Raises ApiError for one without tokens, and for more than one request may
     ask for: before the first text is tokenised, or as soon as the texts so far have too many tokens."""
     given = _each_prompt(body)
-    context.limits.check_generations(len(given), body.n)
+    context.limits.check_generations(len(given), body.n, max_concurrent)
     prompts: list[list[int]] = []
     num_tokens = 0
     for number, prompt in enumerate(given):
@@ -75,7 +105,9 @@ def _each_prompt(body: CompletionBody) -> list[str] | list[list[int]] | list[str
     return [item for item in prompt if not isinstance(item, int)]
 
 
-async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[int]]) -> list[str] | None:
+async def _echoes(
+    codec: TokenCodec, body: CompletionBody, prompts: Sequence[Sequence[int]]
+) -> list[str] | None:
     """The text that `echo` puts before each prompt's choices: the prompt as given, or its decoding."""
     if not body.echo:
         return None
@@ -87,28 +119,13 @@ async def _echoes(codec: TokenCodec, body: CompletionBody, prompts: list[list[in
     return await asyncio.to_thread(echoes)
 
 
-def _plan(
-    context: AppContext,
-    body: CompletionBody,
-    request: Request,
-    prompts: list[list[int]],
-    constraint: TokenConstraint | None,
-) -> RequestPlan:
-    longest = max(len(prompt) for prompt in prompts)
+def _sampling(
+    context: AppContext, body: CompletionBody, longest: int, constraint: TokenConstraint | None
+) -> SamplingParams:
     max_tokens = fit_max_tokens(
         body.max_tokens, DEFAULT_MAX_TOKENS, longest, context.engine.max_seq_len, prompt_field="prompt"
     )
-    api_id = f"cmpl-{uuid.uuid4().hex}"
-    return RequestPlan(
-        api_id=api_id,
-        created=int(time.time()),
-        model=body.model or context.model_names[0],
-        body=body,
-        prompts=tuple(tuple(prompt) for prompt in prompts),
-        sampling=sampling_of(context, body, max_tokens, body.logprobs, constraint),
-        route=route_of(request, body.metadata),
-        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
-    )
+    return sampling_of(context, body, max_tokens, body.logprobs, constraint)
 
 
 class CompletionRenderer(DataEvents):

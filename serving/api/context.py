@@ -1,6 +1,5 @@
 """The parts that the routes of one app use, and whether the app takes requests now."""
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,10 @@ from buffer.audit import Caller
 from buffer.controls import Controls
 from buffer.records import ServingStatus
 from serving.api.admission import Admission
+from serving.api.errors import ApiError
 from serving.api.keys import KeyRing
 from serving.api.limits import RequestLimits
+from serving.api.rate_limits import RateLimits
 from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import ToolParserName
@@ -19,8 +20,6 @@ from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
 from serving.structured_output import GrammarCompiler
-
-_DRAIN_CHECK_S = 0.02
 
 
 @dataclass
@@ -39,6 +38,9 @@ class AppContext:
     """Unix time."""
     admission: Admission
     limits: RequestLimits
+    rate_limits: RateLimits
+    isolated_routes: frozenset[str]
+    """Routes that one tenant alone may use."""
     keys: KeyRing
     allowed_origins: tuple[str, ...]
     """Origins of web pages whose scripts may call the API."""
@@ -57,16 +59,22 @@ class AppContext:
     """The form in which the model calls tools; None: none that is known."""
     draining: bool = field(default=False)
     """It shuts down. An operator's order to drain is in `controls`."""
+    num_open: int = field(default=0)
+    """Generation requests that it took and has not answered whole."""
 
     @property
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
         return self.engine.is_alive and not self.draining and not self.controls().drains(self.replica_id)
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take no new request and wait for those under way. Returns whether all ended in time."""
+    def require_ready(self) -> None:
+        """Raises ApiError while it takes no new requests."""
+        if not self.is_ready:
+            message = "The server is not ready: it is loading, draining or shutting down."
+            leave = {"Connection": "close"} if self.draining else {}
+            raise ApiError(503, message, headers={"Retry-After": "1", **leave})
+
+    def drain(self) -> int:
+        """Take no new requests from now on. Returns how many are under way."""
         self.draining = True
-        deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self.admission.num_in_flight and asyncio.get_running_loop().time() < deadline_s:
-            await asyncio.sleep(_DRAIN_CHECK_S)
-        return self.admission.num_in_flight == 0
+        return self.num_open

@@ -35,7 +35,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+_CODES = {401: "invalid_api_key", 403: "route_not_allowed", 429: "rate_limit_exceeded"}
 
 
 class ApiError(Exception):

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -19,14 +19,15 @@ class EventQueue(Generic[T]):
         self._lock = threading.Lock()
         self._items: deque[T] = deque()
 
-    def post(self, items: Iterable[T]) -> None:
-        """Post at least one item, from any thread. Once the loop is closed, items are lost."""
+    def post(self, items: Iterable[T], act: Callable[[], None] | None = None) -> None:
+        """Post at least one item, from any thread; `act` runs on the loop soon, whether or not anybody takes
+        the items. Once the loop is closed, items are lost."""
         with self._lock:
             first = not self._items
             self._items.extend(items)
-        if first:
+        if first or act is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._arrived.set)
+                self._loop.call_soon_threadsafe(self._notice, act)
 
     async def take(self, timeout_s: float) -> list[T]:
         """Everything posted since the last take, at least one item. Raises TimeoutError."""
@@ -36,3 +37,9 @@ class EventQueue(Generic[T]):
             self._items.clear()
         self._arrived.clear()
         return items
+
+    def _notice(self, act: Callable[[], None] | None) -> None:
+        if self._items:
+            self._arrived.set()
+        if act is not None:
+            act()

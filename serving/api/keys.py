@@ -1,13 +1,15 @@
 """API keys: client keys open the API, one admin key opens what changes weights or learning.
 
-Keeps sha256 digests only and compares all of them in constant time. Knows no HTTP framework. Invariant: a
-request without a key is never allowed where a key is needed.
+A client key may be a tenant's. Keeps sha256 digests only and compares all of them in constant time. Knows no
+HTTP framework. Invariant: a request without a key is never allowed where a key is needed.
 """
 
 import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import Literal
+
+from serving.tenants import DIGEST_PREFIX, Tenant
 
 Realm = Literal["open", "client", "admin"]
 
@@ -44,12 +46,20 @@ def _is_under(path: str, prefixes: Sequence[str]) -> bool:
 
 
 class KeyRing:
-    """Answers whether an Authorization header opens a realm. Raises ValueError for an invalid key."""
+    """Answers whether an Authorization header opens a realm, and whose it is. Raises ValueError for an
+    invalid key."""
 
-    def __init__(self, api_keys: Sequence[str] = (), admin_key: str | None = None) -> None:
+    def __init__(
+        self, api_keys: Sequence[str] = (), admin_key: str | None = None, tenants: Sequence[Tenant] = ()
+    ) -> None:
         for key in (*api_keys, *(() if admin_key is None else (admin_key,))):
             check_key(key)
-        self._clients = tuple(_digest(key) for key in api_keys)
+        self._tenants = tuple(
+            (bytes.fromhex(digest.removeprefix(DIGEST_PREFIX)), tenant)
+            for tenant in tenants
+            for digest in tenant.keys
+        )
+        self._clients = (*map(_digest, api_keys), *(digest for digest, _ in self._tenants))
         self._admin = () if admin_key is None else (_digest(admin_key),)
 
     def opens(self, realm: Realm, authorization: str | None) -> bool:
@@ -62,6 +72,15 @@ class KeyRing:
         accepted = self._admin if realm == "admin" else self._clients
         matches = [secrets.compare_digest(_digest(given), digest) for digest in accepted]
         return any(matches)
+
+    def tenant_of(self, authorization: str | None) -> Tenant | None:
+        """Whose key it is; None: of no tenant, or none at all."""
+        given = _bearer(authorization)
+        if not given or not self._tenants:
+            return None
+        digest = _digest(given)
+        matches = [tenant for known, tenant in self._tenants if secrets.compare_digest(digest, known)]
+        return matches[0] if matches else None
 
     def asks(self, realm: Realm) -> bool:
         """Whether a key is needed in this realm."""

@@ -27,14 +27,18 @@ class RequestLimits:
     def max_body_bytes(self) -> int:
         return _SPARE_BODY_BYTES + _BODY_BYTES_PER_TOKEN * self.max_prompt_tokens
 
-    def check_generations(self, num_prompts: int, n: int) -> None:
-        """Raises ApiError naming `prompt` where that many prompts alone are too many, else `n`."""
-        if num_prompts * n <= self.max_generations:
+    def check_generations(self, num_prompts: int, n: int, max_concurrent: int | None = None) -> None:
+        """Raises ApiError naming `prompt` where that many prompts alone are too many, else `n`.
+        `max_concurrent`: of the request's tenant."""
+        most, bound = self.max_generations, "max_generations_per_request"
+        if max_concurrent is not None and max_concurrent < most:
+            most, bound = max_concurrent, "max_concurrent"
+        if num_prompts * n <= most:
             return
-        param = "prompt" if num_prompts > self.max_generations else "n"
+        param = "prompt" if num_prompts > most else "n"
         raise bad_request(
             f"{param}: {num_prompts} prompts times n={n} are {num_prompts * n} generations; one request may "
-            f"ask for at most {self.max_generations} (max_generations_per_request). Nothing was started.",
+            f"ask for at most {most} ({bound}). Nothing was started.",
             param,
         )
 

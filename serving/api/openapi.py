@@ -17,10 +17,11 @@ Answers = dict[int | str, dict[str, Any]]
 _DESCRIPTIONS = {
     400: "The request is at fault; `param` names the field.",
     401: "A key is needed.",
+    403: "The key may not tag this route.",
     404: "The model does not exist; of an admin call, the route, version or replica.",
     408: "It took longer than `request_timeout_s`, and was cancelled.",
     413: "The body is larger than any that could be answered.",
-    429: "Too much waits already; `Retry-After` says when to come back.",
+    429: "Too much waits, or a limit of the key's tenant is reached; `Retry-After` says when to come back.",
     500: "A failure of the server's own.",
     503: "Not ready: loading, draining or stopped. Of an admin call: Redis is away.",
 }
@@ -38,7 +39,7 @@ def answers_as(media_type: str) -> Answers:
     return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
 
 
-GENERATION_ANSWERS = answers_as("text/event-stream") | errors(400, 404, 408, 413, 429, 503)
+GENERATION_ANSWERS = answers_as("text/event-stream") | errors(400, 403, 404, 408, 413, 429, 503)
 """Answers of generation endpoints: JSON, or events if `stream` is set."""
 
 

@@ -10,6 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.api.open_requests import OpenRequests
+
 REQUEST_ID_HEADER = "X-Request-Id"
 _MAX_REQUEST_ID_LEN = 128
 
@@ -51,7 +53,7 @@ class ProxyHeaders:
 
 def proxy_layers() -> list[Middleware]:
     """Called by Serve's proxy when it starts."""
-    return [Middleware(ProxyHeaders)]
+    return [Middleware(OpenRequests), Middleware(ProxyHeaders)]
 
 
 def _name(header: bytes) -> str:

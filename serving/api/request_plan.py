@@ -10,6 +10,7 @@ from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request, from_value_error
 from serving.api.request_schema import GenerationBody
 from serving.engine.request import GenerationRequest, SamplingParams, TokenConstraint
+from serving.tenants import Tenant
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class RequestPlan:
     sampling: SamplingParams
     route: str | None
     capture: bool
+    timeout_s: float | None = None
+    """As the request asks; None: the server's own."""
+    key_holder: Tenant | None = None
+    """None: its key is of no tenant."""
+
+    @property
+    def tenant(self) -> str | None:
+        """Name of the tenant whose key the request brought."""
+        return None if self.key_holder is None else self.key_holder.name
 
     @property
     def num_choices(self) -> int:
@@ -48,6 +58,8 @@ class RequestPlan:
                 choice_index=choice,
                 route=self.route,
                 capture=self.capture,
+                tenant=self.tenant,
+                cache_salt=None if self.key_holder is None else self.key_holder.cache_salt,
             )
             for number, prompt in enumerate(self.prompts)
             for choice in range(self.body.n)

@@ -146,9 +146,9 @@ class ModelDrafter:
     def _catch_up(self, batch: Batch, row: int) -> bool:
         """Feed a row that lags far behind at most one chunk. Returns whether it can draft in this round."""
         target_len = self._lengths[row] - 1
-        token_ids = batch.sequences[row].token_ids
+        token_ids, salt = batch.sequences[row].token_ids, batch.sequences[row].request.cache_salt
         if self.prefix_cache is not None and self._cached[row] == 0:
-            self._cached[row] = self.prefix_cache.load(row, token_ids[:target_len])
+            self._cached[row] = self.prefix_cache.load(row, token_ids[:target_len], salt)
         if target_len - self._cached[row] < _MAX_SHARED_LAG:
             return True
         if self._chunks_left == 0:
@@ -159,7 +159,7 @@ class ModelDrafter:
         self.runner.prefill(row, token_ids[start:end], start)
         self._cached[row] = end
         if self.prefix_cache is not None and row not in self._stale:
-            self.prefix_cache.store(row, token_ids[:end])
+            self.prefix_cache.store(row, token_ids[:end], salt=salt)
         return end == target_len
 
     def _first_pass(self, batch: Batch, wanted: list[int]) -> tuple[Tensor, Tensor]:

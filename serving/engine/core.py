@@ -97,7 +97,7 @@ class EngineCore:
     # -- between two rounds ---------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.add(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         sequence.finish_reason = sequence.finish_reason or "cancelled"

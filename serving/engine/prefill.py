@@ -110,7 +110,8 @@ class Prefill:
         if self._prefix_cache is None or sequence.request.sampling.prompt_logprobs is not None:
             return 0
         try:
-            return self._prefix_cache.load(slot, sequence.token_ids[: sequence.prompt_len - 1])
+            prompt = sequence.token_ids[: sequence.prompt_len - 1]
+            return self._prefix_cache.load(slot, prompt, sequence.request.cache_salt)
         except Exception:
             _log.exception("a prefix could not be reused; all were forgotten, the engine goes on")
             self._prefix_cache.clear()
@@ -142,7 +143,7 @@ class Prefill:
             return None
         if self._prefix_cache is None:
             return PromptStates(sequence.prompt_len - 1, BLOCK_TOKENS, ())
-        reused = self._prefix_cache.means(sequence.token_ids[: sequence.num_reused])
+        reused = self._prefix_cache.means(sequence.token_ids[: sequence.num_reused], request.cache_salt)
         return PromptStates(sequence.prompt_len - 1, self._prefix_cache.block_tokens, reused)
 
     def _embed(self, sequence: Sequence) -> list[BlockMean]:
@@ -164,7 +165,8 @@ class Prefill:
         if self._prefix_cache is None:
             return
         try:
-            self._prefix_cache.store(slot, sequence.token_ids[: sequence.num_cached], means)
+            cached = sequence.token_ids[: sequence.num_cached]
+            self._prefix_cache.store(slot, cached, means, sequence.request.cache_salt)
         except Exception:
             _log.exception("a prefix could not be kept; all were forgotten, the engine goes on")
             self._prefix_cache.clear()

@@ -187,6 +187,10 @@ class GenerationRequest:
     """None: the engine's router sets it when prefill ends; `default` without a router."""
     capture: bool = False
     """Keep the target's log-probabilities at every verified position, for the recorder."""
+    tenant: str | None = None
+    """Who asks. Those who ask share the slots fairly, whatever each has waiting; see `scheduler`."""
+    cache_salt: str | None = None
+    """Prefixes are shared only among requests of the same salt."""
 
 
 def check_fit(request: GenerationRequest, *, max_seq_len: int, vocab_size: int) -> None:

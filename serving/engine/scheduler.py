@@ -3,9 +3,14 @@
 Running sequences hold the slots 0 .. len(running) - 1, in order; one more may be in prefill, in the slot
 right behind them. When a sequence leaves, the last one moves into its slot, so that a pass always runs
 contiguous slots.
+
+Waiting requests of one tenant are served in the order of their arrival; among tenants the next slot goes to
+whoever had the fewest tokens computed so far, prompts and outputs alike (arXiv 2401.00588). Whoever comes
+back after a pause counts as if it had been served as much as whoever got the last slot: a pause saves up
+nothing. With one tenant, or none, that is first come, first served.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 
 from serving.engine.sequence import Sequence
@@ -22,13 +27,18 @@ class Move:
 
 
 class Scheduler:
-    """First come, first served."""
+    """Tenants are few: what each was served is kept for good."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.waiting: deque[Sequence] = deque()
+        """In the order of arrival."""
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
+        self._served: defaultdict[str | None, int] = defaultdict(int)
+        """Tokens computed for each tenant, without those of the sequences that are active."""
+        self._last_served = 0
+        """What the tenant that got the last slot had been served by then."""
 
     @property
     def has_work(self) -> bool:
@@ -42,8 +52,16 @@ class Scheduler:
         """Give the next waiting sequence a slot for its prefill. Returns the slot to clear, if any."""
         if self.prefilling is not None or not self.waiting or len(self.running) >= self.num_slots:
             return None
-        self.prefilling = self.waiting.popleft()
+        self.prefilling = self._take_next()
         return len(self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        tenant = sequence.request.tenant
+        if all(other.request.tenant != tenant for other in self.waiting):
+            missing = self._last_served - self._served_to(tenant)
+            self._served[tenant] += max(0, missing)
+        self.waiting.append(sequence)
 
     def finish_prefill(self) -> None:
         """The prefilled sequence joins the running ones; its slot is the next in order already."""
@@ -67,7 +85,28 @@ class Scheduler:
         if prefilling is not None and prefilling.finish_reason is not None:
             self.prefilling = None
             left.append(prefilling)
+        for sequence in left:
+            self._served[sequence.request.tenant] += _num_computed(sequence)
         finished_waiting = [sequence for sequence in self.waiting if sequence.finish_reason is not None]
         if finished_waiting:
             self.waiting = deque(sequence for sequence in self.waiting if sequence.finish_reason is None)
         return left + finished_waiting, moves
+
+    def _take_next(self) -> Sequence:
+        first: dict[str | None, Sequence] = {}
+        for sequence in self.waiting:
+            first.setdefault(sequence.request.tenant, sequence)
+        tenant = min(first, key=self._served_to)  # of those served alike, whose request is the oldest
+        self._last_served = self._served_to(tenant)
+        self.waiting.remove(first[tenant])
+        return first[tenant]
+
+    def _served_to(self, tenant: str | None) -> int:
+        active = (*self.running, *([] if self.prefilling is None else [self.prefilling]))
+        now = sum(_num_computed(sequence) for sequence in active if sequence.request.tenant == tenant)
+        return self._served[tenant] + now
+
+
+def _num_computed(sequence: Sequence) -> int:
+    """Tokens of its prompt and output; a prompt counts once it has a slot."""
+    return len(sequence.token_ids)

@@ -337,3 +337,12 @@ def test_a_flipped_bit_never_goes_unnoticed(place: int, flip: int) -> None:
     data[place % len(data)] ^= flip
     with pytest.raises(SeamError):
         decode(GenerationRecord, bytes(data))
+
+
+def test_a_record_says_that_it_is_isolated_and_others_are_as_they_were() -> None:
+    """Builds that know no isolation read every other record, and refuse these rather than share them."""
+    record = make_record()
+    assert b"isolated" not in encode(record)
+    assert not decode(GenerationRecord, encode(record)).isolated
+    kept = encode(replace(record, isolated=True))
+    assert b"isolated" in kept and decode(GenerationRecord, kept).isolated

@@ -315,6 +315,16 @@ def test_a_route_with_a_draft_of_its_own_always_has_a_stream(open_store: OpenSto
     assert store.num_rerouted_records == 1
 
 
+def test_a_record_of_an_isolated_route_never_goes_to_default(open_store: OpenStore) -> None:
+    """`default`'s draft serves everybody. Without isolation the record goes there, as `b` does."""
+    store = open_store(Bounds(max_routes=1))
+    tagged(store, "a", "b")
+    store.append(StreamKey("revision", "own"), [borrowed("x", route="own", isolated=True)])
+    assert open_routes(store) == ["a", "default", "own"]
+    [kept] = store.read_new(StreamKey("revision", "own"), "learner", 9)
+    assert kept.record.isolated
+
+
 def test_a_stream_that_nobody_appends_to_is_forgotten_and_makes_room(
     open_store: OpenStore, clock: FakeClock
 ) -> None:

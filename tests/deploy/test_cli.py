@@ -33,6 +33,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
         "learning",
         "capture",
         "drain",
+        "key",
         "records",
         "admin",
         "doctor",

@@ -84,6 +84,6 @@ def test_every_metric_is_there_with_its_labels_as_prometheus_serves_it() -> None
 
 def test_every_endpoint_is_there_with_its_key_and_statuses() -> None:
     lines = "\n".join(generate.api_lines())
-    assert "| `POST /v1/completions` | client | 200, 400, 401, 404, 408, 413, 429, 500, 503 |" in lines
+    assert "| `POST /v1/completions` | client | 200, 400, 401, 403, 404, 408, 413, 429, 500, 503 |" in lines
     assert "| `GET /health` | none |" in lines
     assert "| `GET /admin/status` | admin |" in lines

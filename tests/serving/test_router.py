@@ -43,3 +43,11 @@ def test_a_table_made_for_another_target_routes_nothing() -> None:
     router, embedding_H = PromptRouter("revision"), np.array([11.0, 10.0, 10.0], dtype=np.float16)
     router.use(make_table("sql", target_revision="another"))
     assert router(embedding_H) == "default"
+
+
+def test_no_prompt_is_of_a_closed_route_whatever_the_table_says() -> None:
+    router, embedding_H = PromptRouter("revision"), np.array([11.0, 10.0, 10.0], dtype=np.float16)
+    router.use(make_table("sql", "code"))
+    router.closed_routes = frozenset({"sql"})
+    assert router(embedding_H) == "default"
+    assert router(embedding_H[[1, 0, 2]]) == "code"

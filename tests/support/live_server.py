@@ -41,9 +41,13 @@ class LiveServer:
 
 @contextlib.contextmanager
 def live_server(
-    settings: ServingSettings, replica_id: str = "replica-0", redis_url: str | None = None
+    settings: ServingSettings,
+    replica_id: str = "replica-0",
+    redis_url: str | None = None,
+    send_buffer_bytes: int | None = None,
 ) -> Iterator[LiveServer]:
-    """Store and feed in memory, or on this Redis, which other replicas may share."""
+    """Store and feed in memory, or on this Redis, which other replicas may share. `send_buffer_bytes`: how
+    much of an answer the kernel takes from the server before its client reads."""
     store: RecordStore
     feed: AdapterFeed
     if redis_url is None:
@@ -54,6 +58,8 @@ def live_server(
         store = RedisRecordStore(redis_url)
         feed = RedisAdapterFeed(redis_url, parts.engine.target_revision)
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes is not None:  # connections inherit it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     server = uvicorn.Server(uvicorn.Config(create_app(parts.context), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -5,8 +5,9 @@ could collide. Chains share their common blocks; the least recently used block i
 and no weights: a draft, whose weights change, clears its own. Invariants: a parent is always marked as used
 after its children, so that it is never evicted before them; values that are not finite are never kept. Copied
 values may have been computed in chunks of another shape: equal up to the last bits, as chunked prefill is in
-any case. Requests of different API keys share blocks: the time to the first token shows that a prompt's
-beginning was seen before, and nothing else does. `prefix_cache_mib = 0` turns it off.
+any case. Requests of one salt share blocks, those of different API keys too: the time to the first token
+shows that a prompt's beginning was seen before, and nothing else does. An isolated tenant has a salt of its
+own; `prefix_cache_mib = 0` turns the cache off.
 """
 
 from collections import OrderedDict
@@ -21,8 +22,9 @@ from serving.engine.passes.slot_cache import SlotCache
 BLOCK_TOKENS = 16
 _ROOT = -1
 
-_Key = tuple[int, tuple[int, ...]]
-"""The parent block's row in the pool, and the block's tokens."""
+_Key = tuple[int | str, tuple[int, ...]]
+"""The parent block's row in the pool, and the block's tokens. A first block has its salt in place of a row,
+or _ROOT without one."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class PrefixCache:
             max_bytes=self.num_bytes,
         )
 
-    def load(self, slot: int, token_ids: Sequence[int]) -> int:
+    def load(self, slot: int, token_ids: Sequence[int], salt: str | None = None) -> int:
         """Fill a slot's first columns with the longest known prefix of `token_ids`. Returns how many."""
-        chain = self._find(token_ids)
+        chain = self._find(token_ids, salt)
         num_columns = len(chain) * self._block_tokens
         if chain:
             self._touch(chain)
@@ -87,14 +89,20 @@ class PrefixCache:
     def block_tokens(self) -> int:
         return self._block_tokens
 
-    def means(self, token_ids: Sequence[int]) -> list[BlockMean]:
+    def means(self, token_ids: Sequence[int], salt: str | None = None) -> list[BlockMean]:
         """Means of the known blocks that `token_ids` begin with."""
-        return [self._means.get(self._rows[key]) for key in self._find(token_ids)]
+        return [self._means.get(self._rows[key]) for key in self._find(token_ids, salt)]
 
-    def store(self, slot: int, token_ids: Sequence[int], means: Sequence[BlockMean] = ()) -> None:
+    def store(
+        self,
+        slot: int,
+        token_ids: Sequence[int],
+        means: Sequence[BlockMean] = (),
+        salt: str | None = None,
+    ) -> None:
         """Keep the slot's first columns, which hold `token_ids`: whole blocks that are not kept yet. `means`:
         hidden states of the first blocks, as far as they are known."""
-        chain = self._find(token_ids)
+        chain = self._find(token_ids, salt)
         self._touch(chain)
         num_known = len(chain)
         num_new = min(len(token_ids) // self._block_tokens, self._num_blocks) - num_known
@@ -108,7 +116,7 @@ class PrefixCache:
         blocks_L2HNCD = columns_L2HTD.unflatten(3, (num_new, self._block_tokens))
         self._kv_L2HNCD.index_copy_(3, self._index(rows), blocks_L2HNCD)
         for number, row in enumerate(rows, start=num_known):
-            parent = self._rows[chain[-1]] if chain else _ROOT
+            parent = self._rows[chain[-1]] if chain else _root(salt)
             chain.append(self._key(parent, self._block(token_ids, number)))
             self._rows[chain[-1]] = row
             if number < len(means):
@@ -121,10 +129,10 @@ class PrefixCache:
         self._means.clear()
         self._free = list(range(self._num_blocks))
 
-    def _find(self, token_ids: Sequence[int]) -> list[_Key]:
+    def _find(self, token_ids: Sequence[int], salt: str | None) -> list[_Key]:
         """The longest chain of known blocks that `token_ids` begin with."""
         chain: list[_Key] = []
-        parent = _ROOT
+        parent = _root(salt)
         for number in range(len(token_ids) // self._block_tokens):
             key = self._key(parent, self._block(token_ids, number))
             row = self._rows.get(key)
@@ -134,7 +142,7 @@ class PrefixCache:
             parent = row
         return chain
 
-    def _key(self, parent: int, tokens: tuple[int, ...]) -> _Key:
+    def _key(self, parent: int | str, tokens: tuple[int, ...]) -> _Key:
         return parent, tokens
 
     def _block(self, token_ids: Sequence[int], number: int) -> tuple[int, ...]:
@@ -156,3 +164,8 @@ class PrefixCache:
 
     def _index(self, rows: list[int]) -> torch.Tensor:
         return torch.tensor(rows, device=self._kv_L2HNCD.device)
+
+
+def _root(salt: str | None) -> int | str:
+    """The parent of a first block."""
+    return _ROOT if salt is None else salt

@@ -226,7 +226,9 @@ class AsyncLLMEngine:
             arguments["structured_outputs"] = StructuredOutputsParams(**form)
         sampling = SamplingParams(**arguments, output_kind=RequestOutputKind.DELTA)
         self._meter.count_prompt(len(request.prompt_token_ids))
-        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
         async for output in self._llm.generate(prompt, sampling, name):
             completion = output.outputs[0]
             event = generation.add_output(completion.token_ids, completion.logprobs, output.prompt_logprobs)

@@ -110,3 +110,72 @@ def test_whatever_comes_and_goes_nothing_is_counted_twice(steps: list[tuple[int,
         ticket.release()
     assert bound.num_in_flight == 0
     bound.admit(4, 1000)
+
+
+# -- several owners -----------------------------------------------------------------------------------
+
+
+def shared(*, num_slots: int = 1, requests: int = 8, tokens: int = 100) -> Admission:
+    return Admission(
+        num_slots=num_slots,
+        max_queued_requests=requests,
+        max_queued_prompt_tokens=tokens,
+        clock=Clock(),
+        has_owners=True,
+    )
+
+
+def fill(bound: Admission, owner: str | None, num_tokens: int = 0) -> int:
+    """How many requests of this owner are admitted until one is refused."""
+    for number in range(1000):
+        try:
+            bound.admit(1, num_tokens, owner)
+        except QueueFullError:
+            return number
+    raise AssertionError("there is no bound")
+
+
+def test_no_owner_can_fill_the_queue() -> None:
+    bound = shared()
+    assert fill(bound, "flood") == 5, "the slot and half of the queue"
+    assert fill(bound, "second") >= 1
+    assert fill(bound, "third") >= 1
+    assert fill(bound, None) >= 1, "keys of no tenant are an owner, too"
+
+
+def test_no_owner_can_fill_the_prompt_tokens_that_may_wait() -> None:
+    bound = shared(num_slots=100, tokens=100)
+    assert fill(bound, "flood", num_tokens=10) == 5
+    assert fill(bound, "second", num_tokens=10) >= 1
+    bound.admit(1, 5, "third")
+
+
+def test_without_owners_one_may_fill_it() -> None:
+    """The control: as services without tenants do."""
+    bound = admission(num_slots=1, requests=8)
+    for _ in range(9):
+        bound.admit(1, 0, "flood")
+    with pytest.raises(QueueFullError, match="max_queued_requests=8 reached"):
+        bound.admit(1, 0, "second")
+
+
+def test_an_owner_has_no_more_at_once_than_it_may() -> None:
+    bound = shared(requests=100)
+    ticket = bound.admit(2, 0, "a", max_concurrent=3)
+    with pytest.raises(QueueFullError, match="max_concurrent=3"):
+        bound.admit(2, 0, "a", max_concurrent=3)
+    bound.admit(2, 0, "b", max_concurrent=3)
+    ticket.release()
+    bound.admit(3, 0, "a", max_concurrent=3)
+
+
+def test_a_look_takes_no_place_and_says_what_admission_would() -> None:
+    bound = admission(num_slots=1, requests=1)
+    for _ in range(3):
+        bound.check()
+    bound.admit(1, 1)
+    bound.check()
+    bound.admit(1, 1)
+    with pytest.raises(QueueFullError):
+        bound.check()
+    assert bound.num_in_flight == 2

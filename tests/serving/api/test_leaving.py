@@ -110,6 +110,52 @@ def test_a_deadline_ends_the_request_with_408(tiny_pair: tuple[str, str]) -> Non
         server.wait_until_idle(timeout_s=2.0)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_may_give_itself_less_time_also_where_it_never_gets_a_slot(
+    tiny_pair: tuple[str, str], stream: bool
+) -> None:
+    """The one that runs holds the only slot for longer than a test may take."""
+    settings = ServingSettings(
+        compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=1, max_seq_len=256
+    )
+    with live_server(settings) as server:
+        num_prompt_tokens = server.parts.engine.stats().num_prompt_tokens
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 60, "stream": True}):
+            busy(server)
+            url, body = (
+                f"{server.url}/v1/completions",
+                LONG | {"prompt": "b" * 40, "max_tokens": 200, "stream": stream},
+            )
+            late = httpx.post(url, json=body, headers={"X-Request-Timeout": "0.05"}, timeout=30)
+            assert "took longer than 0.05 s" in late.text and '"type":"timeout_error"' in late.text
+            assert late.status_code == (200 if stream else 408)
+        server.wait_until_idle(timeout_s=30.0)
+        taken_in = server.parts.engine.stats().num_prompt_tokens - num_prompt_tokens
+        assert taken_in <= 60, "its prompt of 40 tokens was never computed"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_that_is_none_is_refused(server: LiveServer, value: str) -> None:
+    headers = {"X-Request-Timeout": value}
+    answer = httpx.post(f"{server.url}/v1/completions", json=LONG, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "X-Request-Timeout")
+
+
+def test_no_request_gives_itself_more_time_than_there_is(tiny_pair: tuple[str, str]) -> None:
+    settings = ServingSettings(
+        compile="off",
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=512,
+        request_timeout_s=0.05,
+    )
+    with live_server(settings) as server:
+        body, headers = LONG | {"max_tokens": 500, "n": 8}, {"X-Request-Timeout": "600"}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30)
+        assert answer.status_code == 408 and "0.05 s" in answer.json()["error"]["message"]
+
+
 def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple[str, str]) -> None:
     settings = ServingSettings(
         compile="off",
@@ -144,6 +190,37 @@ def test_a_full_queue_answers_429_with_retry_after_and_recovers(tiny_pair: tuple
         assert "everdraft_requests_rejected_total" in httpx.get(f"{server.url}/metrics").text
 
 
+def test_what_cannot_be_queued_is_refused_before_its_prompt_is_tokenised(tiny_pair: tuple[str, str]) -> None:
+    """Only its tokens could tell that each of these is too long: idle, the server says so."""
+    settings = ServingSettings(
+        compile="off",
+        target=tiny_pair[0],
+        draft=tiny_pair[1],
+        num_slots=1,
+        max_seq_len=256,
+        max_queued_requests=0,
+    )
+    text = "fox " * 20_000
+    bodies: dict[str, dict[str, object]] = {
+        "completions": {"prompt": text},
+        "chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "responses": {"input": text},
+    }
+
+    def statuses() -> set[int]:
+        posts = (
+            httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60) for path, body in bodies.items()
+        )
+        return {answer.status_code for answer in posts}
+
+    with live_server(settings) as server:
+        assert statuses() == {400}
+        ticket = server.parts.context.admission.admit(1, 1)
+        assert statuses() == {429}
+        ticket.release()
+        assert statuses() == {400}
+
+
 def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[str, str]) -> None:
     settings = ServingSettings(
         compile="off", target=tiny_pair[0], draft=tiny_pair[1], num_slots=2, max_seq_len=256
@@ -154,12 +231,14 @@ def test_a_draining_replica_ends_what_it_has_and_takes_no_more(tiny_pair: tuple[
         thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=LONG, timeout=30)))
         thread.start()
         busy(server)
-        assert not asyncio.run(server.parts.context.drain(timeout_s=0.0))
+        assert server.parts.context.drain() == 1
         assert httpx.get(f"{server.url}/ready").status_code == 503
         assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.post(url, json=LONG).status_code == 503
-        assert asyncio.run(server.parts.context.drain(timeout_s=10.0))
+        refused = httpx.post(url, json=LONG)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.headers["connection"] == "close", "the next request finds another server"
         thread.join()
+        assert server.parts.context.drain() == 0
         assert answers[0].status_code == 200
         assert answers[0].json()["usage"]["completion_tokens"] == 230
 

@@ -14,6 +14,7 @@ from buffer.errors import StoreUnavailableError
 from buffer.memory_store import MemoryAdapterFeed
 from serving.api.errors import ErrorBody
 from serving.settings import ServingSettings
+from serving.tenants import Tenant, digest_of
 from tests.buffer.samples import make_manifest
 from tests.support.live_server import LiveServer, live_server
 
@@ -66,6 +67,7 @@ def keyed(tiny_pair: tuple[str, str]) -> Iterator[LiveServer]:
         max_queued_prompt_tokens=1000,
         api_keys=(SecretStr("sk-client"),),
         admin_key=SecretStr("sk-admin"),
+        tenants=(Tenant(name="acme", keys=(digest_of("sk-acme-1"),), isolated=True, routes=("law",)),),
     )
     with live_server(settings) as live:
         yield live
@@ -168,6 +170,8 @@ def test_every_endpoint_answers_as_described_and_every_description_comes_true(
         for path in generating:
             ask("post", path, headers=CLIENT, json=GOOD_BODIES[path][0])
     keyed.wait_until_idle()
+    for path in generating:
+        ask("post", path, headers=CLIENT | {"X-Everdraft-Route": "law"}, json=GOOD_BODIES[path][0])
     place = context.admission.admit(1, 1)
     for path in generating:
         ask("post", path, headers=CLIENT, json=GOOD_BODIES[path][0])

@@ -136,3 +136,87 @@ def test_following_the_moves_every_sequence_finds_its_columns_in_its_slot(data: 
         here = [*names(held), *names(list(scheduler.waiting))]
         assert sorted(here + gone, key=int) == come, "one was lost, or left twice"
         assert sorted(names(list(scheduler.waiting)), key=int) == names(list(scheduler.waiting))
+
+
+# -- several tenants ----------------------------------------------------------------------------------
+
+
+def of(tenant: str | None, name: str, num_tokens: int = 3) -> Sequence:
+    request = GenerationRequest(name, (1,) * num_tokens, tenant=tenant)
+    return Sequence(request, frozenset(), lambda event: None)
+
+
+def serve_next(scheduler: Scheduler, num_output: int = 7) -> str:
+    """The tenant that gets the only slot, which its request then leaves with so many tokens."""
+    assert scheduler.admit() == 0 and scheduler.prefilling is not None
+    scheduler.finish_prefill()
+    [served] = scheduler.running
+    served.token_ids += [1] * num_output
+    served.finish_reason = "length"
+    scheduler.retire()
+    return served.request.tenant or "nobody's"
+
+
+def test_a_tenant_that_floods_waits_for_its_own_and_others_take_turns() -> None:
+    scheduler = Scheduler(1)
+    for number in range(50):
+        scheduler.add(of("flood", str(number)))
+    for number in range(3):
+        scheduler.add(of("a", f"a{number}"))
+        scheduler.add(of("b", f"b{number}"))
+    turns = [serve_next(scheduler) for _ in range(9)]
+    assert turns == ["flood", "a", "b"] * 3
+    assert {serve_next(scheduler) for _ in range(47)} == {"flood"}
+    assert not scheduler.has_work
+
+
+def test_turns_are_of_tokens_not_of_requests() -> None:
+    scheduler = Scheduler(1)
+    for number in range(40):
+        scheduler.add(of("long", f"l{number}", num_tokens=90))
+        scheduler.add(of("short", f"s{number}", num_tokens=10))
+    turns = [serve_next(scheduler, num_output=0) for _ in range(20)]
+    assert turns.count("long") == 2 and turns.count("short") == 18
+
+
+def test_a_pause_saves_up_nothing() -> None:
+    scheduler = Scheduler(1)
+    for number in range(100):
+        scheduler.add(of("busy", str(number)))
+    for _ in range(50):
+        serve_next(scheduler)
+    for number in range(20):
+        scheduler.add(of("back", f"b{number}"))
+    turns = [serve_next(scheduler) for _ in range(20)]
+    assert turns.count("back") == 10
+
+
+def test_what_runs_counts_before_it_ends() -> None:
+    scheduler = Scheduler(2)
+    scheduler.add(of("a", "a0"))
+    scheduler.add(of("b", "b0", num_tokens=4))
+    for _ in range(2):
+        scheduler.admit()
+        scheduler.finish_prefill()
+    scheduler.running[0].token_ids += [1] * 100
+    scheduler.add(of("a", "a1"))
+    scheduler.add(of("b", "b1"))
+    scheduler.running[1].finish_reason = "stop"
+    scheduler.retire()
+    scheduler.admit()
+    assert scheduler.prefilling is not None and scheduler.prefilling.request.request_id == "b1"
+
+
+@given(st.lists(st.integers(1, 9), max_size=30), st.sampled_from([None, "only"]))
+def test_one_tenant_is_served_in_the_order_of_arrival(lengths: list[int], tenant: str | None) -> None:
+    """Whatever was served before; the rule of services without tenants."""
+    scheduler, order = Scheduler(1), list[str]()
+    for number, length in enumerate(lengths):
+        scheduler.add(of(tenant, str(number), length))
+        if number % 3 == 2:
+            order.append(scheduler.waiting[0].request.request_id)
+            serve_next(scheduler, num_output=length)
+    while scheduler.has_work:
+        order.append(scheduler.waiting[0].request.request_id)
+        serve_next(scheduler)
+    assert order == [str(number) for number in range(len(lengths))]

@@ -121,6 +121,19 @@ def test_a_longer_chain_never_pushes_out_its_own_beginning() -> None:
     assert torch.equal(cache.columns(0, 0, 8), cache.columns(1, 0, 8))
 
 
+def test_prefixes_of_another_salt_are_not_found() -> None:
+    cache = slots()
+    prefixes = pool(cache)
+    prompt = (1, 1, 2, 2)
+    fill(cache, 1, prompt)
+    prefixes.store(1, prompt, salt="acme")
+    assert [prefixes.load(0, prompt, salt) for salt in ("acme", "globex", None)] == [4, 0, 0]
+    assert [len(prefixes.means(prompt, salt)) for salt in ("acme", "globex", None)] == [2, 0, 0]
+    prefixes.store(1, prompt)
+    assert [prefixes.load(0, prompt, salt) for salt in ("acme", "globex", None)] == [4, 0, 4]
+    assert prefixes.stats().num_bytes == 4 * block_bytes(cache)
+
+
 def test_a_prefix_that_is_not_finite_is_not_kept() -> None:
     cache = slots()
     prefixes = pool(cache)
