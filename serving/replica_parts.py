@@ -147,6 +147,7 @@ class ReplicaParts:
                 replica_id=self._replica_id,
                 num_rejected=lambda: admission.num_rejected,
                 exporter=self._exporter,
+                model_name=settings.served_name,
             ),
             recorder=self._new_recorder(engine),
             status=self.status,

@@ -64,7 +64,7 @@ class ActiveRequest:
     def __init__(self, context: AppContext, plan: RequestPlan, ticket: Ticket, began_s: float) -> None:
         self._context, self._plan, self._ticket = context, plan, ticket
         self._deadline_s = began_s + context.request_timeout_s
-        self._clocks = [context.metrics.clock(began_s) for _ in range(plan.num_choices)]
+        self._clocks = [context.metrics.clock(began_s, plan.tenant) for _ in range(plan.num_choices)]
         self._event_queue: EventQueue[_Arrival] = EventQueue()
         self._handles: list[GenerationHandle] = []
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
@@ -134,8 +134,7 @@ class ActiveRequest:
             self._handles[arrival.index].cancel()
         if delta.generation is not None:
             self.generations.append(delta.generation)
-            clock.queued(delta.generation.queued_s)
-            clock.finished(delta.finish_reason or "stop", arrival.at_s)
+            clock.finished(delta.finish_reason or "stop", arrival.at_s, generation=delta.generation)
         return delta
 
     def _new_state(self, index: int) -> ChoiceState:

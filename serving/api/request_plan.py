@@ -26,6 +26,8 @@ class RequestPlan:
     sampling: SamplingParams
     route: str | None
     capture: bool
+    tenant: str = ""
+    """Whose request it is; empty where there are no tenants."""
 
     @property
     def num_choices(self) -> int:
