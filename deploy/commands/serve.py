@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.console import ConfigOption, errors, output, plain_faults
+from deploy.commands.console import ConfigOption, narrator, output, plain_faults
 
 
 def serve(
@@ -40,7 +40,8 @@ def serve(
     }
     with plain_faults():
         settings = load_settings(config, os.environ, overrides)
-        with running_system(settings, errors().print) as system:
+        tell = narrator(settings.cluster.log_format)
+        with running_system(settings, tell) as system:
             invite(output(), system)
             wait_for_stop(system.note_learner)
-            errors().print("stopping")
+            tell("stopping")
