@@ -7,7 +7,7 @@ every few generations.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
 from serving.api.admission import QueueFullError, Ticket
@@ -20,6 +20,7 @@ from serving.api.text_stream import TextStream
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
 from serving.engine.request import Generation, GenerationRequest, TokenEvent
+from serving.log_lines import REQUEST_ID
 from serving.recorder import Recorder
 
 _SLICE = 8
@@ -61,10 +62,20 @@ class _Listener:
 class ActiveRequest:
     """Made by `open_request`; must be closed."""
 
-    def __init__(self, context: AppContext, plan: RequestPlan, ticket: Ticket, began_s: float) -> None:
+    def __init__(
+        self,
+        context: AppContext,
+        plan: RequestPlan,
+        ticket: Ticket,
+        began_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
         self._context, self._plan, self._ticket = context, plan, ticket
         self._deadline_s = began_s + context.request_timeout_s
         self._clocks = [context.metrics.clock(began_s, plan.tenant) for _ in range(plan.num_choices)]
+        self._trace = None
+        if context.tracing is not None:
+            self._trace = context.tracing.begin(plan, headers, began_s, REQUEST_ID.get())
         self._event_queue: EventQueue[_Arrival] = EventQueue()
         self._handles: list[GenerationHandle] = []
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
@@ -114,6 +125,8 @@ class ActiveRequest:
                 handle.cancel()
                 clock.finished("abort")
         self._ticket.release()
+        if self._trace is not None:
+            self._trace.close()
 
     async def _take(self) -> list[_Arrival]:
         try:
@@ -129,7 +142,14 @@ class ActiveRequest:
             delta = state.push(arrival.event)
         except ApiError:
             clock.finished("error", arrival.at_s)
+            if self._trace is not None:
+                self._trace.failed(arrival.index, arrival.at_s)
             raise
+        if self._trace is not None:
+            num_tokens = len(arrival.event.token_ids)
+            self._trace.arrived(
+                arrival.index, num_tokens, arrival.at_s, delta.generation, delta.finish_reason
+            )
         if state.wants_cancel:
             self._handles[arrival.index].cancel()
         if delta.generation is not None:
@@ -150,8 +170,9 @@ class ActiveRequest:
         return ChoiceState(index, stream, include_stop=include_stop)
 
 
-def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
-    """Take a place in the queue. Raises ApiError, and then holds no place."""
+def open_request(context: AppContext, plan: RequestPlan, headers: Mapping[str, str]) -> ActiveRequest:
+    """Take a place in the queue. `headers` of the request may say which trace it belongs to. Raises ApiError,
+    and then holds no place."""
     began_s = time.monotonic()
     if not context.is_ready:
         message = "The server is not ready: it is loading, draining or shutting down."
@@ -160,4 +181,4 @@ def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
         ticket = context.admission.admit(plan.num_choices, plan.num_prompt_tokens * plan.body.n)
     except QueueFullError as error:
         raise queue_full(error) from None
-    return ActiveRequest(context, plan, ticket, began_s)
+    return ActiveRequest(context, plan, ticket, began_s, headers)

@@ -72,7 +72,7 @@ async def respond(context: AppContext, request: Request, plan: RequestPlan, rend
     """Raises ApiError if the request cannot start, or if it fails and is not streamed."""
     setattr(request.state, ANSWER_ID, plan.api_id)
     with ExitStack() as ends:
-        active = open_request(context, plan)
+        active = open_request(context, plan, request.headers)
         ends.callback(active.close)
         response = await _unless_client_leaves(request, _begun(active, plan, renderer))
         if isinstance(response, sse.EventStream):

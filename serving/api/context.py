@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buffer.administration import Administration
 from buffer.audit import Caller
@@ -19,6 +19,9 @@ from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
 from serving.structured_output import GrammarCompiler
+
+if TYPE_CHECKING:
+    from serving.tracing import RequestTracing
 
 _DRAIN_CHECK_S = 0.02
 
@@ -55,6 +58,8 @@ class AppContext:
     grammars: GrammarCompiler
     tool_parser: ToolParserName | None
     """The form in which the model calls tools; None: none that is known."""
+    tracing: "RequestTracing | None" = None
+    """None: nobody collects traces."""
     draining: bool = field(default=False)
     """It shuts down. An operator's order to drain is in `controls`."""
 
