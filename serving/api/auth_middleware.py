@@ -61,6 +61,7 @@ class AuthMiddleware:
         if refusal is not None:
             self._note(scope, REFUSED_BY_KEY)
             await refusal.response()(scope, receive, send_with_id)
+            _tell(scope, status, began_s)
             return
         try:
             await self._app(scope, receive, send_with_id)
@@ -70,8 +71,7 @@ class AuthMiddleware:
                 await internal_error().response()(scope, receive, send_with_id)
         if 400 <= status < 500 and scope["method"] not in _READING and not scope["state"].get(AUDITED):
             self._note(scope, f"refused: status {status}")
-        if _log.isEnabledFor(logging.INFO):
-            _log.info("answered", extra={FIELDS: _access(scope, status, time.monotonic() - began_s)})
+        _tell(scope, status, began_s)
 
     def _note(self, scope: Scope, outcome: str) -> None:
         """An admin call that reached no operation, which would have noted it."""
@@ -94,15 +94,19 @@ def caller_of(scope: Scope) -> Caller:
     return Caller(shown_digest(Headers(scope=scope).get("authorization")), host)
 
 
-def _access(scope: Scope, status: int, seconds: float) -> dict[str, object]:
-    """A path may hold anything, so it is told by its route."""
-    return {
+def _tell(scope: Scope, status: int, began_s: float) -> None:
+    """A line of the log, but for probes and scrapes that went well. A path may hold anything, so it is told
+    by its route."""
+    if not _log.isEnabledFor(logging.INFO) or (status < 400 and realm_of(_route_path(scope)) == "open"):
+        return
+    fields = {
         "method": scope["method"],
         "route": getattr(scope.get("route"), "path", None),
         "status": status,
-        "seconds": round(seconds, 6),
+        "seconds": round(time.monotonic() - began_s, 6),
         ANSWER_ID: scope["state"].get(ANSWER_ID),
     }
+    _log.info("answered", extra={FIELDS: fields})
 
 
 def _route_path(scope: Scope) -> str:
