@@ -7,13 +7,14 @@ request was due; the clients are a process of their own.
 
 import math
 import multiprocessing
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,9 +22,13 @@ from benchmarks.load_client import LoadSpec, Sent, Timing, closed_loop, open_loo
 from deploy.demo.corpus import DOMAINS, prompts
 from deploy.demo.question_rows import check_folder, rows
 
+if TYPE_CHECKING:
+    from deploy.learner_process import LearnerHandle
+
 NUM_QUESTIONS = 2_000
 """Different ones at most; then they are asked again."""
 PERCENTILES = (50, 95, 99)
+_LEARNER_S = 600.0
 _WARM_SHARE = 0.25
 """Of a load's seconds, before anything is measured."""
 
@@ -61,6 +66,15 @@ def client_process() -> Iterator[ProcessPoolExecutor]:
     """Where `open_loop` and `closed_loop` run, one after another."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
+
+
+def await_learner(learner: "LearnerHandle | None") -> None:
+    """Until it has loaded its models, which takes a core. Raises TimeoutError."""
+    deadline_s = time.monotonic() + _LEARNER_S
+    while learner is not None and "num_steps" not in learner.snapshot():
+        if time.monotonic() >= deadline_s:
+            raise TimeoutError(f"the learner did not start within {_LEARNER_S:g} s; nothing was measured")
+        time.sleep(1.0)
 
 
 def measure_capacity(

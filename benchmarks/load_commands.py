@@ -50,8 +50,7 @@ def load(
     port: Annotated[int, typer.Option(help="Of the service.")] = 8123,
     report: Annotated[Path | None, typer.Option(help="Where the figures go (JSON).")] = None,
 ) -> None:
-    """Latency, throughput and refusals of the whole service by load; with --requests, what its processes hold
-    over so many."""
+    """The whole service by load: latency, throughput, refusals; with --requests, what its processes hold."""
     from benchmarks import load as bench
     from benchmarks import load_views
     from benchmarks.load_client import LoadSpec
@@ -62,28 +61,29 @@ def load(
     shares = loads or ([0.9] if requests else [0.5, 0.9, 1.1, 2.0])
     if min(shares) <= 0.0:
         raise typer.BadParameter(f"--load {min(shares):g} is no load; give a share of capacity above 0")
-    say, name = errors().print, "soak" if requests else "load"
-    learns = bool(requests) if learner is None else learner
+    say, learns = errors().print, bool(requests) if learner is None else learner
     with plain_faults(), TemporaryDirectory() as folder, bench.client_process() as clients:
-        serving = {"target": target, "draft": draft, "compile": compile}
+        models = {"target": target, "draft": draft, "compile": compile, **_bounds(requests)}
         overrides = {
-            "serving": {**serving, "num_slots": slots, "num_threads": threads, **_bounds(requests)},
+            "serving": {**models, "num_slots": slots, "num_threads": threads},
             "cluster": {"port": port, "state_dir": Path(folder), "learn": learns},
         }
-        settings, asked = load_settings(config, {}, overrides), bench.questions(data)
+        asked, settings = bench.questions(data), load_settings(config, {}, overrides)
         with running_system(settings, say) as system:
+            bench.await_learner(system.learner)
             spec = LoadSpec(system.url, asked, tokens)
             run = _Run(clients, spec, bench.measure_capacity(clients, spec, slots, seconds, say), seed)
             if requests:
                 metrics, series = run.soak(system.redis_url, shares[0], requests, every)
             else:
                 metrics, series = run.loads(shares, seconds)
+    name = "soak" if requests else "load"
     report = report or RESULTS / f"{name}.json"
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(report, name, {"slots": slots, "threads": threads, "max_tokens": tokens, **metrics}, series)
-    picture = report.with_suffix(".png")
-    (load_views.plot_soak if requests else load_views.plot_load)(metrics, series, picture)
-    output().print(f"figures: {report}", f"picture: {picture}", sep="\n")
+    plot = load_views.plot_soak if requests else load_views.plot_load
+    plot(metrics, series, report.with_suffix(".png"))
+    output().print(f"figures: {report}, and beside it the picture")
 
 
 Measured = tuple[dict[str, Any], dict[str, list[Any]]]

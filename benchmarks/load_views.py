@@ -66,6 +66,8 @@ def plot_soak(metrics: Mapping[str, Any], series: Mapping[str, Sequence[Any]], f
     census = series["census"]
     roles = [role for role in metrics["growth"] if role != "clients"]
     ended = [each["num_ended"] for each in census]
+    for axes in axes_RC.flat:
+        axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for role in roles:
         held = [each["processes"].get(role, {}) for each in census]
         memory = [each.get("pss_bytes", float("nan")) / _MIB for each in held]
@@ -85,7 +87,9 @@ def plot_soak(metrics: Mapping[str, Any], series: Mapping[str, Sequence[Any]], f
     axes_RC[1][1].set_title("Redis", loc="left")
     for axes in axes_RC.flat:
         axes.set_xlabel("requests ended")
-        axes.legend(frameon=False, fontsize=8)
+    axes_RC[1][1].legend(frameon=False)
+    handles, labels = axes_RC[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     _save(figure, axes_RC.flat, file)
 
 
