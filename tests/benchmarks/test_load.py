@@ -81,15 +81,15 @@ def test_loads_on_the_real_app(server: LiveServer, tmp_path: Path) -> None:
     with client_process() as clients:
         capacity = measure_capacity(clients, spec(server), 1, 1.0, print)
         by_load, series = measure_loads(
-            clients, spec(server), capacity["requests_per_s"], [0.2, 4.0], 2.0, 0, print
+            clients, spec(server), capacity["requests_per_s"], [0.2, 10.0], 2.0, 0, print
         )
     assert capacity["num_failed"] == 0 and capacity["num_refused"] == 0
     for load, found in by_load.items():
         assert found["num_failed"] == 0
         assert found["num_answered"] + found["num_refused"] == found["num_requests"] == len(series[load])
         assert found["num_refused_without_retry_after"] == 0
-    assert by_load["4"]["num_refused"] > 0
-    answered = [row for row in series["4"] if row["status"] == 200]
+    assert by_load["10"]["num_refused"] > 0
+    answered = [row for row in series["10"] if row["status"] == 200]
     assert answered and all(row["due_s"] < row["first_token_s"] <= row["ended_s"] for row in answered)
     assert all(row["num_tokens"] == 8 for row in answered)
     assert bars(by_load)["all_refusals_have_retry_after"]
@@ -128,11 +128,12 @@ def test_what_breaks_off_is_a_failure_and_no_answer(server: LiveServer) -> None:
 
 
 def test_a_closed_loop_keeps_so_many_requests_under_way(server: LiveServer) -> None:
-    sent = closed_loop(spec(server), 1, 0.5)
-    timings = sent.timings
-    assert len(timings) > 1
-    for before, after in pairwise(timings):
-        assert after.due_s >= before.ended_s
+    """When one is due, at most one other has not ended."""
+    timings = sorted(closed_loop(spec(server), 2, 3.0).timings, key=lambda timing: timing.due_s)
+    assert len(timings) >= 2
+    for number, timing in enumerate(timings):
+        under_way = [before for before in timings[:number] if before.ended_s > timing.due_s]
+        assert len(under_way) < 2
 
 
 def test_a_soak_takes_stock_of_its_processes_and_of_redis(server: LiveServer, tmp_path: Path) -> None:
@@ -141,9 +142,11 @@ def test_a_soak_takes_stock_of_its_processes_and_of_redis(server: LiveServer, tm
             clients, spec(server, 2), redis.url, 20.0, 40, every_s=0.05, seed=0, report=print
         )
     assert found["num_answered"] + found["num_refused"] == 40 and found["num_failed"] == 0
-    assert {"driver", "clients", "redis"} <= set(series["census"][-1]["processes"])
-    assert series["census"][-1]["num_ended"] <= 40
-    assert found["growth"]["driver"]["num_descriptors"] is not None
+    for census in series["census"]:
+        assert {"driver", "redis"} <= set(census["processes"])
+        assert census["processes"]["driver"]["pss_bytes"] > 2**20 and census["redis_bytes"] > 2**19
+    ended = [census["num_ended"] for census in series["census"]]
+    assert ended == sorted(ended) and ended[-1] <= 40
     plot_soak(found, series, tmp_path / "soak.png")
     assert (tmp_path / "soak.png").stat().st_size > 0
 
