@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import api_commands, engine_commands
+from benchmarks import api_commands, engine_commands, load_commands
 from benchmarks.chaos import commands as chaos_commands
 from benchmarks.options import (
     DEMO_DRAFT,
@@ -217,6 +217,7 @@ app.command()(engine_commands.memory)
 app.command()(engine_commands.packed)
 app.command()(api_commands.structured)
 app.command()(chaos_commands.chaos)
+app.command()(load_commands.load)
 app.command("lm-eval")(engine_commands.lm_eval)
 app.command()(prefix)
 app.command()(fit)

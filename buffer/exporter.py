@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 class RecordExporter:
-    """Owns one thread. `clock` is monotonic seconds, for the breaker's back-off."""
+    """Owns one thread. `clock` is monotonic seconds, for the breaker's back-off. `on_exported` is told on
+    that thread of records that the store has, and must not raise."""
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class RecordExporter:
         max_batch_records: int = 64,
         breaker: CircuitBreaker | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_exported: Callable[[Sequence[GenerationRecord]], object] | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._on_exported = store, on_exported
         self._max_batch_records = max_batch_records
         self._breaker = breaker or CircuitBreaker()
         self._clock = clock
@@ -182,6 +184,8 @@ class RecordExporter:
                 self._breaker.succeeded()
                 with self._lock:
                     self._num_exported += len(records)
+                if self._on_exported is not None:
+                    self._on_exported(records)
                 return
         self._drop(STORE_UNAVAILABLE, len(records))
 

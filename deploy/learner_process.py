@@ -15,7 +15,10 @@ from ray.exceptions import RayError
 from deploy.learning import build_learner
 from deploy.settings import Settings
 from learner.actor import start_learner_actor
+from learner.loop import Learner
 from learner.settings import LearnerSettings
+from serving.log_lines import LogPlan
+from serving.settings import ServingSettings
 
 ANSWER_S = 2.0
 """How long the learner's process may take to answer before it counts as away."""
@@ -52,10 +55,12 @@ class LearnerHandle:
 
 
 @contextmanager
-def learner_beside(settings: Settings, learner: LearnerSettings, redis_url: str) -> Iterator[LearnerHandle]:
+def learner_beside(
+    settings: Settings, learner: LearnerSettings, redis_url: str, logs: LogPlan
+) -> Iterator[LearnerHandle]:
     """A learner as a Ray actor, inside the block. `learner` has its folders made absolute."""
     actor = start_learner_actor(
-        partial(build_learner, settings.serving, learner, redis_url),
+        partial(_built, logs, settings.serving, learner, redis_url),
         namespace=settings.cluster.namespace,
         num_threads=learner.num_threads,
         niceness=learner.niceness,
@@ -65,3 +70,8 @@ def learner_beside(settings: Settings, learner: LearnerSettings, redis_url: str)
         yield handle
     finally:
         handle.end()
+
+
+def _built(logs: LogPlan, serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
+    logs.begin(process="learner")
+    return build_learner(serving, learner, redis_url)

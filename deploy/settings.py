@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from learner.settings import LearnerSettings
+from serving.log_lines import LogFormat
 from serving.settings import ServingSettings
 
 
@@ -55,6 +56,9 @@ class ClusterSettings(BaseModel):
     processor."""
     learn: bool = True
     """Whether a learner runs beside the replicas."""
+    log_format: LogFormat = "text"
+    """`json`: `everdraft serve` and `learn` write one JSON object a line to standard error, of replicas and
+    learner, too, with a line for each request. No line holds text of users."""
 
 
 class Settings(BaseModel):

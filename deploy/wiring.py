@@ -24,11 +24,13 @@ from deploy.draft_checkpoint import with_draft_checkpoint
 from deploy.environment import quieten_libraries
 from deploy.errors import ClusterError, ModelPairError, SettingsError
 from deploy.gguf_target import with_converted_target
+from deploy.log_relay import log_relay
 from deploy.part_choice import as_if_chosen, with_chosen_part
 from deploy.ports import require_free_port
 from deploy.running import RunningNote, claimed_folder, own_note, write_learner_snapshot, write_note
-from deploy.settings import Settings
+from deploy.settings import ClusterSettings, Settings
 from learner.settings import LearnerSettings
+from serving.log_lines import LogPlan
 
 if TYPE_CHECKING:
     from deploy.learner_process import LearnerHandle
@@ -138,7 +140,10 @@ def _replicas_and_learner(
             narrate(
                 "a draft of the target's own layers is fitted to it at the first start, which takes minutes"
             )
-        application = build_deployment(settings.serving, redis_url, num_gpus=cluster.num_gpus_per_replica)
+        logs = parts.enter_context(_logs(cluster))
+        application = build_deployment(
+            settings.serving, redis_url, num_gpus=cluster.num_gpus_per_replica, logs=logs
+        )
         is_own_ray = cluster.ray_address is None
         revision = parts.enter_context(
             endpoint(application, host=cluster.host, port=cluster.port, keeps_door=is_own_ray)
@@ -146,8 +151,21 @@ def _replicas_and_learner(
         learner = None
         if cluster.learn and settings.serving.draft is not None:
             narrate("starting the learner")
-            learner = parts.enter_context(learner_beside(settings, learner_settings(settings), redis_url))
+            learner = parts.enter_context(
+                learner_beside(settings, learner_settings(settings), redis_url, logs)
+            )
         yield learner, revision
+
+
+@contextmanager
+def _logs(cluster: ClusterSettings) -> Iterator[LogPlan]:
+    """How the other processes log: JSON goes through this one, unless they run on a Ray that was joined,
+    which may be elsewhere."""
+    if cluster.log_format == "text" or cluster.ray_address is not None:
+        yield LogPlan(cluster.log_format)
+        return
+    with log_relay() as path:
+        yield LogPlan(cluster.log_format, path)
 
 
 def check_models(settings: Settings) -> None:

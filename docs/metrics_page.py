@@ -60,5 +60,5 @@ def _example_metrics() -> ServingMetrics:
     metrics = ServingMetrics(
         lambda: stats, replica_id="0", num_rejected=lambda: 0, exporter=cast(RecordExporter, exporter)
     )
-    metrics.count_request("stop", 0.0)
+    metrics.clock(0.0).finished("stop", 0.0)
     return metrics

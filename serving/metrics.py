@@ -1,8 +1,8 @@
 """Prometheus metrics: the engine's counters, and latencies of requests.
 
-Names end like vLLM's, so that its dashboards need only a new prefix; every help text states its definition.
-Has its own registry and no globals. Every sample carries the replica's label; a route's name is a label only
-while the route has a draft of its own, of which there are few.
+Every help text states its definition; what vLLM has too comes under its names as well (`vllm_metrics`). Has
+its own registry and no globals. Every sample carries the replica's label; a route's name is a label only
+while the route has a draft of its own, and tenants are the operator's, so there are few of both.
 """
 
 import time
@@ -13,12 +13,33 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from buffer.exporter import RecordExporter
+from serving.engine.request import Generation
 from serving.engine.stats import EngineStats
+from serving.vllm_metrics import vllm_families
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _REQUEST_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_SIZE_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": (
+        "From arrival to the first token, the wait for a slot included.",
+        _REQUEST_BUCKETS_S,
+    ),
+    "inter_token_latency_seconds": (
+        "Between two rounds' tokens, divided by the tokens of the later round; once for each of them.",
+        _TOKEN_BUCKETS_S,
+    ),
+    "request_queue_time_seconds": ("From the engine's queue to a slot.", _REQUEST_BUCKETS_S),
+    "request_prefill_time_seconds": ("From a slot to the first token.", _REQUEST_BUCKETS_S),
+    "request_decode_time_seconds": ("From the first token to the last.", _REQUEST_BUCKETS_S),
+    "e2e_request_latency_seconds": ("From arrival to the end of a generation.", _REQUEST_BUCKETS_S),
+    "request_prompt_tokens": ("Prompt tokens of a generation that ended by itself.", _SIZE_BUCKETS),
+    "request_generation_tokens": ("Output tokens of a generation that ended by itself.", _SIZE_BUCKETS),
+}
+"""By tenant."""
 
 _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_requests_running": ("Generations that hold a slot.", lambda s: s.num_running),
@@ -67,6 +88,7 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
 }
 _BY_DRAFTER = {
     "spec_decode_num_drafts": ("num_rounds", "Rounds, each one target pass, those of draft length 0 too."),
+    "spec_decode_num_drafted_rounds": ("num_drafted_rounds", "Rounds that decided a draft token or more."),
     "spec_decode_num_draft_tokens": ("num_drafted", "Draft tokens proposed."),
     "spec_decode_num_attempted_tokens": (
         "num_attempted",
@@ -82,37 +104,68 @@ _BY_DRAFTER = {
 class RequestClock:
     """The latencies of one generation. Times are those of `time.monotonic`."""
 
-    def __init__(self, metrics: "ServingMetrics", began_s: float) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: "ServingMetrics", began_s: float, tenant: str) -> None:
+        self._metrics, self._tenant = metrics, tenant
+        self._histograms = metrics.histograms(tenant)
         self._began_s = began_s
-        self._last_s: float | None = None
+        self._first_s: float | None = None
+        self._last_s = began_s
         self._ended = False
 
     def tokens(self, num_tokens: int, at_s: float) -> None:
         """Count tokens that came together; the time since the last ones is divided among them."""
         if num_tokens == 0:
             return
-        if self._last_s is None:
-            self._metrics.first_token_s.observe(at_s - self._began_s)
+        if self._first_s is None:
+            self._first_s = at_s
+            self._histograms["time_to_first_token_seconds"].observe(at_s - self._began_s)
         else:
+            between_tokens = self._histograms["inter_token_latency_seconds"]
             for _ in range(num_tokens):
-                self._metrics.inter_token_s.observe((at_s - self._last_s) / num_tokens)
+                between_tokens.observe((at_s - self._last_s) / num_tokens)
         self._last_s = at_s
 
-    def queued(self, seconds: float) -> None:
-        """Record how long the generation waited for a slot."""
-        self._metrics.queue_s.observe(seconds)
+    def finished(
+        self, reason: str, at_s: float | None = None, *, generation: Generation | None = None
+    ) -> None:
+        """`stop`, `length`, `abort` or `error`; the first call counts. `generation`: what came of it,
+        where it ended by itself."""
+        if self._ended:
+            return
+        self._ended = True
+        ended_s = time.monotonic() if at_s is None else at_s
+        self._histograms["e2e_request_latency_seconds"].observe(ended_s - self._began_s)
+        self._metrics.count_request(reason, self._tenant)
+        if generation is not None:
+            self._measure(generation)
 
-    def finished(self, reason: str, at_s: float | None = None) -> None:
-        """`stop`, `length`, `abort` or `error`; the first call counts."""
-        if not self._ended:
-            self._ended = True
-            ended_s = time.monotonic() if at_s is None else at_s
-            self._metrics.count_request(reason, ended_s - self._began_s)
+    def _measure(self, generation: Generation) -> None:
+        observed = {
+            "request_queue_time_seconds": generation.queued_s,
+            "request_prompt_tokens": len(generation.prompt_token_ids),
+            "request_generation_tokens": len(generation.output_token_ids),
+        }
+        if self._first_s is not None:
+            waited_s = self._first_s - self._began_s
+            observed["request_prefill_time_seconds"] = max(0.0, waited_s - generation.queued_s)
+            observed["request_decode_time_seconds"] = self._last_s - self._first_s
+        for name, value in observed.items():
+            self._histograms[name].observe(value)
+
+
+class _Families(Collector):
+    """Metrics that were collected already."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
 
 
 class ServingMetrics(Collector):
-    """`num_rejected` and `exporter` are read at every scrape. `exporter` None: nothing is recorded."""
+    """`num_rejected` and `exporter` are read at every scrape. `exporter` None: nothing is recorded.
+    `model_name`: the label of vLLM's metrics."""
 
     def __init__(
         self,
@@ -121,44 +174,47 @@ class ServingMetrics(Collector):
         replica_id: str,
         num_rejected: Callable[[], int],
         exporter: RecordExporter | None,
+        model_name: str = "",
     ) -> None:
-        self._stats, self._replica_id = stats, replica_id
+        self._stats, self._replica_id, self._model_name = stats, replica_id, model_name
         self._num_rejected, self._exporter = num_rejected, exporter
         self._registry = CollectorRegistry()
-        self.first_token_s = self._histogram(
-            "time_to_first_token_seconds",
-            "From arrival to the first token, the wait for a slot included.",
-            _REQUEST_BUCKETS_S,
-        )
-        self.inter_token_s = self._histogram(
-            "inter_token_latency_seconds",
-            "Between two rounds' tokens, divided by the tokens of the later round; once for each of them.",
-            _TOKEN_BUCKETS_S,
-        )
-        self.queue_s = self._histogram(
-            "request_queue_time_seconds", "From the engine's queue to a slot.", _REQUEST_BUCKETS_S
-        )
-        self._end_to_end_s = self._histogram(
-            "e2e_request_latency_seconds", "From arrival to the end of a generation.", _REQUEST_BUCKETS_S
-        )
+        self._histograms = {
+            name: Histogram(
+                f"everdraft_{name}", text, ["replica", "tenant"], registry=self._registry, buckets=buckets
+            )
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        self._by_tenant: dict[str, dict[str, Histogram]] = {}
+        self.histograms("")
         self._finished = Counter(
             "everdraft_request_success",
             "Generations ended, by reason: stop, length, abort (the client left, a deadline), error.",
-            ["replica", "finished_reason"],
+            ["replica", "tenant", "finished_reason"],
             registry=self._registry,
         )
         self._registry.register(self)
 
-    def clock(self, began_s: float) -> RequestClock:
-        return RequestClock(self, began_s)
+    def clock(self, began_s: float, tenant: str = "") -> RequestClock:
+        """`tenant`: whose request it is; empty where there are no tenants."""
+        return RequestClock(self, began_s, tenant)
 
-    def count_request(self, reason: str, seconds: float) -> None:
-        self._finished.labels(self._replica_id, reason).inc()
-        self._end_to_end_s.observe(seconds)
+    def histograms(self, tenant: str) -> dict[str, Histogram]:
+        """Those of a tenant, by name without prefix."""
+        if tenant not in self._by_tenant:
+            self._by_tenant[tenant] = {
+                name: histogram.labels(self._replica_id, tenant)
+                for name, histogram in self._histograms.items()
+            }
+        return self._by_tenant[tenant]
+
+    def count_request(self, reason: str, tenant: str) -> None:
+        self._finished.labels(self._replica_id, tenant, reason).inc()
 
     def render(self) -> bytes:
         """Prometheus text."""
-        return generate_latest(self._registry)
+        ours = list(self._registry.collect())
+        return generate_latest(_Families([*ours, *vllm_families(ours, self._model_name)]))
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry must not collect while it is being built."""
@@ -238,7 +294,3 @@ class ServingMetrics(Collector):
         family = CounterMetricFamily(f"everdraft_{name}", text, labels=["replica"])
         family.add_metric([self._replica_id], value)
         return family
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(f"everdraft_{name}", text, ["replica"], registry=self._registry, buckets=buckets)
-        return family.labels(self._replica_id)

@@ -5,10 +5,11 @@ Invariant: a store or feed that cannot be reached delays the start by a bounded 
 
 import importlib.metadata
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buffer.administration import DirectAdministration
 from buffer.controls import Controls
@@ -35,9 +36,13 @@ from serving.settings import ServingSettings
 from serving.status import serving_status
 from serving.structured_output import GrammarCompiler
 
+if TYPE_CHECKING:
+    from serving.tracing import RequestTracing
+
 _log = logging.getLogger(__name__)
 
 _FEED_TIMEOUT_S = 2.0
+_COLLECTOR_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 OpenFeed = Callable[[str], AdapterFeed]
 """Opens the feed of a target revision, which is known only once the models are loaded."""
@@ -62,7 +67,9 @@ class ReplicaParts:
         self.engine: ServingEngine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
         if self.engine.router is not None:
             self.engine.router.closed_routes = settings.isolated_routes
-        self._exporter = None if store is None else RecordExporter(store)
+        self._tracing = _tracing(replica_id)
+        on_exported = None if self._tracing is None else self._tracing.exported
+        self._exporter = None if store is None else RecordExporter(store, on_exported=on_exported)
         self._feed = None if open_feed is None else open_feed(self.engine.target_revision)
         self._watcher = None if self._feed is None else self._new_watcher(self._feed)
         if self._watcher is not None:
@@ -89,7 +96,7 @@ class ReplicaParts:
         self.engine.close()
         if self._exporter is not None:
             self._exporter.close()
-        for seam in (self._store, self._feed):
+        for seam in (self._store, self._feed, self._tracing):
             if seam is not None:
                 seam.close()
 
@@ -154,6 +161,7 @@ class ReplicaParts:
                 replica_id=self._replica_id,
                 num_rejected=lambda: admission.num_rejected,
                 exporter=self._exporter,
+                model_name=settings.served_name,
             ),
             recorder=self._new_recorder(engine),
             status=self.status,
@@ -164,6 +172,7 @@ class ReplicaParts:
             request_timeout_s=settings.request_timeout_s,
             grammars=grammars,
             tool_parser=settings.tool_call_parser or parser_for(codec.chat_template),
+            tracing=self._tracing,
         )
 
     def _new_recorder(self, engine: ServingEngine) -> Recorder | None:
@@ -203,6 +212,24 @@ def software_version() -> str:
         return importlib.metadata.version("everdraft")
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+def _tracing(replica_id: str) -> "RequestTracing | None":
+    """None unless OpenTelemetry's own variables name a collector."""
+    asked = next((name for name in _COLLECTOR_VARIABLES if os.environ.get(name)), None)
+    if asked is None:
+        return None
+    try:
+        from serving.tracing import RequestTracing
+    except ImportError as error:
+        _log.warning(
+            "%s is set and OpenTelemetry is not installed (%s), so no traces are sent: pip install "
+            "'everdraft[otel]'",
+            asked,
+            error,
+        )
+        return None
+    return RequestTracing(replica_id=replica_id, version=software_version())
 
 
 def _sampling_defaults(settings: ServingSettings) -> dict[str, Any]:

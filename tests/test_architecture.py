@@ -45,6 +45,7 @@ LIBRARY_HOMES: dict[str, Callable[[str], bool]] = {
     "fastapi": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
     "starlette": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
     "uvicorn": lambda path: path.startswith("serving/api/") or path == "serving/replica.py",
+    "opentelemetry": lambda path: path == "serving/tracing.py",
     "vllm": lambda path: path.startswith("serving/engines/async_llm/"),
     "torch": lambda path: not path.startswith("buffer/"),
     "transformers": lambda path: not path.startswith("buffer/"),
@@ -129,6 +130,7 @@ def test_imports_run_one_way_and_every_library_stays_in_its_room() -> None:
         ("serving/local.py", "import benchmarks"),
         ("benchmarks/commands.py", "import ray"),
         ("serving/replica_parts.py", "def late():\n    import vllm"),
+        ("serving/replica_parts.py", "def late():\n    import opentelemetry"),
     ],
 )
 def test_a_file_that_breaks_a_rule_is_caught(path: str, source: str) -> None:

@@ -3,7 +3,8 @@
 Exit codes: 0 all well, 1 something is wrong with the system looked at, 2 a fault in what was asked.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,9 +17,12 @@ from buffer.redaction import redacted
 from deploy.errors import DeployError
 from deploy.running import RunningNote, read_learner_snapshot, read_note
 from deploy.terminal import Terminal, visible
+from serving.log_lines import LogFormat, LogPlan
 from serving.models.errors import UnsupportedModelError
 
 FAULT = 2
+
+_log = logging.getLogger(__name__)
 
 ConfigOption = Annotated[
     Path | None,
@@ -47,6 +51,12 @@ def output() -> Terminal:
 
 def errors() -> Terminal:
     return Terminal(stderr=True)
+
+
+def narrator(log_format: LogFormat) -> Callable[[str], None]:
+    """Tells on standard error what a service does, in the form of this process's log, which begins here."""
+    LogPlan(log_format).begin(process="driver")
+    return errors().print if log_format == "text" else _log.info
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from deploy.commands.console import ConfigOption, errors, fail, output, plain_faults
+from deploy.commands.console import ConfigOption, fail, narrator, output, plain_faults
 from deploy.running import read_note, sole_learner, write_learner_snapshot
 from deploy.settings import Settings
 
@@ -59,17 +59,18 @@ def _run(settings: Settings, redis_url: str) -> None:
     from deploy.wiring import check_models, check_redis_url, learner_settings
     from learner.trainer import limit_threads
 
+    tell = narrator(settings.cluster.log_format)
     check_redis_url(redis_url)
     check_models(settings)
     limit_threads(settings.learner.num_threads)
-    errors().print("loading the models")
+    tell("loading the models")
     learner = build_learner(settings.serving, learner_settings(settings), redis_url)
     stop = threading.Event()
     thread = threading.Thread(target=learner.run, args=(stop,), name="learner", daemon=True)
     thread.start()
     output().print(Text.assemble("learning; ", ("Ctrl-C stops.", "dim")))
     wait_for_stop(lambda: _tick(settings, learner, thread))
-    errors().print("stopping")
+    tell("stopping")
     stop.set()
     thread.join(timeout=30.0)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.console import ConfigOption, errors, output, plain_faults
+from deploy.commands.console import ConfigOption, narrator, output, plain_faults
 
 
 def serve(
@@ -40,13 +40,14 @@ def serve(
     }
     with plain_faults():
         settings = load_settings(config, os.environ, overrides)
-        with running_system(settings, errors().print) as system:
+        tell = narrator(settings.cluster.log_format)
+        with running_system(settings, tell) as system:
             invite(output(), system)
             again = wait_for_stop(system.note_learner)
-            errors().print(
+            tell(
                 f"draining: requests under way may go on for {settings.serving.drain_timeout_s:g} s; "
                 "a second signal ends them at once"
             )
             if not system.drain(again):
-                errors().print("requests under way were aborted")
-            errors().print("stopping")
+                tell("requests under way were aborted")
+            tell("stopping")

@@ -7,7 +7,7 @@ every few generations.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from serving.api.admission import QueueFullError, Ticket
@@ -20,6 +20,7 @@ from serving.api.text_stream import TextStream
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
 from serving.engine.request import Generation, GenerationRequest, TokenEvent
+from serving.log_lines import REQUEST_ID
 from serving.recorder import Recorder
 
 _SLICE = 8
@@ -68,13 +69,24 @@ class _Listener:
 class ActiveRequest:
     """Made by `open_request`; must be closed."""
 
-    def __init__(self, context: AppContext, plan: RequestPlan, ticket: Ticket, began_s: float) -> None:
+    def __init__(
+        self,
+        context: AppContext,
+        plan: RequestPlan,
+        ticket: Ticket,
+        began_s: float,
+        headers: Mapping[str, str],
+    ) -> None:
         self._context, self._plan, self._ticket = context, plan, ticket
         asked_s = context.request_timeout_s if plan.timeout_s is None else plan.timeout_s
         self._timeout_s = min(asked_s, context.request_timeout_s)
         self._deadline_s = began_s + self._timeout_s
         self._quota = context.rate_limits.of(plan.key_holder)
-        self._clocks = [context.metrics.clock(began_s) for _ in range(plan.num_choices)]
+        tenant = plan.tenant or ""
+        self._clocks = [context.metrics.clock(began_s, tenant) for _ in range(plan.num_choices)]
+        self._trace = None
+        if context.tracing is not None:
+            self._trace = context.tracing.begin(plan, headers, began_s, REQUEST_ID.get())
         self._event_queue: EventQueue[_Arrival] = EventQueue()
         self._handles: list[GenerationHandle] = []
         self._num_running, self._is_open = plan.num_choices, True
@@ -139,6 +151,8 @@ class ActiveRequest:
         self._ticket.release()
         self._context.num_open -= self._is_open
         self._is_open = False
+        if self._trace is not None:
+            self._trace.close()
 
     def _generation_ended(self) -> None:
         """In the engine, where its slot is free; a client that reads slowly keeps no place from others."""
@@ -162,13 +176,19 @@ class ActiveRequest:
             delta = state.push(arrival.event)
         except ApiError:
             clock.finished("error", arrival.at_s)
+            if self._trace is not None:
+                self._trace.failed(arrival.index, arrival.at_s)
             raise
+        if self._trace is not None:
+            num_tokens = len(arrival.event.token_ids)
+            self._trace.arrived(
+                arrival.index, num_tokens, arrival.at_s, delta.generation, delta.finish_reason
+            )
         if state.wants_cancel:
             self._handles[arrival.index].cancel()
         if delta.generation is not None:
             self.generations.append(delta.generation)
-            clock.queued(delta.generation.queued_s)
-            clock.finished(delta.finish_reason or "stop", arrival.at_s)
+            clock.finished(delta.finish_reason or "stop", arrival.at_s, generation=delta.generation)
         return delta
 
     def _new_state(self, index: int) -> ChoiceState:
@@ -184,8 +204,9 @@ class ActiveRequest:
         return ChoiceState(index, stream, include_stop=include_stop)
 
 
-def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
-    """Take a place in the queue. Raises ApiError, and then holds no place."""
+def open_request(context: AppContext, plan: RequestPlan, headers: Mapping[str, str]) -> ActiveRequest:
+    """Take a place in the queue. `headers` of the request may say which trace it belongs to. Raises ApiError,
+    and then holds no place."""
     began_s = time.monotonic()
     context.require_ready()
     tenant, num_prompt_tokens = plan.key_holder, plan.num_prompt_tokens * plan.body.n
@@ -199,4 +220,4 @@ def open_request(context: AppContext, plan: RequestPlan) -> ActiveRequest:
         raise queue_full(error) from None
     if quota is not None:
         quota.begin(num_prompt_tokens)
-    return ActiveRequest(context, plan, ticket, began_s)
+    return ActiveRequest(context, plan, ticket, began_s, headers)

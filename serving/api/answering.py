@@ -14,6 +14,7 @@ from fastapi.responses import Response
 
 from serving.api import sse
 from serving.api.active_request import ActiveRequest, open_request
+from serving.api.auth_middleware import ANSWER_ID
 from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, internal_error
@@ -21,6 +22,7 @@ from serving.api.figures import metrics, usage
 from serving.api.incoming import off_loop
 from serving.api.request_plan import RequestPlan
 from serving.api.response_schema import Body, Metrics, Usage
+from serving.log_lines import where_raised
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +72,9 @@ class DataEvents:
 
 async def respond(context: AppContext, request: Request, plan: RequestPlan, renderer: Renderer) -> Response:
     """Raises ApiError if the request cannot start, or if it fails and is not streamed."""
+    setattr(request.state, ANSWER_ID, plan.api_id)
     with ExitStack() as ends:
-        active = open_request(context, plan)
+        active = open_request(context, plan, request.headers)
         ends.callback(active.close)
         response = await _unless_client_leaves(request, _begun(active, plan, renderer))
         if isinstance(response, sse.EventStream):
@@ -133,8 +136,8 @@ async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) 
             yield sse.event(body.to_json(), body.event_name)
     except ApiError as error:
         yield renderer.failure(error)
-    except Exception:
-        _log.exception("request %s failed after its headers were sent", plan.api_id)
+    except Exception as error:
+        _log.error("request %s failed after its headers were sent: %s", plan.api_id, where_raised(error))
         yield renderer.failure(internal_error())
     yield renderer.end_of_stream
 

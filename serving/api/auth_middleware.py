@@ -6,6 +6,7 @@ browser's preflight, which has no key and never comes here.
 """
 
 import logging
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from serving.api.errors import ApiError, internal_error
 from serving.api.keys import KeyRing, realm_of, shown_digest
 from serving.api.refused_calls import RefusedCalls
 from serving.api.request_ids import REQUEST_ID_HEADER, request_id_of
+from serving.log_lines import FIELDS, REQUEST_ID, where_raised
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +24,8 @@ AUDITED = "audited"
 """Key of the request's state: an operation has put the call into the audit log."""
 TENANT = "tenant"
 """Key of the request's state: the Tenant whose key it brought, or None."""
+ANSWER_ID = "answer_id"
+"""Key of the request's state: the id of the answer, with which ids in the engine and of records begin."""
 _READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -42,7 +46,8 @@ class AuthMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = request_id_of(headers)
+        request_id, began_s = request_id_of(headers), time.monotonic()
+        REQUEST_ID.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         authorization = headers.get("authorization")
         scope["state"][TENANT] = self._keys.tenant_of(authorization)
@@ -60,15 +65,17 @@ class AuthMiddleware:
         if refusal is not None:
             self._note(scope, REFUSED_BY_KEY)
             await refusal.response()(scope, receive, send_with_id)
+            _tell(scope, status, began_s)
             return
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
-            _log.exception("request %s failed", request_id)
+        except Exception as error:
+            _log.error("request %s failed: %s", request_id, where_raised(error))
             if not status:
                 await internal_error().response()(scope, receive, send_with_id)
         if 400 <= status < 500 and scope["method"] not in _READING and not scope["state"].get(AUDITED):
             self._note(scope, f"refused: status {status}")
+        _tell(scope, status, began_s)
 
     def _note(self, scope: Scope, outcome: str) -> None:
         """An admin call that reached no operation, which would have noted it."""
@@ -89,6 +96,21 @@ def caller_of(scope: Scope) -> Caller:
     """The key, by its digest, and the address of who connected, which may be a proxy's."""
     host, _ = scope.get("client") or ("unknown", 0)
     return Caller(shown_digest(Headers(scope=scope).get("authorization")), host)
+
+
+def _tell(scope: Scope, status: int, began_s: float) -> None:
+    """A line of the log, but for probes and scrapes that went well. A path may hold anything, so it is told
+    by its route."""
+    if not _log.isEnabledFor(logging.INFO) or (status < 400 and realm_of(_route_path(scope)) == "open"):
+        return
+    fields = {
+        "method": scope["method"],
+        "route": getattr(scope.get("route"), "path", None),
+        "status": status,
+        "seconds": round(time.monotonic() - began_s, 6),
+        ANSWER_ID: scope["state"].get(ANSWER_ID),
+    }
+    _log.info("answered", extra={FIELDS: fields})
 
 
 def _route_path(scope: Scope) -> str:

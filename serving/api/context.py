@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from buffer.administration import Administration
 from buffer.audit import Caller
@@ -20,6 +20,9 @@ from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
 from serving.structured_output import GrammarCompiler
+
+if TYPE_CHECKING:
+    from serving.tracing import RequestTracing
 
 
 @dataclass
@@ -57,6 +60,8 @@ class AppContext:
     grammars: GrammarCompiler
     tool_parser: ToolParserName | None
     """The form in which the model calls tools; None: none that is known."""
+    tracing: "RequestTracing | None" = None
+    """None: nobody collects traces."""
     draining: bool = field(default=False)
     """It shuts down. An operator's order to drain is in `controls`."""
     num_open: int = field(default=0)

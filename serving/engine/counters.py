@@ -18,6 +18,11 @@ class RoundCounters:
     """[g]: rounds that accepted the draft token at position g."""
     attempted_by_position: list[int] = field(default_factory=list)
 
+    @property
+    def num_drafted_rounds(self) -> int:
+        """Rounds that attempted a draft token or more."""
+        return self.attempted_by_position[0] if self.attempted_by_position else 0
+
     def add_round(self, *, drafted: int, attempted: int, accepted: int, emitted: int) -> None:
         self.num_rounds += 1
         self.num_drafted += drafted

@@ -19,11 +19,14 @@ from tests.buffer.samples import START_S, borrowed
 VLLM_TAILS = (
     "num_requests_running num_requests_waiting kv_cache_usage_perc prompt_tokens_total "
     "generation_tokens_total request_success_total "
-    "time_to_first_token_seconds_count inter_token_latency_seconds_count request_queue_time_seconds_count "
-    "e2e_request_latency_seconds_count spec_decode_num_drafts_total spec_decode_num_draft_tokens_total "
+    "time_to_first_token_seconds_count inter_token_latency_seconds_bucket request_queue_time_seconds_count "
+    "e2e_request_latency_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum "
+    "request_prompt_tokens_bucket request_generation_tokens_bucket "
+    "spec_decode_num_drafts_total spec_decode_num_draft_tokens_total "
     "spec_decode_num_accepted_tokens_total spec_decode_num_accepted_tokens_per_pos_total "
     "prefix_cache_queries_total prefix_cache_hits_total"
 ).split()
+"""What vLLM's own dashboards read, less what an engine like this has not."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
 
 
 def new_metrics(engine: LocalEngine) -> ServingMetrics:
-    return ServingMetrics(engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=None)
+    return ServingMetrics(
+        engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=None, model_name="tiny"
+    )
 
 
 def samples(metrics: ServingMetrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -53,14 +58,47 @@ def value(metrics: ServingMetrics, name: str, **labels: str) -> float:
     return samples(metrics)[f"everdraft_{name}", frozenset({"replica": "r7", **labels}.items())]
 
 
+def vllm_value(metrics: ServingMetrics, name: str, **labels: str) -> float:
+    common = {"replica": "r7", "model_name": "tiny", "engine": "0"}
+    return samples(metrics)[f"vllm:{name}", frozenset({**common, **labels}.items())]
+
+
 def test_names_are_those_that_dashboards_know(engine: LocalEngine) -> None:
     engine.generate([[5]], SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
     metrics = new_metrics(engine)
     clock = metrics.clock(0.0)
     clock.finished("stop", 1.0)
     names = {name for name, _ in samples(metrics)}
-    assert {f"everdraft_{tail}" for tail in VLLM_TAILS} <= names
-    assert all(name.startswith("everdraft_") for name in names)
+    for prefix in ("everdraft_", "vllm:"):
+        assert {prefix + tail for tail in VLLM_TAILS} <= names
+    assert all(name.startswith(("everdraft_", "vllm:")) for name in names)
+
+
+def test_vllms_names_say_the_same_numbers_once_for_each_model(engine: LocalEngine) -> None:
+    """Whatever we split by is summed; a sum over what a dashboard selects is then the whole."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    engine.generate([[5]], sampling)
+    engine.generate([[5]], SamplingParams(**{**vars(sampling), "num_draft_tokens": 0}))
+    metrics = new_metrics(engine)
+    for tenant, tokens in (("", 2), ("acme", 3)):
+        clock = metrics.clock(10.0, tenant)
+        clock.tokens(1, 10.5)
+        clock.tokens(tokens, 10.5 + 0.02 * tokens)
+        clock.finished("stop", 11.0)
+    counters = [row for by in engine.stats().route_counts.values() for row in by.values()]
+    assert vllm_value(metrics, "inter_token_latency_seconds_count") == 5
+    assert vllm_value(metrics, "inter_token_latency_seconds_bucket", le="+Inf") == 5
+    assert vllm_value(metrics, "inter_token_latency_seconds_bucket", le="0.01") == 0
+    assert value(metrics, "inter_token_latency_seconds_count", tenant="acme") == 3
+    assert vllm_value(metrics, "request_success_total", finished_reason="stop") == 2
+    drafted = sum(row.num_drafted for row in counters)
+    assert vllm_value(metrics, "spec_decode_num_draft_tokens_total") == drafted > 0
+    rounds = sum(row.num_rounds for row in counters)
+    drafts = vllm_value(metrics, "spec_decode_num_drafts_total")
+    assert drafts == sum(row.num_drafted_rounds for row in counters)
+    assert 0 < drafts < rounds, "vLLM counts no round without a draft"
+    firsts = vllm_value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="0")
+    assert 0 <= firsts <= drafts
 
 
 def test_acceptance_is_counted_by_draft_version(engine: LocalEngine) -> None:
@@ -124,13 +162,23 @@ def test_latencies_follow_their_definitions(engine: LocalEngine) -> None:
     clock.tokens(2, 10.5)
     clock.tokens(0, 10.6)
     clock.tokens(4, 10.7)
-    clock.finished("length", 11.0)
+    [generation] = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=6, ignore_eos=True))
+    generation.queued_s = 0.125
+    clock.finished("length", 11.0, generation=generation)
     clock.finished("abort", 12.0)
-    assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(0.5)
-    assert value(metrics, "inter_token_latency_seconds_count") == 4
-    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.2)
-    assert value(metrics, "e2e_request_latency_seconds_sum") == pytest.approx(1.0)
-    assert value(metrics, "request_success_total", finished_reason="length") == 1
+    for name, expected in (
+        ("time_to_first_token_seconds_sum", 0.5),
+        ("inter_token_latency_seconds_count", 4),
+        ("inter_token_latency_seconds_sum", 0.2),
+        ("request_queue_time_seconds_sum", 0.125),
+        ("request_prefill_time_seconds_sum", 0.375),
+        ("request_decode_time_seconds_sum", 0.2),
+        ("e2e_request_latency_seconds_sum", 1.0),
+        ("request_prompt_tokens_sum", 3),
+        ("request_generation_tokens_sum", 6),
+    ):
+        assert value(metrics, name, tenant="") == pytest.approx(expected), name
+    assert value(metrics, "request_success_total", tenant="", finished_reason="length") == 1
     assert not any(("finished_reason", "abort") in labels for _, labels in samples(metrics))
 
 

@@ -1,5 +1,6 @@
 """The deployment on a real Ray Serve with a real Redis: two replicas, one endpoint."""
 
+import json
 import os
 import re
 import threading
@@ -18,7 +19,9 @@ from buffer.records import GenerationRecord
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
+from deploy.log_relay import log_relay
 from serving.api.request_ids import SERVE_PROXY_ENVIRONMENT
+from serving.log_lines import LogPlan
 from serving.models.loading import load_pair
 from serving.replica import build_deployment
 from serving.settings import ServingSettings
@@ -52,7 +55,19 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
+def logged() -> list[str]:
+    """Every line that the replicas logged."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def logs(logged: list[str]) -> Iterator[LogPlan]:
+    with log_relay(logged.append) as path:
+        yield LogPlan("json", path)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny_pair: tuple[str, str], redis_url: str, logs: LogPlan) -> Iterator[str]:
     settings = ServingSettings(
         compile="off",
         target=tiny_pair[0],
@@ -78,7 +93,7 @@ def endpoint(tiny_pair: tuple[str, str], redis_url: str) -> Iterator[str]:
     )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_deployment(settings, redis_url), route_prefix="/")
+        serve.run(build_deployment(settings, redis_url, logs=logs), route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
@@ -219,6 +234,30 @@ def test_requests_of_both_replicas_are_recorded(
     wait_for(all_is_counted)
     store.close()
     feed.close()
+
+
+def test_replicas_log_requests_to_the_process_that_started_them(endpoint: str, logged: list[str]) -> None:
+    """As JSON, with the id that the client gave, and of every replica."""
+    answers: dict[str, str] = {}
+
+    def told() -> dict[str, str]:
+        """By request id, the replica that says it answered it."""
+        lines = [line for line in map(json.loads, list(logged)) if line["message"] == "answered"]
+        return {line["request_id"]: line["replica"] for line in lines if line["request_id"] in answers}
+
+    def both_have_answered() -> bool:
+        request_id = f"logged-{len(answers)}"
+        answer = httpx.post(
+            f"{endpoint}/v1/completions",
+            json={"prompt": "a", "max_tokens": 1},
+            headers={"X-Request-Id": request_id},
+            timeout=150,
+        )
+        answers[request_id] = answer.json()["id"]
+        return len(set(told().values())) == 2
+
+    wait_for(both_have_answered)
+    wait_for(lambda: told().keys() == answers.keys())
 
 
 @pytest.mark.parametrize("stream", [True, False])
