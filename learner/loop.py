@@ -3,7 +3,7 @@
 Knows no Ray, no Redis, no MLflow: store, feed and tracker are passed in. Invariants: serving never waits for
 the learner; nothing is published that did not pass the gate, or while an operator has paused learning; a
 record is acknowledged only after the checkpoint that used it was written, or untrained; while the store
-cannot be reached the learner waits and loses nothing.
+cannot be reached the learner waits and loses nothing; no record is held past its expiry, or after a purge.
 """
 
 import logging
@@ -83,7 +83,7 @@ class Learner:
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
         self._streams: list[StreamKey] = []
-        self._controls, self._orders_read_s = Controls(), 0.0
+        self._controls, self._orders_read_s, self._last_purge = Controls(), 0.0, ""
         self._reclaim_at_s = 0.0
         folder = checkpoint.folder_of_target(Path(settings.checkpoint_folder), target_revision)
         latest = checkpoint.read_latest(folder)
@@ -110,7 +110,7 @@ class Learner:
         self._tracker.log_params(self._settings.model_dump() | identity)
         try:
             while not stop.is_set():
-                if self._paused.is_set() or not self.run_cycle():
+                if not (self._idle() if self._paused.is_set() else self.run_cycle()):
                     is_paused = self._paused.is_set() or self._controls.is_learning_paused
                     self._state = "paused" if is_paused else "waiting"
                     stop.wait(POLL_S)
@@ -123,8 +123,9 @@ class Learner:
     def run_cycle(self) -> bool:
         """One cycle: read, draw, distil, evaluate, gate, publish, checkpoint, acknowledge. False: no route
         was due."""
-        self._start()
         self._follow_orders()
+        self._let_go()
+        self._start()
         self._read()
         if not self._controls.is_learning_paused:
             self._routes.review(self._streams)
@@ -174,11 +175,32 @@ class Learner:
 
     # the steps of run_cycle, in order
 
+    def _follow_orders(self) -> None:
+        self._controls = self._feed.controls() or self._controls
+        self._orders_read_s = time.monotonic()
+
+    def _let_go(self) -> None:
+        """Of what has expired, here and in the store that persists nothing; of everything after a purge,
+        when what is left is read again."""
+        if self._is_purged:
+            self._last_purge = self._controls.last_purge
+            self._inbox.forget()
+            self._routes.forget()
+            if self._started:
+                self._read_again()
+        self._expire()
+        for key in self._streams:
+            if key.in_memory:
+                self._store.drop_expired(key)
+
     def _start(self) -> None:
-        """On the first cycle: reclaim what was read but not acknowledged, refill the held-out windows."""
-        if self._started:
-            return
-        self._routes.start()
+        if not self._started:
+            self._routes.start()
+            self._read_again()
+            self._started = True
+
+    def _read_again(self) -> None:
+        """Reclaim what was read but not acknowledged, refill the held-out windows."""
         self._reclaim()
         self._streams = self._inbox.streams()
         wanted = self._settings.held_out_window_records
@@ -188,16 +210,11 @@ class Learner:
                 sound = [record for record in kept if not self._fault(record)]
                 self._routes.remember(sound)
                 draft.hold_out(sound)
-        self._started = True
 
     def _reclaim(self) -> None:
         """Reclaim unacknowledged records: this consumer's own, and those of a consumer that is gone."""
         self._inbox.reclaim()
         self._reclaim_at_s = self._now_s() + CLAIM_IDLE_S
-
-    def _follow_orders(self) -> None:
-        self._controls = self._feed.controls() or self._controls
-        self._orders_read_s = time.monotonic()
 
     def _read(self) -> None:
         """For each route: follow the feed, handle replica rejections, read new records, watch the last
@@ -250,6 +267,22 @@ class Learner:
 
     # helpers
 
+    def _idle(self) -> bool:
+        """What goes on while this process is paused: nothing is held longer than it may be."""
+        self._follow_orders()
+        self._let_go()
+        return False
+
+    @property
+    def _is_purged(self) -> bool:
+        """Whether an operator deleted records since this learner let go of them last."""
+        return self._controls.last_purge != self._last_purge
+
+    def _expire(self) -> None:
+        now_s = self._now_s()
+        self._inbox.drop_expired(now_s)
+        self._routes.expire(now_s)
+
     def _build(
         self, route: str, found: checkpoint.Checkpoint | None, fallback: Callable[[], ExistingDraft]
     ) -> RouteLearner:
@@ -274,6 +307,7 @@ class Learner:
         """Wait between two attempts; raises LearnerStopped if stopped meanwhile."""
         self._state, self._last_error = "store unavailable", str(error)
         logger.info("store cannot be reached, trying again: %s", error)
+        self._expire()
         if self._stop.wait(self._settings.retry_s):
             raise LearnerStopped from error
 
@@ -284,7 +318,7 @@ class Learner:
             return False
         if time.monotonic() - self._orders_read_s >= ORDERS_S:
             self._follow_orders()
-        return not self._controls.pauses(route)
+        return not (self._controls.pauses(route) or self._is_purged)
 
     def _is_paused_now(self, route: str) -> bool:
         self._follow_orders()

@@ -96,10 +96,13 @@ def purge(
     url: UrlOption = None,
     admin_key: AdminKeyOption = None,
 ) -> None:
-    """Delete, for good, the records that fit everything given; something must be."""
+    """Delete, for good, the records that fit everything given; something must be. The learner lets go of
+    them, too; what it has learnt stays learnt."""
     with opened_administration(state_dir, redis_url, target_revision, url, admin_key) as admin:
-        num_records = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
-        output().print(f"{num_records} records deleted")
+        report = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
+        output().print(f"{report.num_records} records deleted")
+        if report.caveat:
+            output().print(report.caveat)
 
 
 @admin_log.command("log")
