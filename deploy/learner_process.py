@@ -52,10 +52,12 @@ class LearnerHandle:
 
 
 @contextmanager
-def learner_beside(settings: Settings, learner: LearnerSettings, redis_url: str) -> Iterator[LearnerHandle]:
+def learner_beside(
+    settings: Settings, learner: LearnerSettings, redis_url: str, memory_url: str | None
+) -> Iterator[LearnerHandle]:
     """A learner as a Ray actor, inside the block. `learner` has its folders made absolute."""
     actor = start_learner_actor(
-        partial(build_learner, settings.serving, learner, redis_url),
+        partial(build_learner, settings.serving, learner, redis_url, memory_url),
         namespace=settings.cluster.namespace,
         num_threads=learner.num_threads,
         niceness=learner.niceness,

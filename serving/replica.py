@@ -28,12 +28,15 @@ resort."""
 class Replica:
     """One engine behind one app. A restarted replica runs only this constructor."""
 
-    def __init__(self, settings: ServingSettings, redis_url: str | None) -> None:
+    def __init__(
+        self, settings: ServingSettings, redis_url: str | None, memory_url: str | None = None
+    ) -> None:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        self._parts = open_parts(settings, redis_url, serve.get_replica_context().replica_id.unique_id)
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._parts = open_parts(settings, redis_url, replica_id, memory_url)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
         return create_app(self._parts.context, sends_request_id=False)  # Serve's proxy sends it
@@ -54,10 +57,15 @@ class Replica:
 
 
 def build_deployment(
-    settings: ServingSettings, redis_url: str | None, *, num_gpus: float = 0.0
+    settings: ServingSettings,
+    redis_url: str | None,
+    memory_url: str | None = None,
+    *,
+    num_gpus: float = 0.0,
 ) -> serve.Application:
     """The application for `serve.run(..., route_prefix="/")`. Without `redis_url` nothing is recorded and
-    the draft that was loaded serves. `num_gpus`: what each replica asks Ray for."""
+    the draft that was loaded serves. `memory_url`: for records of capture mode `memory`. `num_gpus`: what
+    each replica asks Ray for."""
     deployment: Any = serve.deployment(
         name=DEPLOYMENT_NAME,
         num_replicas=settings.num_replicas,
@@ -68,5 +76,5 @@ def build_deployment(
         health_check_period_s=5.0,
         max_constructor_retry_count=2,
     )(Replica)
-    application: serve.Application = deployment.bind(settings, redis_url)
+    application: serve.Application = deployment.bind(settings, redis_url, memory_url)
     return application

@@ -11,7 +11,7 @@ import typer
 
 from buffer.administration import Administration, DirectAdministration
 from buffer.audit import Caller
-from deploy.commands.console import fail, plain_faults, redis_url_of
+from deploy.commands.console import fail, memory_url_of, plain_faults, redis_url_of
 from deploy.commands.targets import target_meant
 
 UrlOption = Annotated[
@@ -52,7 +52,8 @@ def opened_administration(
             return
         redis_url = redis_url_of(state_dir, redis_url)
         revision = target_meant(redis_url, state_dir, target_revision)
-        with closing(open_feed(redis_url, revision)) as feed, closing(open_store(redis_url)) as store:
+        opened_store = open_store(redis_url, memory_url_of(state_dir, redis_url))
+        with closing(open_feed(redis_url, revision)) as feed, closing(opened_store) as store:
             yield DirectAdministration(feed, store, revision, Caller(_local_user(), socket.gethostname()))
 
 

@@ -15,8 +15,10 @@ from serving.api.choices import ChoiceDelta, ChoiceState
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, from_value_error, queue_full
 from serving.api.event_queue import EventQueue
+from serving.api.fixed_chunks import FixedChunks
 from serving.api.request_plan import RequestPlan
 from serving.api.text_stream import TextStream
+from serving.capture_mode import CaptureMode
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
 from serving.engine.request import Generation, GenerationRequest, TokenEvent
@@ -42,16 +44,23 @@ class _Listener:
     """
 
     def __init__(
-        self, index: int, events: EventQueue[_Arrival], recorder: Recorder | None, eager: bool
+        self,
+        index: int,
+        events: EventQueue[_Arrival],
+        recorder: Recorder | None,
+        capture: CaptureMode,
+        eager: bool,
     ) -> None:
-        self._index, self._event_queue, self._recorder, self._eager = index, events, recorder, eager
+        self._index, self._event_queue, self._eager = index, events, eager
+        self._recorder, self._capture = recorder, capture
         self._held: list[_Arrival] = []
         self._begun = False
 
     def __call__(self, event: TokenEvent) -> None:
         self._held.append(_Arrival(self._index, time.monotonic(), event))
         if event.generation is not None and self._recorder is not None:
-            self._recorder.record(event.generation)  # first, so that who has the answer finds the record
+            # first, so that who has the answer finds the record
+            self._recorder.record(event.generation, self._capture)
         if self._eager or not self._begun or event.generation is not None:
             self._begun = True
             self._event_queue.post(self._held)
@@ -68,6 +77,8 @@ class ActiveRequest:
         self._event_queue: EventQueue[_Arrival] = EventQueue()
         self._handles: list[GenerationHandle] = []
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
+        self._chunk_tokens = context.stream_interval if plan.body.stream else 1
+        self._chunks = [FixedChunks(self._chunk_tokens) for _ in range(plan.num_choices)]
         self.generations: list[Generation] = []
         """Generations that ended, in the order of their ends."""
 
@@ -87,7 +98,8 @@ class ActiveRequest:
     def _submit(self, index: int, request: GenerationRequest) -> None:
         body = self._plan.body
         eager = body.stream or bool(body.stop_strings)
-        listener = _Listener(index, self._event_queue, self._context.recorder, eager)
+        recorder, capture = self._context.recorder, self._plan.capture
+        listener = _Listener(index, self._event_queue, recorder, capture, eager)
         self._handles.append(self._context.engine.submit(request, listener))
 
     @property
@@ -95,7 +107,8 @@ class ActiveRequest:
         return sum(state.num_tokens for state in self._states)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yields deltas until every choice has ended; at most one a choice for each wake-up.
+        """Yields deltas until every choice has ended; at most one a choice for each wake-up, unless the
+        number of their tokens is fixed.
 
         Raises ApiError: the deadline passed, or the engine failed or closed."""
         while not all(state.done for state in self._states):
@@ -103,9 +116,10 @@ class ActiveRequest:
             self._ticket.start()
             by_choice: dict[int, list[ChoiceDelta]] = {}
             for arrival in arrivals:
-                by_choice.setdefault(arrival.index, []).append(self._push(arrival))
+                by_choice.setdefault(arrival.index, []).extend(self._push(arrival))
             for deltas in by_choice.values():
-                yield ChoiceDelta.join(deltas)
+                for delta in [ChoiceDelta.join(deltas)] if self._chunk_tokens == 1 else deltas:
+                    yield delta
 
     def close(self) -> None:
         """Cancel all generations that still run; safe to call twice."""
@@ -122,21 +136,23 @@ class ActiveRequest:
             seconds = self._context.request_timeout_s
             raise ApiError(408, f"The request took longer than {seconds:g} s and was cancelled.") from None
 
-    def _push(self, arrival: _Arrival) -> ChoiceDelta:
+    def _push(self, arrival: _Arrival) -> list[ChoiceDelta]:
         state, clock = self._states[arrival.index], self._clocks[arrival.index]
         clock.tokens(len(arrival.event.token_ids), arrival.at_s)
         try:
-            delta = state.push(arrival.event)
+            deltas = [state.push(event) for event in self._chunks[arrival.index].cut(arrival.event)]
         except ApiError:
             clock.finished("error", arrival.at_s)
             raise
         if state.wants_cancel:
             self._handles[arrival.index].cancel()
-        if delta.generation is not None:
-            self.generations.append(delta.generation)
-            clock.queued(delta.generation.queued_s)
-            clock.finished(delta.finish_reason or "stop", arrival.at_s)
-        return delta
+        if state.done:
+            generation = arrival.event.generation
+            assert generation is not None, "the last event carries it"
+            self.generations.append(generation)
+            clock.queued(generation.queued_s)
+            clock.finished(deltas[-1].finish_reason or "stop", arrival.at_s)
+        return deltas
 
     def _new_state(self, index: int) -> ChoiceState:
         body = self._plan.body

@@ -151,6 +151,7 @@ def _plan(
     max_tokens = fit_max_tokens(
         body.token_limit, None, len(prompt), context.engine.max_seq_len, prompt_field="messages"
     )
+    route = route_of(request, body.metadata)
     return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
@@ -160,6 +161,6 @@ def _plan(
         sampling=sampling_of(
             context, body, max_tokens, (body.top_logprobs or 0) if body.logprobs else None, constraint
         ),
-        route=route_of(request, body.metadata),
-        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
+        route=route,
+        capture=context.capture_of(api_id, body.store, route),
     )

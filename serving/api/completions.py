@@ -98,7 +98,7 @@ def _plan(
     max_tokens = fit_max_tokens(
         body.max_tokens, DEFAULT_MAX_TOKENS, longest, context.engine.max_seq_len, prompt_field="prompt"
     )
-    api_id = f"cmpl-{uuid.uuid4().hex}"
+    api_id, route = f"cmpl-{uuid.uuid4().hex}", route_of(request, body.metadata)
     return RequestPlan(
         api_id=api_id,
         created=int(time.time()),
@@ -106,8 +106,8 @@ def _plan(
         body=body,
         prompts=tuple(tuple(prompt) for prompt in prompts),
         sampling=sampling_of(context, body, max_tokens, body.logprobs, constraint),
-        route=route_of(request, body.metadata),
-        capture=context.recorder is not None and context.recorder.wants(api_id, body.store),
+        route=route,
+        capture=context.capture_of(api_id, body.store, route),
     )
 
 

@@ -15,6 +15,7 @@ from serving.api.limits import RequestLimits
 from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import ToolParserName
+from serving.capture_mode import CaptureMode
 from serving.metrics import ServingMetrics
 from serving.recorder import Recorder
 from serving.serving_engine import ServingEngine
@@ -55,6 +56,10 @@ class AppContext:
     grammars: GrammarCompiler
     tool_parser: ToolParserName | None
     """The form in which the model calls tools; None: none that is known."""
+    stream_interval: int = 1
+    """Tokens of each chunk of a stream; 1: as rounds bring them."""
+    stream_padding_bytes: int = 0
+    """Of which the events of a stream are as long as a multiple; 0: unless a request asks for it."""
     draining: bool = field(default=False)
     """It shuts down. An operator's order to drain is in `controls`."""
 
@@ -62,6 +67,10 @@ class AppContext:
     def is_ready(self) -> bool:
         """Whether it takes new requests."""
         return self.engine.is_alive and not self.draining and not self.controls().drains(self.replica_id)
+
+    def capture_of(self, request_id: str, store: bool | None, route: str | None) -> CaptureMode:
+        """How a request is captured, as far as is known when it is admitted."""
+        return "off" if self.recorder is None else self.recorder.mode_of(request_id, store, route)
 
     async def drain(self, timeout_s: float) -> bool:
         """Take no new request and wait for those under way. Returns whether all ended in time."""

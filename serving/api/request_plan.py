@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request, from_value_error
 from serving.api.request_schema import GenerationBody
+from serving.capture_mode import CaptureMode
 from serving.engine.request import GenerationRequest, SamplingParams, TokenConstraint
 
 
@@ -25,7 +26,8 @@ class RequestPlan:
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
     route: str | None
-    capture: bool
+    capture: CaptureMode
+    """As far as is known before the prompt has a route."""
 
     @property
     def num_choices(self) -> int:
@@ -47,7 +49,7 @@ class RequestPlan:
                 sampling=self.sampling,
                 choice_index=choice,
                 route=self.route,
-                capture=self.capture,
+                capture=self.capture != "off",
             )
             for number, prompt in enumerate(self.prompts)
             for choice in range(self.body.n)
