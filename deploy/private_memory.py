@@ -4,6 +4,7 @@ Linux alone; what cannot be had is said and not guessed. Starts nothing.
 """
 
 import resource
+import shutil
 from pathlib import Path
 
 _IN_MEMORY = Path("/dev/shm")
@@ -16,14 +17,15 @@ def forbid_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
 
 
-def folder_in_memory() -> Path | None:
-    """Where files are kept in memory alone; None: nowhere."""
+def folder_in_memory(num_bytes: int = 0) -> Path | None:
+    """Where so many bytes of files can be kept in memory alone; None: nowhere."""
     try:
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     kinds = {line.split()[1]: line.split()[2] for line in mounts}
-    return _IN_MEMORY if kinds.get(str(_IN_MEMORY)) == "tmpfs" else None
+    is_memory = kinds.get(str(_IN_MEMORY)) == "tmpfs"
+    return _IN_MEMORY if is_memory and shutil.disk_usage(_IN_MEMORY).free > num_bytes else None
 
 
 def may_swap(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> bool:

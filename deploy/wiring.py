@@ -34,6 +34,9 @@ from learner.settings import LearnerSettings
 if TYPE_CHECKING:
     from deploy.learner_process import LearnerHandle
 
+_RAY_FILES_BYTES = 256 * 2**20
+"""Room for a session's logs and what it spills."""
+
 Narrate = Callable[[str], None]
 """Told what is being done, a line at a time, in words for a person."""
 
@@ -139,7 +142,7 @@ def _replicas_and_learner(
     from serving.replica import build_deployment
 
     cluster = settings.cluster
-    folder = folder_in_memory() if "memory" in settings.serving.capture_modes else None
+    folder = _ray_folder(cluster) if "memory" in settings.serving.capture_modes else None
     with ExitStack() as parts:
         narrate("starting Ray" if cluster.ray_address is None else f"joining Ray at {cluster.ray_address}")
         parts.enter_context(
@@ -278,8 +281,16 @@ def keep_off_disk(cluster: ClusterSettings, narrate: Narrate) -> None:
             f"Ray at {cluster.ray_address} keeps its own temporary files: start its nodes with "
             "--object-spilling-directory in memory and with core dumps off, for capture mode memory"
         )
-    elif folder_in_memory() is None:
-        narrate("/dev/shm is no memory here: large requests may reach a disk by Ray's temporary files")
+    elif _ray_folder(cluster) is None:
+        narrate(
+            "/dev/shm is no memory here, or less than Ray needs (cluster.object_store_bytes and 256 MiB): "
+            "large requests may reach a disk by Ray's temporary files"
+        )
+
+
+def _ray_folder(cluster: ClusterSettings) -> Path | None:
+    """In memory; with too little room there Ray would take a disk for its objects."""
+    return folder_in_memory(cluster.object_store_bytes + _RAY_FILES_BYTES)
 
 
 def _url(host: str, port: int) -> str:

@@ -22,6 +22,7 @@ from benchmarks.osd.recorded_answers import RecordedAnswer
 from benchmarks.osd.replay import RECORD_TTL_S, Replay, Replayed, chunks
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import GenerationRecord
 from buffer.store import StreamKey
 from buffer.two_stores import TwoStores
 from learner.distill import build_optimizer, distill_step
@@ -154,11 +155,9 @@ def _online(
             for route, asked in serving.by_route(part).items():
                 draft, by = serving.draft_of(route), serving.answering(route)
                 replayed = replay.play(draft, serving.version(by), asked, route, by)
-                lives = {"created_at_s": clock(), "expires_at_s": clock() + ttl_s}
+                kept = [_living(one.record, clock(), ttl_s) for one in replayed]
                 outcome.served(replayed)
-                store.append(
-                    StreamKey(revision, route, in_memory), [replace(one.record, **lives) for one in replayed]
-                )
+                store.append(StreamKey(revision, route, in_memory), kept)
             began_s = time.thread_time()
             while learner.run_cycle():
                 pass
@@ -172,6 +171,10 @@ def _online(
         }
     outcome.states = serving.states
     return outcome
+
+
+def _living(record: GenerationRecord, now_s: float, ttl_s: float) -> GenerationRecord:
+    return replace(record, created_at_s=now_s, expires_at_s=now_s + ttl_s)
 
 
 class _Serving:

@@ -56,11 +56,15 @@ def _redis_url(settings: Settings) -> str:
 
 def _run(settings: Settings, redis_url: str, memory_url: str | None) -> None:
     from deploy.learning import build_learner
+    from deploy.private_memory import forbid_core_dumps
     from deploy.signals import wait_for_stop
-    from deploy.wiring import check_models, check_redis_url, learner_settings
+    from deploy.wiring import check_memory_redis, check_models, check_redis_url, learner_settings
     from learner.trainer import limit_threads
 
     check_redis_url(redis_url)
+    if memory_url is not None:
+        check_memory_redis(memory_url, errors().print)
+        forbid_core_dumps()
     check_models(settings)
     limit_threads(settings.learner.num_threads)
     errors().print("loading the models")
