@@ -33,7 +33,7 @@ from serving.models.adapter import merge_adapter, sha256_of
 from serving.models.loading import ModelPair
 from serving.models.target_part import own_copy, own_tensors
 from serving.options import EngineOptions, Speculation
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -159,11 +159,10 @@ def adapt(
             target_revision=pair.target_revision,
         )
         recorder = Recorder(
-            _Sink(store),
+            {"replay": RecordPlace(_Sink(store), ttl_s=24 * 3600.0)},
             target_revision=pair.target_revision,
             replica_id="benchmark",
             capture_rate=1.0,
-            record_ttl_s=24 * 3600.0,
         )
         num_requests = 0
         while num_requests < recipe.num_requests and time.monotonic() - began_s < recipe.time_limit_s:
@@ -171,7 +170,7 @@ def adapt(
             generations = _serve(engine, prompts, recipe, num_requests)
             num_requests += len(generations)
             for generation in generations:
-                recorder.record(generation)
+                recorder.record(generation, "replay")
             learning_s = time.thread_time()
             learner.run_cycle()
             result.learner_s += time.thread_time() - learning_s

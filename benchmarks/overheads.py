@@ -31,7 +31,7 @@ from serving.engine.request import TokenEvent
 from serving.local import build_engine
 from serving.models.loading import ModelPair
 from serving.options import EngineOptions
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 from serving.runner_check import prepare_runner
 from serving.serving_engine import ServingEngine
 
@@ -160,11 +160,10 @@ def capture_cost(work: Work, engine: ServingEngine, batch: int) -> dict[str, Any
         store = RedisRecordStore(redis.url)
         exporter = RecordExporter(store)
         recorder = Recorder(
-            exporter,
+            {"replay": RecordPlace(exporter, ttl_s=3600.0)},
             target_revision=engine.target_revision,
             replica_id="bench",
             capture_rate=1.0,
-            record_ttl_s=3600.0,
         )
 
         def run(captured: bool, prompts: list[list[int]]) -> float:
@@ -219,7 +218,7 @@ def _tokens_per_s(
     generations = [handle.result() for handle in [engine.submit(request) for request in requests]]
     if recorder is not None:
         for generation in generations:
-            recorder.record(generation)
+            recorder.record(generation, "replay")
     wall_s = time.perf_counter() - began_s
     return sum(len(generation.output_token_ids) for generation in generations) / wall_s
 

@@ -7,6 +7,7 @@ refused if it cannot be.
 
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,15 @@ class DraftDetails:
     manifest: AdapterManifest
     is_serving: bool
     events: tuple[AdapterEvent, ...]
+
+
+@dataclass(frozen=True)
+class PurgeReport:
+    """What came of a deletion of records."""
+
+    num_records: int
+    caveat: str
+    """What may still hold them, in sentences; empty: nothing that is reached."""
 
 
 class Administration(Protocol):
@@ -95,9 +105,9 @@ class Administration(Protocol):
         request_id: str | None = None,
         route: str | None = None,
         older_than_s: float | None = None,
-    ) -> int:
-        """Delete the records that fit everything given, of which there must be something. Returns how many.
-        What the learner has read already is not taken from it."""
+    ) -> PurgeReport:
+        """Delete the records that fit everything given, of which there must be something; the store's files
+        are rewritten, and the learner lets go of what it holds. What it has learnt stays learnt."""
         ...
 
     def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
@@ -190,14 +200,16 @@ class DirectAdministration:
         request_id: str | None = None,
         route: str | None = None,
         older_than_s: float | None = None,
-    ) -> int:
+    ) -> PurgeReport:
         arguments = {"request_id": request_id, "route": route, "older_than_s": older_than_s}
         with self._audited("records.purge", **arguments):
             if all(argument is None for argument in arguments.values()):
                 raise OrderRefusedError(
                     "request_id, route or older_than_s must be given; nothing was deleted"
                 )
-            return self._purge(route, RecordFilter(request_id, older_than_s))
+            num_records = self._purge(route, RecordFilter(request_id, older_than_s))
+            self._tell_learners(num_records)
+            return PurgeReport(num_records, self._store.rewrite_files())
 
     def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
         return self._feed.audit_log(max_lines)
@@ -229,7 +241,7 @@ class DirectAdministration:
         known = self._store.keys()
         keys = [key for key in known if key.target_revision == self._target_revision]
         if route is not None:
-            _require_name("route", route, [key.route for key in keys])
+            _require_name("route", route, sorted({key.route for key in keys}))
         num_records = 0
         for key in keys:
             cursor, is_over = 0, route not in (None, key.route)
@@ -242,6 +254,14 @@ class DirectAdministration:
                 num_records, cursor = num_records + step.num_records, step.cursor
                 is_over = cursor == 0
         return num_records
+
+    def _tell_learners(self, num_records: int) -> None:
+        """Behind the deletion: one told before could read again what it was told to let go of."""
+        try:
+            self._feed.change_controls(lambda orders: orders.with_purge(secrets.token_hex(8)))
+        except StoreUnavailableError as error:
+            text = f"{num_records} records were deleted, and the learner could not be told; call again"
+            raise StoreUnavailableError(f"{text}: {error}") from error
 
     @contextmanager
     def _audited(self, operation: str, **arguments: Argument) -> Iterator[None]:

@@ -25,6 +25,9 @@ class Controls:
     """No replica takes new requests, those that start later included."""
     draining_replicas: tuple[str, ...] = ()
     """Ids of replicas that take no new requests."""
+    last_purge: str = ""
+    """Names the last deletion of records. A learner that sees another name than before lets go of all that it
+    read, and reads again what is left."""
 
     def __post_init__(self) -> None:
         if self.capture_rate is not None and not 0.0 <= self.capture_rate <= 1.0:
@@ -56,6 +59,9 @@ class Controls:
 
     def with_capture_rate(self, rate: float | None) -> "Controls":
         return replace(self, capture_rate=rate)
+
+    def with_purge(self, name: str) -> "Controls":
+        return replace(self, last_purge=name)
 
     def with_drain(self, replica_id: str | None) -> "Controls":
         """Of one replica, or (None) of all."""

@@ -4,6 +4,7 @@ SeamError
 ├── SchemaVersionError     bytes written by another schema; nothing was decoded
 ├── CorruptRecordError     bytes that are no record or manifest; nothing was decoded
 ├── StoreUnavailableError  the store cannot be reached now; nothing was stored, try again
+│   └── PersistentStoreError  it can, and writes to a disk what must reach none; nothing was stored
 ├── VersionConflictError   a publish whose draft_version is not the next one; nothing was published
 ├── UnknownVersionError    no adapter with that route and draft_version; nothing changed
 ├── UnknownNameError       no route or replica of that name; nothing changed
@@ -25,6 +26,10 @@ class CorruptRecordError(SeamError):
 
 class StoreUnavailableError(SeamError):
     """The store cannot be reached; nothing was stored or changed."""
+
+
+class PersistentStoreError(StoreUnavailableError):
+    """The store writes what it holds to a disk, and was given what must not be; nothing was stored."""
 
 
 class VersionConflictError(SeamError):

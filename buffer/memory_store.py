@@ -88,6 +88,14 @@ class MemoryRecordStore:
         with self._changed:
             return PurgeStep(self._stream(key).purge(meant, self._clock()), cursor=0)
 
+    def drop_expired(self, key: StreamKey) -> None:
+        with self._changed:
+            self._stream(key).drop_expired(self._clock())
+
+    def rewrite_files(self) -> str:
+        """There are no files."""
+        return ""
+
     def size(self, key: StreamKey) -> StreamSize:
         with self._changed:
             stream = self._stream(key)

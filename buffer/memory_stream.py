@@ -59,9 +59,12 @@ class Stream:
             self.remove(entry_id)
         return len(found)
 
-    def trim(self, bounds: Bounds, now_s: float) -> None:
+    def drop_expired(self, now_s: float) -> None:
         for entry_id in [i for i, entry in self.entries.items() if entry.expires_at_s <= now_s]:
             self.remove(entry_id)
+
+    def trim(self, bounds: Bounds, now_s: float) -> None:
+        self.drop_expired(now_s)
         while self.entries and self._exceeds(bounds, now_s):
             self.remove(next(iter(self.entries)))
 

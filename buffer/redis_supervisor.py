@@ -14,6 +14,7 @@ stay up, one that ends is started again instead.
 
 import ctypes
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def _start(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            preexec_fn=_die_with_this_process,
+            preexec_fn=_guarded,
             pass_fds=locks,
         )
     assert server.stdin is not None
@@ -73,7 +74,11 @@ def _start(
     return server
 
 
-def _die_with_this_process() -> None:
+def _guarded() -> None:
+    """The server dies with this process, and leaves no core dump, which would hold all that it held: a limit
+    of one byte also forbids the kernel to hand one to a program, as a limit of none would not."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -63,6 +63,12 @@ class RetryingStore:
     def purge(self, key: StreamKey, meant: RecordFilter, cursor: int = 0) -> PurgeStep:
         return _until_reached(self._wait, lambda: self._store.purge(key, meant, cursor))
 
+    def drop_expired(self, key: StreamKey) -> None:
+        _until_reached(self._wait, lambda: self._store.drop_expired(key))
+
+    def rewrite_files(self) -> str:
+        return _until_reached(self._wait, self._store.rewrite_files)
+
     def size(self, key: StreamKey) -> StreamSize:
         return _until_reached(self._wait, lambda: self._store.size(key))
 

@@ -22,6 +22,13 @@ class StreamKey:
 
     target_revision: str
     route: str
+    in_memory: bool = False
+    """Of capture mode `memory`: in a store that persists nothing, see `two_stores`."""
+
+    @property
+    def name(self) -> str:
+        """Among the streams of its target; no route has a colon in its name."""
+        return f"{self.route}:memory" if self.in_memory else self.route
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,15 @@ class RecordStore(Protocol):
         """One step, bounded in time, over a stream: delete the records that are meant, delivered ones too,
         which then are neither pending nor counted as dropped. Begin with cursor 0 and go on with each step's
         own; a record that is there all the while is not missed."""
+        ...
+
+    def drop_expired(self, key: StreamKey) -> None:
+        """Delete what has expired, which every append does, too."""
+        ...
+
+    def rewrite_files(self) -> str:
+        """Let the store's own files forget what was deleted; waits for it, for a bounded time. Returns why
+        they may still hold some of it; empty: they do not, or there are none."""
         ...
 
     def size(self, key: StreamKey) -> StreamSize: ...

@@ -35,11 +35,12 @@ _ANSWER_S = 30.0
 
 
 def ray_session(
-    settings: ClusterSettings, *, num_cpus: int, locks: tuple[int, ...] = ()
+    settings: ClusterSettings, *, num_cpus: int, locks: tuple[int, ...] = (), folder: Path | None = None
 ) -> AbstractContextManager[None]:
     """Connected to Ray inside the block: the one at the given address, or one of our own.
 
-    `locks` are descriptors that stay open until the last process of a Ray of our own is gone.
+    `locks` are descriptors that stay open until the last process of a Ray of our own is gone. `folder`: in
+    which such a Ray keeps its files, what it spills included; None: that for temporary ones.
     """
     if settings.ray_address is not None:
         return _joined_ray(settings.ray_address, settings.namespace)
@@ -48,14 +49,20 @@ def ray_session(
         num_cpus=num_cpus,
         object_store_bytes=settings.object_store_bytes,
         locks=locks,
+        folder=folder,
     )
 
 
 @contextmanager
 def own_ray(
-    *, namespace: str, num_cpus: int, object_store_bytes: int, locks: tuple[int, ...] = ()
+    *,
+    namespace: str,
+    num_cpus: int,
+    object_store_bytes: int,
+    locks: tuple[int, ...] = (),
+    folder: Path | None = None,
 ) -> Iterator[None]:
-    """A Ray of our own. `num_cpus` is what may be scheduled, not what there is; `locks` as above.
+    """A Ray of our own. `num_cpus` is what may be scheduled, not what there is; the others as above.
 
     Ray listens on every interface, so it gets a token of its own that only its processes know.
     """
@@ -64,7 +71,7 @@ def own_ray(
     _prefer_serving()
     _guard_headers()
     _await_proxy()
-    with _guarded_folder(locks) as folder:
+    with _guarded_folder(locks, folder or temp_root()) as own_folder:
         try:
             with _refused("Ray did not start, and nothing was started on it; this machine may be too busy"):
                 ray.init(
@@ -76,7 +83,7 @@ def own_ray(
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _node_ip_address="127.0.0.1",
-                    _temp_dir=str(folder),
+                    _temp_dir=str(own_folder),
                 )
             yield
         finally:
@@ -86,10 +93,10 @@ def own_ray(
 
 
 @contextmanager
-def _guarded_folder(locks: tuple[int, ...]) -> Iterator[Path]:
+def _guarded_folder(locks: tuple[int, ...], root: Path) -> Iterator[Path]:
     """A folder for one Ray. When the block or this process ends, the guard ends that Ray and removes it,
     and lets go of the locks last."""
-    folder = Path(tempfile.mkdtemp(prefix="everdraft-", dir=temp_root()))
+    folder = Path(tempfile.mkdtemp(prefix="everdraft-", dir=root))
     guard = subprocess.Popen(
         [sys.executable, "-P", ray_guard.__file__, str(os.getpid()), str(folder)],
         stdin=subprocess.PIPE,

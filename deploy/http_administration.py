@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlencode, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
-from buffer.administration import DraftDetails, RouteDrafts
+from buffer.administration import DraftDetails, PurgeReport, RouteDrafts
 from buffer.audit import AuditLine
 from buffer.controls import Controls
 from buffer.plain import from_plain
@@ -77,9 +77,10 @@ class HttpAdministration:
         request_id: str | None = None,
         route: str | None = None,
         older_than_s: float | None = None,
-    ) -> int:
+    ) -> PurgeReport:
         body = {"request_id": request_id, "route": route, "older_than_s": older_than_s}
-        return int(self._call("POST", "records/purge", body)["num_records"])
+        report: PurgeReport = _read(PurgeReport, self._call("POST", "records/purge", body))
+        return report
 
     def audit_log(self, max_lines: int = 100) -> list[AuditLine]:
         return [AuditLine(**line) for line in self._get(f"audit?lines={max_lines}")]

@@ -56,11 +56,11 @@ class LearnerHandle:
 
 @contextmanager
 def learner_beside(
-    settings: Settings, learner: LearnerSettings, redis_url: str, logs: LogPlan
+    settings: Settings, learner: LearnerSettings, redis_url: str, memory_url: str | None, logs: LogPlan
 ) -> Iterator[LearnerHandle]:
     """A learner as a Ray actor, inside the block. `learner` has its folders made absolute."""
     actor = start_learner_actor(
-        partial(_built, logs, settings.serving, learner, redis_url),
+        partial(_built, logs, settings.serving, learner, redis_url, memory_url),
         namespace=settings.cluster.namespace,
         num_threads=learner.num_threads,
         niceness=learner.niceness,
@@ -72,6 +72,12 @@ def learner_beside(
         handle.end()
 
 
-def _built(logs: LogPlan, serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
+def _built(
+    logs: LogPlan,
+    serving: ServingSettings,
+    learner: LearnerSettings,
+    redis_url: str,
+    memory_url: str | None,
+) -> Learner:
     logs.begin(process="learner")
-    return build_learner(serving, learner, redis_url)
+    return build_learner(serving, learner, redis_url, memory_url)

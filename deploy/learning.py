@@ -12,6 +12,8 @@ from torch import nn
 
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_store import RedisRecordStore
+from buffer.store import RecordStore
+from buffer.two_stores import TwoStores
 from learner.draft import build_draft
 from learner.loop import Learner
 from learner.settings import LearnerSettings
@@ -23,8 +25,11 @@ from serving.settings import ServingSettings
 _MAX_READABLE = 40
 
 
-def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url: str) -> Learner:
-    """Load the pair, make its draft trainable. Raises UnsupportedModelError.
+def build_learner(
+    serving: ServingSettings, learner: LearnerSettings, redis_url: str, memory_url: str | None = None
+) -> Learner:
+    """Load the pair, make its draft trainable. `memory_url`: of records of capture mode `memory`. Raises
+    UnsupportedModelError.
 
     The target is needed only for its revision; its weights are let go at once.
     """
@@ -44,7 +49,7 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
     )
     return Learner(
         draft,
-        RedisRecordStore(redis_url, serving.record_bounds),
+        _store(serving, redis_url, memory_url),
         RedisAdapterFeed(redis_url, pair.target_revision),
         learner,
         target_revision=pair.target_revision,
@@ -54,6 +59,13 @@ def build_learner(serving: ServingSettings, learner: LearnerSettings, redis_url:
             _tracker, learner, registered_base_name(learner, serving.target, pair.target_revision)
         ),
     )
+
+
+def _store(serving: ServingSettings, redis_url: str, memory_url: str | None) -> RecordStore:
+    durable = RedisRecordStore(redis_url, serving.record_bounds())
+    if memory_url is None:
+        return durable
+    return TwoStores(durable, RedisRecordStore(memory_url, serving.record_bounds("memory"), in_memory=True))
 
 
 def with_own_memory(model: nn.Module) -> nn.Module:

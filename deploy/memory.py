@@ -34,7 +34,8 @@ class ServicePlan:
     def of(cls, settings: Settings) -> "ServicePlan":
         """Raises UnsupportedModelError."""
         serving = settings.serving
-        options = EngineOptions.of(serving, export_queue_bytes=MAX_QUEUE_BYTES if serving.records else 0)
+        num_queues = len(serving.capture_modes) if serving.records else 0
+        options = EngineOptions.of(serving, export_queue_bytes=MAX_QUEUE_BYTES * num_queues)
         replica = MemoryPlan.outlined(
             serving.target, serving.draft, options, dtype=serving.dtype, untie_draft=serving.untie_draft
         )

@@ -33,6 +33,8 @@ class RunningNote:
     url: str
     redis_url: str = field(repr=False)
     """With its password; not for printing."""
+    memory_url: str = field(repr=False)
+    """Of records of capture mode `memory`, with its password; empty: there is none."""
     tracking_uri: str = field(repr=False)
     """Empty: MLflow is off. It may hold a password too."""
     target: str
@@ -121,6 +123,7 @@ def own_note(
     *,
     url: str,
     redis_url: str,
+    memory_url: str = "",
     tracking_uri: str,
     target: str,
     draft: str,
@@ -131,7 +134,16 @@ def own_note(
     started_at_s = process_started_at_s(os.getpid())
     assert started_at_s is not None, "this process is alive"
     return RunningNote(
-        os.getpid(), started_at_s, url, redis_url, tracking_uri, target, draft, target_revision, learns
+        pid=os.getpid(),
+        process_started_at_s=started_at_s,
+        url=url,
+        redis_url=redis_url,
+        memory_url=memory_url,
+        tracking_uri=tracking_uri,
+        target=target,
+        draft=draft,
+        target_revision=target_revision,
+        learns=learns,
     )
 
 

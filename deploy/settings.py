@@ -5,8 +5,9 @@ Invariant: an unknown key is an error, never a silent default.
 """
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from learner.settings import LearnerSettings
 from serving.log_lines import LogFormat
@@ -20,6 +21,15 @@ class RedisSettings(BaseModel):
 
     url: str | None = Field(default=None, repr=False)
     """`redis://`, `rediss://` or `unix://`, with its password; None starts a server of our own."""
+    memory_url: str | None = Field(default=None, repr=False)
+    """Another server, which persists nothing, for records of capture mode `memory`; None starts one of our
+    own where a mode is `memory`."""
+
+    @model_validator(mode="after")
+    def _are_two(self) -> Self:
+        if self.memory_url is not None and self.memory_url == self.url:
+            raise ValueError("memory_url is that of url, whose records outlive it; give another server")
+        return self
 
 
 class MlflowSettings(BaseModel):

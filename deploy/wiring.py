@@ -8,18 +8,19 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from buffer.errors import StoreUnavailableError
+from buffer.errors import PersistentStoreError, StoreUnavailableError
 from buffer.redis_feed import RedisAdapterFeed, known_targets
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisRecordStore
 from buffer.store import AdapterFeed, RecordStore
+from buffer.two_stores import TwoStores
 from deploy.draft_checkpoint import with_draft_checkpoint
 from deploy.environment import quieten_libraries
 from deploy.errors import ClusterError, ModelPairError, SettingsError
@@ -27,6 +28,7 @@ from deploy.gguf_target import with_converted_target
 from deploy.log_relay import log_relay
 from deploy.part_choice import as_if_chosen, with_chosen_part
 from deploy.ports import require_free_port
+from deploy.private_memory import folder_in_memory, forbid_core_dumps, may_swap
 from deploy.running import RunningNote, claimed_folder, own_note, write_learner_snapshot, write_note
 from deploy.settings import ClusterSettings, Settings
 from learner.settings import LearnerSettings
@@ -34,6 +36,9 @@ from serving.log_lines import LogPlan
 
 if TYPE_CHECKING:
     from deploy.learner_process import LearnerHandle
+
+_RAY_FILES_BYTES = 256 * 2**20
+"""Room for a session's logs and what it spills."""
 
 Narrate = Callable[[str], None]
 """Told what is being done, a line at a time, in words for a person."""
@@ -50,6 +55,8 @@ class RunningSystem:
     learner: "LearnerHandle | None"
     target_revision: str
     """Of the target that the replicas loaded; the feed and the records are kept by it."""
+    memory_url: str | None = field(default=None, repr=False)
+    """Of records of capture mode `memory`, with its password; None: there are none."""
 
     def note_learner(self) -> None:
         """Leave word of the learner for `everdraft status`; to be called about once a second."""
@@ -84,12 +91,21 @@ def open_feed(redis_url: str, target_revision: str) -> AdapterFeed:
         raise SettingsError(f"redis.url: {error}") from None
 
 
-def open_store(redis_url: str) -> RecordStore:
-    """Raises SettingsError for a URL that is none; connects at the first call."""
+def open_store(redis_url: str, memory_url: str | None = None) -> RecordStore:
+    """`memory_url`: of records of capture mode `memory`. Raises SettingsError for a URL that is none;
+    connects at the first call."""
     try:
-        return RedisRecordStore(redis_url)
+        durable = RedisRecordStore(redis_url)
     except ValueError as error:
         raise SettingsError(f"redis.url: {error}") from None
+    return durable if memory_url is None else TwoStores(durable, _memory_store(memory_url))
+
+
+def _memory_store(memory_url: str) -> RedisRecordStore:
+    try:
+        return RedisRecordStore(memory_url, in_memory=True)
+    except ValueError as error:
+        raise SettingsError(f"redis.memory_url: {error}") from None
 
 
 @contextmanager
@@ -113,17 +129,21 @@ def running_system(settings: Settings, narrate: Narrate) -> Iterator[RunningSyst
 
             for line in check_memory(as_if_chosen(settings)).lines():
                 narrate(line)
+        if "memory" in settings.serving.capture_modes:
+            keep_off_disk(settings.cluster, narrate)
         redis_url = parts.enter_context(_redis(settings, narrate))
+        memory_url = parts.enter_context(_memory_redis(settings, narrate))
         settings = with_chosen_part(settings, redis_url, narrate)
-        learner, revision = parts.enter_context(_replicas_and_learner(settings, redis_url, locks, narrate))
-        system = RunningSystem(settings, url, redis_url, learner, revision)
+        urls = (redis_url, memory_url)
+        learner, revision = parts.enter_context(_replicas_and_learner(settings, urls, locks, narrate))
+        system = RunningSystem(settings, url, redis_url, learner, revision, memory_url)
         write_note(settings.state_dir, _note(system))
         yield system
 
 
 @contextmanager
 def _replicas_and_learner(
-    settings: Settings, redis_url: str, locks: tuple[int, ...], narrate: Narrate
+    settings: Settings, urls: tuple[str, str | None], locks: tuple[int, ...], narrate: Narrate
 ) -> Iterator[tuple["LearnerHandle | None", str]]:
     """The learner's handle, and the revision of the target that is served."""
     # Ray and torch take seconds to import: not before the quick checks have passed.
@@ -132,9 +152,12 @@ def _replicas_and_learner(
     from serving.replica import build_deployment
 
     cluster = settings.cluster
+    folder = _ray_folder(cluster) if "memory" in settings.serving.capture_modes else None
     with ExitStack() as parts:
         narrate("starting Ray" if cluster.ray_address is None else f"joining Ray at {cluster.ray_address}")
-        parts.enter_context(ray_session(cluster, num_cpus=schedulable_cpus(settings), locks=locks))
+        parts.enter_context(
+            ray_session(cluster, num_cpus=schedulable_cpus(settings), locks=locks, folder=folder)
+        )
         narrate("loading the models and measuring what a pass costs")
         if (settings.serving.draft or "").split(":")[0] == "self":
             narrate(
@@ -142,7 +165,7 @@ def _replicas_and_learner(
             )
         logs = parts.enter_context(_logs(cluster))
         application = build_deployment(
-            settings.serving, redis_url, num_gpus=cluster.num_gpus_per_replica, logs=logs
+            settings.serving, *urls, num_gpus=cluster.num_gpus_per_replica, logs=logs
         )
         is_own_ray = cluster.ray_address is None
         revision = parts.enter_context(
@@ -151,9 +174,7 @@ def _replicas_and_learner(
         learner = None
         if cluster.learn and settings.serving.draft is not None:
             narrate("starting the learner")
-            learner = parts.enter_context(
-                learner_beside(settings, learner_settings(settings), redis_url, logs)
-            )
+            learner = parts.enter_context(learner_beside(settings, learner_settings(settings), *urls, logs))
         yield learner, revision
 
 
@@ -241,6 +262,64 @@ def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
         server.stop()
 
 
+@contextmanager
+def _memory_redis(settings: Settings, narrate: Narrate) -> Iterator[str | None]:
+    """None where nothing is recorded in capture mode `memory`."""
+    serving = settings.serving
+    if not (serving.records and "memory" in serving.capture_modes):
+        yield None
+    elif settings.redis.memory_url is not None:
+        check_memory_redis(settings.redis.memory_url, narrate)
+        yield settings.redis.memory_url
+    else:
+        narrate("starting a second Redis, which persists nothing")
+        try:
+            server = EmbeddedRedis(is_sealed=True, restarts=True).start()
+        except StoreUnavailableError as error:
+            raise ClusterError(str(error)) from error
+        try:
+            yield server.url
+        finally:
+            server.stop()
+
+
+def check_memory_redis(memory_url: str, narrate: Narrate) -> None:
+    """Raises SettingsError for a server that persists what it holds. One that is away is asked by whoever
+    writes to it, before the first record."""
+    with closing(_memory_store(memory_url)) as store:
+        try:
+            store.require_unpersisted()
+        except PersistentStoreError as error:
+            raise SettingsError(f"redis.memory_url: {error}; nothing was started") from None
+        except StoreUnavailableError as error:
+            narrate(f"redis.memory_url: {error}")
+
+
+def keep_off_disk(cluster: ClusterSettings, narrate: Narrate) -> None:
+    """For capture mode `memory`: what can be done, and a line for what cannot."""
+    forbid_core_dumps()
+    if may_swap():
+        narrate(
+            "this machine may swap memory to a disk, and no process can lock that of another: turn swap off, "
+            "encrypt it, or run in a cgroup with memory.swap.max=0, or capture mode memory promises too much"
+        )
+    if cluster.ray_address is not None:
+        narrate(
+            f"Ray at {cluster.ray_address} keeps its own temporary files: start its nodes with "
+            "--object-spilling-directory in memory and with core dumps off, for capture mode memory"
+        )
+    elif _ray_folder(cluster) is None:
+        narrate(
+            "/dev/shm is no memory here, or less than Ray needs (cluster.object_store_bytes and 256 MiB): "
+            "large requests may reach a disk by Ray's temporary files"
+        )
+
+
+def _ray_folder(cluster: ClusterSettings) -> Path | None:
+    """In memory; with too little room there Ray would take a disk for its objects."""
+    return folder_in_memory(cluster.object_store_bytes + _RAY_FILES_BYTES)
+
+
 def _url(host: str, port: int) -> str:
     """Where a client on this machine finds the endpoint."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
@@ -252,6 +331,7 @@ def _note(system: RunningSystem) -> RunningNote:
     return own_note(
         url=system.url,
         redis_url=system.redis_url,
+        memory_url=system.memory_url or "",
         tracking_uri=settings.tracking_uri,
         target=settings.serving.target,
         draft=settings.serving.draft or "",

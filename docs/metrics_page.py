@@ -58,7 +58,7 @@ def _example_metrics() -> ServingMetrics:
         dropped_by_reason=dict.fromkeys(DROP_REASONS, 0),
     )
     metrics = ServingMetrics(
-        lambda: stats, replica_id="0", num_rejected=lambda: 0, exporter=cast(RecordExporter, exporter)
+        lambda: stats, replica_id="0", num_rejected=lambda: 0, exporters=[cast(RecordExporter, exporter)]
     )
     metrics.clock(0.0).finished("stop", 0.0)
     return metrics

@@ -3,7 +3,7 @@
 Knows no Ray, no Redis, no MLflow: store, feed and tracker are passed in. Invariants: serving never waits for
 the learner; nothing is published that did not pass the gate, or while an operator has paused learning; a
 record is acknowledged only after the checkpoint that used it was written, or untrained; while the store
-cannot be reached the learner waits and loses nothing.
+cannot be reached the learner waits and loses nothing; no record is held past its expiry, or after a purge.
 """
 
 import logging
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from buffer.controls import Controls
-from buffer.errors import StoreUnavailableError
 from buffer.names import DEFAULT_ROUTE
 from buffer.records import GenerationRecord
 from buffer.retrying import RetryingFeed, RetryingStore
@@ -80,13 +79,13 @@ class Learner:
         other draft, and their drafts start no other; a record that says so of itself is kept apart in any
         case."""
         self._draft, self._settings = draft, settings
-        self._store = RetryingStore(store, self._wait_for_store)
-        self._feed = RetryingFeed(feed, self._wait_for_store)
+        wait_for_store = partial(self._wait_to_try_again, "store unavailable")
+        self._store, self._feed = RetryingStore(store, wait_for_store), RetryingFeed(feed, wait_for_store)
         self._target_revision, self._now_s, self._free_bytes = target_revision, now_s, free_bytes
         self._stop, self._paused = threading.Event(), threading.Event()
         self._state, self._last_error, self._started = "waiting", "", False
         self._streams: list[StreamKey] = []
-        self._controls, self._orders_read_s = Controls(), 0.0
+        self._controls, self._orders_read_s, self._last_purge = Controls(), 0.0, ""
         self._reclaim_at_s = 0.0
         folder = checkpoint.folder_of_target(Path(settings.checkpoint_folder), target_revision)
         latest = checkpoint.read_latest(folder)
@@ -100,7 +99,7 @@ class Learner:
             target_revision=target_revision,
             is_sound=lambda record, route: not self._fault(record, route),
             now_s=now_s,
-            wait_for_disk=self._wait_for_disk,
+            wait_for_disk=partial(self._wait_to_try_again, "checkpoint cannot be written"),
             has_memory=self._has_memory,
             isolated=isolated_routes,
         )
@@ -115,7 +114,7 @@ class Learner:
         self._tracker.log_params(self._settings.model_dump() | identity)
         try:
             while not stop.is_set():
-                if self._paused.is_set() or not self.run_cycle():
+                if not (self._idle() if self._paused.is_set() else self.run_cycle()):
                     is_paused = self._paused.is_set() or self._controls.is_learning_paused
                     self._state = "paused" if is_paused else "waiting"
                     stop.wait(POLL_S)
@@ -128,8 +127,9 @@ class Learner:
     def run_cycle(self) -> bool:
         """One cycle: read, draw, distil, evaluate, gate, publish, checkpoint, acknowledge. False: no route
         was due."""
-        self._start()
         self._follow_orders()
+        self._let_go()
+        self._start()
         self._read()
         if not self._controls.is_learning_paused:
             self._routes.review(self._streams)
@@ -145,7 +145,7 @@ class Learner:
             partial(self._replay, draft),
             keep_going=partial(self._rest, draft.route),
             sleep=self._stop.wait,
-            is_paused=partial(self._is_paused_now, draft.route),
+            is_paused=lambda: self._follow_orders().pauses(draft.route),
         )
         self._routes.save(draft, self._inbox.entry_ids(streams))
         self._inbox.ack(streams)
@@ -179,11 +179,33 @@ class Learner:
 
     # the steps of run_cycle, in order
 
+    def _follow_orders(self) -> Controls:
+        self._controls = self._feed.controls() or self._controls
+        self._orders_read_s = time.monotonic()
+        return self._controls
+
+    def _let_go(self) -> None:
+        """Of what has expired, here and in the store that persists nothing; of everything after a purge,
+        when what is left is read again."""
+        if self._is_purged:
+            self._last_purge = self._controls.last_purge
+            self._inbox.forget()
+            self._routes.forget()
+            if self._started:
+                self._read_again()
+        self._expire()
+        for key in self._streams:
+            if key.in_memory:
+                self._store.drop_expired(key)
+
     def _start(self) -> None:
-        """On the first cycle: reclaim what was read but not acknowledged, refill the held-out windows."""
-        if self._started:
-            return
-        self._routes.start()
+        if not self._started:
+            self._routes.start()
+            self._read_again()
+            self._started = True
+
+    def _read_again(self) -> None:
+        """Reclaim what was read but not acknowledged, refill the held-out windows."""
         self._reclaim()
         self._streams = self._inbox.streams()
         wanted = self._settings.held_out_window_records
@@ -193,16 +215,11 @@ class Learner:
                 sound = [record for record in kept if not self._fault(record, draft.route)]
                 self._routes.remember(sound)
                 draft.hold_out(sound)
-        self._started = True
 
     def _reclaim(self) -> None:
         """Reclaim unacknowledged records: this consumer's own, and those of a consumer that is gone."""
         self._inbox.reclaim()
         self._reclaim_at_s = self._now_s() + CLAIM_IDLE_S
-
-    def _follow_orders(self) -> None:
-        self._controls = self._feed.controls() or self._controls
-        self._orders_read_s = time.monotonic()
 
     def _read(self) -> None:
         """For each route: follow the feed, handle replica rejections, read new records, watch the last
@@ -240,7 +257,8 @@ class Learner:
         return max(filter(self._is_due, due), key=self._oldest_age_s, default=None)
 
     def _is_due(self, draft: RouteLearner) -> bool:
-        return draft.is_due(self._num_waiting(draft), self._oldest_age_s(draft))
+        num_waiting = self._inbox.num_waiting(self._routes.streams_of(draft, self._streams))
+        return draft.is_due(num_waiting, self._oldest_age_s(draft))
 
     def _sound_records(self, draft: RouteLearner, streams: Sequence[StreamKey]) -> list[GenerationRecord]:
         records = self._inbox.records(streams)
@@ -258,6 +276,21 @@ class Learner:
         return [record for record in drawn if not self._fault(record, draft.route)]
 
     # helpers
+
+    def _idle(self) -> bool:
+        """What goes on while this process is paused: nothing is held longer than it may be."""
+        self._follow_orders()
+        self._let_go()
+        return False
+
+    @property
+    def _is_purged(self) -> bool:
+        """Whether an operator deleted records since this learner let go of them last."""
+        return self._controls.last_purge != self._last_purge
+
+    def _expire(self) -> None:
+        for holder in (self._inbox, self._routes):
+            holder.drop_expired(self._now_s())
 
     def _build(
         self, route: str, found: checkpoint.Checkpoint | None, fallback: Callable[[], ExistingDraft]
@@ -279,18 +312,13 @@ class Learner:
         needed = state_bytes(self._draft.num_parameters, self._draft.export_dtype.itemsize)
         return needed < self._free_bytes()
 
-    def _wait_for_store(self, error: StoreUnavailableError) -> None:
-        self._wait_to_try_again("store unavailable", error)
-
-    def _wait_for_disk(self, error: checkpoint.CheckpointError) -> None:
-        """No record is acknowledged meanwhile, so none is lost if this process ends."""
-        self._wait_to_try_again("checkpoint cannot be written", error)
-
     def _wait_to_try_again(self, state: str, error: Exception) -> None:
-        """Raises LearnerStopped if stopped meanwhile."""
+        """No record is acknowledged meanwhile, so none is lost if this process ends. Raises LearnerStopped if
+        stopped."""
         if self._state != state:
             logger.warning("%s, trying again: %s", state, error)
         self._state, self._last_error = state, str(error)
+        self._expire()
         if self._stop.wait(self._settings.retry_s):
             raise LearnerStopped from error
 
@@ -301,11 +329,7 @@ class Learner:
             return False
         if time.monotonic() - self._orders_read_s >= ORDERS_S:
             self._follow_orders()
-        return not self._controls.pauses(route)
-
-    def _is_paused_now(self, route: str) -> bool:
-        self._follow_orders()
-        return self._controls.pauses(route)
+        return not (self._controls.pauses(route) or self._is_purged)
 
     def _fault(self, record: GenerationRecord, route: str) -> str:
         """Why the record may not train the draft of this route; empty: it may."""
@@ -315,14 +339,12 @@ class Learner:
             return "isolated"
         return record_fault(record, self._target_revision, self._draft.vocab_size)
 
-    def _num_waiting(self, draft: RouteLearner) -> int:
-        return self._inbox.num_waiting(self._routes.streams_of(draft, self._streams))
-
     def _oldest_age_s(self, draft: RouteLearner) -> float:
         return self._inbox.oldest_age_s(self._routes.streams_of(draft, self._streams), self._now_s())
 
     def _facts(self, draft: RouteLearner) -> dict[str, Any]:
+        streams = self._routes.streams_of(draft, self._streams)
         return draft.facts() | {
-            "num_waiting_records": self._num_waiting(draft),
+            "num_waiting_records": self._inbox.num_waiting(streams),
             "is_paused": self._controls.pauses(draft.route),
         }

@@ -16,7 +16,7 @@ acknowledges what it read within it."""
 
 
 class RecordInbox:
-    """`acked_entry_ids`, by route, come from the checkpoint: already used, but perhaps not yet
+    """`acked_entry_ids`, by name of the stream, come from the checkpoint: already used, but perhaps not yet
     acknowledged."""
 
     def __init__(
@@ -29,18 +29,18 @@ class RecordInbox:
         self._store = store
         self._target_revision = target_revision
         self._consumer = consumer
-        self._used = {route: set(ids) for route, ids in acked_entry_ids.items()}
+        self._used = {stream: set(ids) for stream, ids in acked_entry_ids.items()}
         self._waiting: dict[StreamKey, list[Delivery]] = {}
 
     def streams(self) -> list[StreamKey]:
-        """The streams of this target, one a route. State of deleted streams is dropped, except for records
+        """The streams of this target, by route. State of deleted streams is dropped, except for records
         that wait."""
         every = self._store.keys()
         found = [key for key in every if key.target_revision == self._target_revision]
-        routes = {key.route for key in found}
-        self._used = {route: used for route, used in self._used.items() if route in routes}
+        names = {key.name for key in found}
+        self._used = {stream: used for stream, used in self._used.items() if stream in names}
         self._waiting = {key: held for key, held in self._waiting.items() if held or key in found}
-        return sorted(found, key=lambda key: key.route)
+        return sorted(found, key=lambda key: key.name)
 
     def reclaim(self) -> None:
         """Claim what an earlier process of this consumer read and never acknowledged, and what another
@@ -69,9 +69,9 @@ class RecordInbox:
         return max((now_s - record.created_at_s for record in self.records(keys)), default=0.0)
 
     def entry_ids(self, keys: Sequence[StreamKey]) -> dict[str, list[str]]:
-        """Entry ids of waiting records, by route; a checkpoint names them before they are acknowledged."""
+        """Entry ids of waiting records, by stream; a checkpoint names them before they are acknowledged."""
         return {
-            key.route: [delivery.entry_id for delivery in deliveries]
+            key.name: [delivery.entry_id for delivery in deliveries]
             for key in keys
             if (deliveries := self._waiting.get(key))
         }
@@ -80,14 +80,25 @@ class RecordInbox:
         """Acknowledge all waiting records of these streams: a checkpoint used them."""
         used = self.entry_ids(keys)
         for key in keys:
-            if key.route in used:
-                self._store.ack(key, used[key.route])
+            if key.name in used:
+                self._store.ack(key, used[key.name])
         for key in keys:
-            self._used[key.route] = set(used.get(key.route, ()))
+            self._used[key.name] = set(used.get(key.name, ()))
             self._waiting.pop(key, None)
 
+    def drop_expired(self, now_s: float) -> None:
+        """Let go of waiting records of capture mode `memory` that may no longer be held. Their store counts
+        them as dropped."""
+        for key in [key for key in self._waiting if key.in_memory]:
+            held = self._waiting[key]
+            self._waiting[key] = [delivery for delivery in held if delivery.record.expires_at_s > now_s]
+
+    def forget(self) -> None:
+        """Let go of all waiting records; what is left of them in the store can be reclaimed."""
+        self._waiting.clear()
+
     def _accept(self, key: StreamKey, deliveries: list[Delivery]) -> list[GenerationRecord]:
-        used = self._used.get(key.route, set())
+        used = self._used.get(key.name, set())
         waiting = {delivery.entry_id for delivery in self._waiting.get(key, [])}
         again = [delivery.entry_id for delivery in deliveries if delivery.entry_id in used]
         if again:

@@ -145,6 +145,16 @@ class RouteLearner:
         """Keep a share of sound records to judge by; returns the others."""
         return self.judge.split(records)
 
+    def expire(self, now_s: float) -> None:
+        """Let go of records that may no longer be held."""
+        self.judge.expire(now_s)
+        self.bootstrap_records = [each for each in self.bootstrap_records if each.expires_at_s > now_s]
+
+    def forget(self) -> None:
+        """Let go of all records."""
+        self.judge.forget()
+        self.bootstrap_records = []
+
     def refused_records(self, num_records: int) -> None:
         """Count records that were not fit to train on."""
         self.progress.num_refused_records += num_records

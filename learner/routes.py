@@ -147,6 +147,18 @@ class Routes:
         self._isolated.update(record.route for record in records if record.isolated)
         self._kinds.remember(self._shared(records))
 
+    def drop_expired(self, now_s: float) -> None:
+        """Let go of records and prompts that may no longer be held."""
+        self._kinds.expire(now_s)
+        for draft in self:
+            draft.expire(now_s)
+
+    def forget(self) -> None:
+        """Let go of all records and prompts."""
+        self._kinds.forget()
+        for draft in self:
+            draft.forget()
+
     def arrived(self, records: Sequence[GenerationRecord]) -> None:
         """Count new sound records for their routes."""
         self.remember(records)
@@ -158,8 +170,8 @@ class Routes:
                 continue
             standing = self._standings.get(route)
             if standing is None:
-                size = self._store.size(StreamKey(self._target_revision, route))
-                standing = Standing(num_records=size.num_records - num_records)
+                num_kept = sum(self._store.size(key).num_records for key in self._streams_named(route))
+                standing = Standing(num_records=num_kept - num_records)
             self._standings[route] = standing.after_records(num_records, self._now_s())
 
     def review(self, streams: Sequence[StreamKey]) -> None:
@@ -257,11 +269,16 @@ class Routes:
         """Kept records of the route; before it had a name they came as `default`'s."""
         wanted, seed = self._settings.route_window_records, self._settings.seed
         kept: list[GenerationRecord] = []
-        for stream in (route, DEFAULT_ROUTE):
-            drawn = self._store.draw_replay(StreamKey(self._target_revision, stream), wanted, seed)
+        for key in (*self._streams_named(route), *self._streams_named(DEFAULT_ROUTE)):
+            drawn = self._store.draw_replay(key, wanted, seed)
             sound = (record for record in drawn if self._is_sound(record, route))
             kept += [record for record in sound if self._kinds.belongs(record, route)]
         return kept
+
+    def _streams_named(self, route: str) -> list[StreamKey]:
+        """Of both capture modes."""
+        known = self._store.keys()
+        return [key for key in known if (key.target_revision, key.route) == (self._target_revision, route)]
 
     def _look_again_at_kinds(self) -> None:
         kinds = self._kinds.look_again(self.drafts, self._now_s())

@@ -6,13 +6,13 @@ while the route has a draft of its own, and tenants are the operator's, so there
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from buffer.exporter import RecordExporter
+from buffer.exporter import DROP_REASONS, RecordExporter
 from serving.engine.request import Generation
 from serving.engine.stats import EngineStats
 from serving.vllm_metrics import vllm_families
@@ -164,7 +164,7 @@ class _Families(Collector):
 
 
 class ServingMetrics(Collector):
-    """`num_rejected` and `exporter` are read at every scrape. `exporter` None: nothing is recorded.
+    """`num_rejected` and `exporters` are read at every scrape. No exporter: nothing is recorded.
     `model_name`: the label of vLLM's metrics."""
 
     def __init__(
@@ -173,11 +173,11 @@ class ServingMetrics(Collector):
         *,
         replica_id: str,
         num_rejected: Callable[[], int],
-        exporter: RecordExporter | None,
+        exporters: Collection[RecordExporter],
         model_name: str = "",
     ) -> None:
         self._stats, self._replica_id, self._model_name = stats, replica_id, model_name
-        self._num_rejected, self._exporter = num_rejected, exporter
+        self._num_rejected, self._exporters = num_rejected, exporters
         self._registry = CollectorRegistry()
         self._histograms = {
             name: Histogram(
@@ -233,26 +233,31 @@ class ServingMetrics(Collector):
             "Generations refused with 429: a queue bound was reached.",
             self._num_rejected(),
         )
-        if self._exporter is not None:
-            yield from self._of_records(self._exporter)
+        if self._exporters:
+            yield from self._of_records(self._exporters)
         yield self._by_route(stats)
         yield from self._by_drafter(stats)
 
-    def _of_records(self, exporter: RecordExporter) -> Iterator[Metric]:
+    def _of_records(self, exporters: Collection[RecordExporter]) -> Iterator[Metric]:
         yield self._counter(
-            "records_submitted", "Records on their way to the buffer since the start.", exporter.num_submitted
+            "records_submitted",
+            "Records on their way to the buffer since the start.",
+            sum(exporter.num_submitted for exporter in exporters),
         )
         yield self._counter(
-            "records_exported", "Records handed to the buffer, those it had included.", exporter.num_exported
+            "records_exported",
+            "Records handed to the buffer, those it had included.",
+            sum(exporter.num_exported for exporter in exporters),
         )
         yield self._counter(
             "records_rerouted",
             "Records kept as those of the default route: theirs was one too many for a stream of its own.",
-            exporter.num_rerouted_records,
+            sum(exporter.num_rerouted_records for exporter in exporters),
         )
         text = "Records lost on the way to the buffer, by reason."
         dropped = CounterMetricFamily("everdraft_records_dropped", text, labels=["replica", "reason"])
-        for reason, num_records in exporter.dropped_by_reason.items():
+        for reason in DROP_REASONS:
+            num_records = sum(exporter.dropped_by_reason[reason] for exporter in exporters)
             dropped.add_metric([self._replica_id, reason], num_records)
         yield dropped
 

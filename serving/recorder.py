@@ -1,13 +1,13 @@
 """Turns a finished generation into records for the buffer. Runs on the engine thread for microseconds.
 
-Knows neither HTTP nor what the sink does. Invariant: nothing here blocks, and nothing raises into the engine;
-the record itself is built on the sink's thread.
+Knows neither HTTP nor what the sinks do. Invariants: nothing here blocks, and nothing raises into the engine;
+the record itself is built on a sink's thread; a record of capture mode `memory` reaches no other sink.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,8 +17,8 @@ import numpy as np
 from buffer.controls import Controls
 from buffer.records import GenerationRecord, RecordSampling, RoundTrace
 from buffer.store import StreamKey
+from serving.capture_mode import CaptureMode, CapturePolicy
 from serving.engine.request import CapturedRound, Generation, SamplingParams
-from serving.tenants import CaptureMode
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,14 @@ class RecordSink(Protocol):
 
 
 @dataclass(frozen=True)
+class RecordPlace:
+    """Where records of one capture mode go, and how long they live."""
+
+    sink: RecordSink
+    ttl_s: float
+
+
+@dataclass(frozen=True)
 class _Segment:
     """Rounds [first, end) of a generation; its output is [start, stop) of prompt + output."""
 
@@ -47,25 +55,26 @@ class _Segment:
 
 class Recorder:
     """`target_revision` names the stream; `replica_id` signs the records. `capture_rate` is the setting, in
-    whose place an operator may order another by `controls`. Records of `isolated_routes` say so."""
+    whose place an operator may order another by `controls`. `policy`: what service and routes allow. Records
+    of `isolated_routes` say so."""
 
     def __init__(
         self,
-        sink: RecordSink,
+        places: Mapping[CaptureMode, RecordPlace],
         *,
         target_revision: str,
         replica_id: str,
         capture_rate: float,
-        record_ttl_s: float,
+        policy: CapturePolicy = CapturePolicy(),  # noqa: B008  # frozen
         isolated_routes: Collection[str] = (),
         controls: Callable[[], Controls] = Controls,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._sink, self._controls = sink, controls
+        """`places`: of every mode but `off` that can come up; what has none is not recorded."""
+        self._places, self._policy, self._controls = dict(places), policy, controls
         self._target_revision, self._replica_id = target_revision, replica_id
-        self._capture_rate, self._record_ttl_s = capture_rate, record_ttl_s
+        self._capture_rate, self._clock = capture_rate, clock
         self._isolated_routes = isolated_routes
-        self._clock = clock
 
     @property
     def capture_rate(self) -> float:
@@ -73,29 +82,44 @@ class Recorder:
         ordered = self._controls().capture_rate
         return self._capture_rate if ordered is None else ordered
 
-    def wants(self, request_id: str, store: bool | None, tenant_capture: CaptureMode | None = None) -> bool:
-        """Whether to capture this request; always the same for the same id. `store: false` is never
-        captured, and a tenant's only if it allows what is kept on a disk."""
-        allowed = store is not False and tenant_capture in (None, "replay")
-        return allowed and _unit_hash(request_id) < self.capture_rate
+    def mode_of(
+        self,
+        request_id: str,
+        store: bool | None,
+        route: str | None = None,
+        tenant_capture: CaptureMode | None = None,
+    ) -> CaptureMode:
+        """How to capture this request, as far as is known when it is admitted; the rate decides always the
+        same for the same id. `route` None: the prompt decides, and `record` sees to it."""
+        if _unit_hash(request_id) >= self.capture_rate:
+            return "off"
+        mode = self._policy.mode(store=store, route=route, tenant=tenant_capture)
+        return mode if mode in self._places else "off"
 
-    def record(self, generation: Generation) -> None:
-        """Submit the captured rounds of a finished or cancelled generation, if there are any."""
+    def record(self, generation: Generation, admitted: CaptureMode) -> None:
+        """Submit the captured rounds of a finished or cancelled generation, if there are any, in the mode in
+        which it was admitted or, where its route turned out to have one, a stricter one."""
         try:
-            key = StreamKey(self._target_revision, generation.route)
-            now_s = self._clock()
+            mode = self._policy.mode(route=generation.route, tenant=admitted)
+            place = self._places.get(mode)
+            if place is None:
+                return
+            key, now_s = StreamKey(self._target_revision, generation.route), self._clock()
             for segment in _segments(generation):
                 rounds = generation.captured_rounds[segment.first : segment.end]
                 num_bytes = sum(captured.num_bytes for captured in rounds)
                 if generation.prompt_embedding_H is not None:
                     num_bytes += generation.prompt_embedding_H.nbytes
-                self._sink.submit(key, partial(self._build, generation, segment, now_s), num_bytes)
+                build = partial(self._build, generation, segment, now_s, now_s + place.ttl_s)
+                place.sink.submit(key, build, num_bytes)
         except Exception:
             _log.exception(
                 "request %s could not be recorded; its answer is unaffected", generation.request_id
             )
 
-    def _build(self, generation: Generation, segment: _Segment, now_s: float) -> GenerationRecord:
+    def _build(
+        self, generation: Generation, segment: _Segment, now_s: float, expires_at_s: float
+    ) -> GenerationRecord:
         tokens = np.array([*generation.prompt_token_ids, *generation.output_token_ids], dtype=np.int32)
         rounds = generation.captured_rounds[segment.first : segment.end]
         return GenerationRecord(
@@ -108,7 +132,7 @@ class Recorder:
             output_token_ids=tokens[segment.start : segment.stop],
             rounds=tuple(_trace(captured) for captured in rounds),
             created_at_s=now_s,
-            expires_at_s=now_s + self._record_ttl_s,
+            expires_at_s=expires_at_s,
             replica_id=self._replica_id,
             segment=segment.number,
             prompt_embedding_H=generation.prompt_embedding_H,

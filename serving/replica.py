@@ -31,14 +31,20 @@ resort."""
 class Replica:
     """One engine behind one app. A restarted replica runs only this constructor."""
 
-    def __init__(self, settings: ServingSettings, redis_url: str | None, logs: LogPlan = _PLAIN_LOGS) -> None:
+    def __init__(
+        self,
+        settings: ServingSettings,
+        redis_url: str | None,
+        memory_url: str | None = None,
+        logs: LogPlan = _PLAIN_LOGS,
+    ) -> None:
         replica_id = serve.get_replica_context().replica_id.unique_id
         logs.begin(process="replica", replica=replica_id)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        self._parts = open_parts(settings, redis_url, replica_id)
+        self._parts = open_parts(settings, redis_url, replica_id, memory_url)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: it calls this after the constructor
         return create_app(self._parts.context, sends_request_id=False)  # Serve's proxy sends it
@@ -70,12 +76,14 @@ class Replica:
 def build_deployment(
     settings: ServingSettings,
     redis_url: str | None,
+    memory_url: str | None = None,
     *,
     num_gpus: float = 0.0,
     logs: LogPlan = _PLAIN_LOGS,
 ) -> serve.Application:
     """The application for `serve.run(..., route_prefix="/")`. Without `redis_url` nothing is recorded and
-    the draft that was loaded serves. `num_gpus`: what each replica asks Ray for. `logs`: how it logs."""
+    the draft that was loaded serves. `memory_url`: for records of capture mode `memory`. `num_gpus`: what
+    each replica asks Ray for. `logs`: how it logs."""
     deployment: Any = serve.deployment(
         name=DEPLOYMENT_NAME,
         num_replicas=settings.num_replicas,
@@ -86,5 +94,5 @@ def build_deployment(
         health_check_period_s=5.0,
         max_constructor_retry_count=2,
     )(Replica)
-    application: serve.Application = deployment.bind(settings, redis_url, logs)
+    application: serve.Application = deployment.bind(settings, redis_url, memory_url, logs)
     return application

@@ -16,6 +16,7 @@ from buffer.controls import Controls
 from buffer.exporter import MAX_QUEUE_BYTES, RecordExporter
 from buffer.records import ServingStatus
 from buffer.store import AdapterFeed, RecordStore
+from buffer.two_stores import TwoStores
 from serving.adapter_watcher import AdapterWatcher
 from serving.api.admission import Admission
 from serving.api.context import AppContext
@@ -25,12 +26,13 @@ from serving.api.rate_limits import RateLimits
 from serving.api.refused_calls import RefusedCalls
 from serving.api.token_codec import TokenCodec
 from serving.api.tool_parsing import parser_for
+from serving.capture_mode import CaptureMode
 from serving.generation_defaults import generation_defaults
 from serving.local import load_engine
 from serving.metrics import ServingMetrics
 from serving.models.loading import UnsupportedModelError
 from serving.options import EngineOptions
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 from serving.serving_engine import ServingEngine
 from serving.settings import ServingSettings
 from serving.status import serving_status
@@ -50,7 +52,7 @@ OpenFeed = Callable[[str], AdapterFeed]
 
 class ReplicaParts:
     """A running engine and everything around it. `store` None: nothing is recorded. `open_feed` None: the
-    draft that was loaded serves, and no status is reported. Closes store and feed."""
+    draft that was loaded serves, and no status is reported. Closes stores and feed."""
 
     def __init__(
         self,
@@ -59,17 +61,25 @@ class ReplicaParts:
         store: RecordStore | None,
         open_feed: OpenFeed | None,
         replica_id: str,
+        memory_store: RecordStore | None = None,
     ) -> None:
-        """Loads the models. Raises UnsupportedModelError, or MemoryPlanError for sizes that do not fit."""
+        """Loads the models. `memory_store`: of records of capture mode `memory`. Raises
+        UnsupportedModelError, or MemoryPlanError for sizes that do not fit."""
         self._settings, self._replica_id = settings, replica_id
-        self._store = store
-        records = store is not None and settings.records
-        self.engine: ServingEngine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES if records else 0)
+        stores: dict[CaptureMode, RecordStore | None] = {"replay": store, "memory": memory_store}
+        modes = settings.capture_modes if settings.records else ()
+        self._stores = {mode: kept for mode, kept in stores.items() if kept is not None}
+        if missing := [mode for mode in modes if store is not None and mode not in self._stores]:
+            _log.warning("requests of capture mode %s are not recorded: there is no store for it", *missing)
+        recorded = [mode for mode in modes if mode in self._stores]
+        self.engine: ServingEngine = _load(settings, export_queue_bytes=MAX_QUEUE_BYTES * len(recorded))
         if self.engine.router is not None:
             self.engine.router.closed_routes = settings.isolated_routes
         self._tracing = _tracing(replica_id)
         on_exported = None if self._tracing is None else self._tracing.exported
-        self._exporter = None if store is None else RecordExporter(store, on_exported=on_exported)
+        self._exporters = {
+            mode: RecordExporter(self._stores[mode], on_exported=on_exported) for mode in recorded
+        }
         self._feed = None if open_feed is None else open_feed(self.engine.target_revision)
         self._watcher = None if self._feed is None else self._new_watcher(self._feed)
         if self._watcher is not None:
@@ -78,13 +88,13 @@ class ReplicaParts:
         self.context = self._new_context()
 
     def status(self) -> ServingStatus:
-        exporter = self._exporter
+        exporters = self._exporters.values()
         return serving_status(
             self.engine,
             replica_id=self._replica_id,
             at_s=time.time(),
-            num_dropped_records=0 if exporter is None else exporter.num_dropped_records,
-            num_rerouted_records=0 if exporter is None else exporter.num_rerouted_records,
+            num_dropped_records=sum(exporter.num_dropped_records for exporter in exporters),
+            num_rerouted_records=sum(exporter.num_rerouted_records for exporter in exporters),
             last_error="" if self._watcher is None else self._watcher.last_error or self._unrecorded,
         )
 
@@ -94,9 +104,9 @@ class ReplicaParts:
         if self._watcher is not None:
             self._watcher.close()
         self.engine.close()
-        if self._exporter is not None:
-            self._exporter.close()
-        for seam in (self._store, self._feed, self._tracing):
+        for exporter in self._exporters.values():
+            exporter.close()
+        for seam in (*self._stores.values(), self._feed, self._tracing):
             if seam is not None:
                 seam.close()
 
@@ -107,7 +117,7 @@ class ReplicaParts:
     def _unrecorded(self) -> str:
         """Why an order to record is not followed; empty if it is, or there is none."""
         rate = self._controls().capture_rate
-        if not rate or (self._exporter is not None and self._settings.records):
+        if not rate or self._exporters:
             return ""
         return f"capture_rate={rate:g} is ordered, and this replica was started without recording"
 
@@ -123,7 +133,7 @@ class ReplicaParts:
         )
 
     def _new_context(self) -> AppContext:
-        settings, engine, feed, store = self._settings, self.engine, self._feed, self._store
+        settings, engine, feed, store = self._settings, self.engine, self._feed, self._every_store()
         administration = (
             None
             if feed is None or store is None
@@ -160,7 +170,7 @@ class ReplicaParts:
                 engine.stats,
                 replica_id=self._replica_id,
                 num_rejected=lambda: admission.num_rejected,
-                exporter=self._exporter,
+                exporters=tuple(self._exporters.values()),
                 model_name=settings.served_name,
             ),
             recorder=self._new_recorder(engine),
@@ -172,27 +182,37 @@ class ReplicaParts:
             request_timeout_s=settings.request_timeout_s,
             grammars=grammars,
             tool_parser=settings.tool_call_parser or parser_for(codec.chat_template),
+            stream_interval=settings.stream_interval,
+            stream_padding_bytes=settings.stream_padding_bytes,
             tracing=self._tracing,
         )
 
+    def _every_store(self) -> RecordStore | None:
+        """What an operator deletes from."""
+        durable, in_memory = self._stores.get("replay"), self._stores.get("memory")
+        return durable if durable is None or in_memory is None else TwoStores(durable, in_memory)
+
     def _new_recorder(self, engine: ServingEngine) -> Recorder | None:
-        """None if records would be useless: no store, no draft to train, or a rate of 0."""
+        """None if records would be useless: no store, no draft to train, nothing to be captured."""
         settings = self._settings
-        if self._exporter is None or not settings.records:
+        if not self._exporters:
             return None
         return Recorder(
-            self._exporter,
+            {mode: RecordPlace(sink, settings.ttl_s(mode)) for mode, sink in self._exporters.items()},
             target_revision=engine.target_revision,
             replica_id=self._replica_id,
             capture_rate=settings.capture_rate,
-            record_ttl_s=settings.record_ttl_s,
+            policy=settings.capture_policy,
             isolated_routes=settings.isolated_routes,
             controls=self._controls,
         )
 
 
-def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str) -> ReplicaParts:
-    """Parts on Redis; None: no records, no adapters. Raises ValueError for an invalid URL."""
+def open_parts(
+    settings: ServingSettings, redis_url: str | None, replica_id: str, memory_url: str | None = None
+) -> ReplicaParts:
+    """Parts on Redis; None: no records, no adapters. `memory_url`: for records of capture mode `memory`.
+    Raises ValueError for an invalid URL."""
     if redis_url is None:
         return ReplicaParts(settings, store=None, open_feed=None, replica_id=replica_id)
     from buffer.redis_feed import RedisAdapterFeed
@@ -200,9 +220,12 @@ def open_parts(settings: ServingSettings, redis_url: str | None, replica_id: str
 
     return ReplicaParts(
         settings,
-        store=RedisRecordStore(redis_url, settings.record_bounds),
+        store=RedisRecordStore(redis_url, settings.record_bounds()),
         open_feed=partial(RedisAdapterFeed, redis_url, timeout_s=_FEED_TIMEOUT_S),
         replica_id=replica_id,
+        memory_store=None
+        if memory_url is None
+        else RedisRecordStore(memory_url, settings.record_bounds("memory"), in_memory=True),
     )
 
 

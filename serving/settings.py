@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from buffer.route_table import check_route_name
 from buffer.store import Bounds
 from serving.api.keys import check_key
+from serving.capture_mode import CaptureMode, CapturePolicy
 from serving.tenants import Tenant, check_together, digest_of, isolated_routes
 
 ModelName = Annotated[str, Field(min_length=1)]
@@ -110,9 +112,17 @@ class ServingSettings(BaseModel):
 
     capture_rate: float = Field(default=1.0, ge=0, le=1)
     """Share of requests that are recorded for learning; 0 records nothing."""
+    capture: CaptureMode = "replay"
+    """What is kept of a request for learning, unless it says `store: false`: `off` nothing; `memory` a record
+    that reaches no disk and lives for `memory_ttl_s`; `replay` a record in Redis (`redis.url`)."""
+    capture_by_route: dict[str, CaptureMode] = Field(default_factory=dict)
+    """The same by route; the stricter of the two holds, so a route can keep less than the service."""
+    memory_ttl_s: float = Field(default=3600.0, gt=0)
+    """How long records of capture mode `memory` may be held by anyone; replay and held-out records of the
+    learner included."""
     record_ttl_s: float = Field(default=7 * 24 * 3600.0, gt=0)
-    """Time after which a record may not be read, and after which the buffer deletes a route that got no
-    record."""
+    """Time after which a record of capture mode `replay` may not be read, and after which the buffer deletes
+    a route that got no record."""
     max_records_per_route: int = Field(default=20_000, ge=1)
     """Records kept of a route; the oldest are dropped first."""
     max_record_mib_per_route: float = Field(default=512.0, gt=0)
@@ -122,12 +132,27 @@ class ServingSettings(BaseModel):
     (clients may send any name) are stored as `default`'s; a route with a draft of its own always has a
     stream."""
 
+    stream_interval: int = Field(default=1, ge=1)
+    """Tokens of each chunk of a stream but the last, as in vLLM; more than 1 hides how many tokens a round of
+    speculation accepted. 1: as rounds bring them."""
+    stream_padding_bytes: int = Field(default=0, ge=0, le=65_536)
+    """The events of a stream are as long as a multiple of so many bytes, by OpenAI's field `obfuscation`,
+    unless a request's `stream_options.include_obfuscation` is false. 0: only where a request asks for it,
+    256."""
+
     watch_interval_s: float = Field(default=0.2, gt=0)
     """Seconds between two reads of the adapter feed."""
     status_interval_s: float = Field(default=1.0, gt=0)
     """Seconds between two reports to the learner and the operator."""
     boot_timeout_s: float = Field(default=5.0, ge=0)
     """How long a starting replica tries to fetch the latest draft before it serves with the floor."""
+
+    @field_validator("capture_by_route")
+    @classmethod
+    def _names_routes(cls, modes: dict[str, CaptureMode]) -> dict[str, CaptureMode]:
+        for route in modes:
+            check_route_name(route)
+        return modes
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -240,17 +265,32 @@ class ServingSettings(BaseModel):
     @property
     def records(self) -> bool:
         """Whether records are useful: there is a draft to train, and some requests are captured."""
-        return self.draft is not None and self.capture_rate > 0.0
+        return self.draft is not None and self.capture_rate > 0.0 and bool(self.capture_modes)
 
     @property
-    def record_bounds(self) -> Bounds:
-        """Limits of the buffer for this target."""
+    def capture_policy(self) -> CapturePolicy:
+        return CapturePolicy(self.capture, self.capture_by_route)
+
+    @property
+    def capture_modes(self) -> frozenset[CaptureMode]:
+        """Those that can come up, without `off`."""
+        policy, routes = self.capture_policy, (None, *self.capture_by_route)
+        tenants = (None, *(tenant.capture for tenant in self.tenants))
+        modes = (policy.mode(route=route, tenant=tenant) for route in routes for tenant in tenants)
+        return frozenset(modes) - {"off"}
+
+    def record_bounds(self, mode: CaptureMode = "replay") -> Bounds:
+        """Limits of the buffer of a mode's records for this target."""
         return Bounds(
             max_records=self.max_records_per_route,
             max_bytes=int(self.max_record_mib_per_route * 2**20),
-            max_age_s=self.record_ttl_s,
+            max_age_s=self.ttl_s(mode),
             max_routes=self.max_record_routes,
         )
+
+    def ttl_s(self, mode: CaptureMode) -> float:
+        """How long a mode's records live."""
+        return self.memory_ttl_s if mode == "memory" else self.record_ttl_s
 
     def revealed_api_keys(self) -> tuple[str, ...]:
         return tuple(key.get_secret_value() for key in self.api_keys)

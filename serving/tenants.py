@@ -7,14 +7,13 @@ digest alone. Invariant: a route of an isolated tenant is that tenant's alone.
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from buffer.names import AUTO_PREFIX, DEFAULT_ROUTE
 from buffer.route_table import check_route_name
-
-CaptureMode = Literal["off", "memory", "replay"]
+from serving.capture_mode import CaptureMode
 
 DIGEST_PREFIX = "sha256:"
 

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,10 +19,12 @@ import numpy as np
 from benchmarks.adapted import Recipe, adapt
 from benchmarks.osd.held_out import HeldOut
 from benchmarks.osd.recorded_answers import RecordedAnswer
-from benchmarks.osd.replay import Replay, Replayed, chunks
+from benchmarks.osd.replay import RECORD_TTL_S, Replay, Replayed, chunks
 from buffer.memory_store import MemoryAdapterFeed, MemoryRecordStore
 from buffer.names import DEFAULT_ROUTE, FLOOR_VERSION
+from buffer.records import GenerationRecord
 from buffer.store import StreamKey
+from buffer.two_stores import TwoStores
 from learner.distill import build_optimizer, distill_step
 from learner.draft import AdapterState, TrainableDraft, build_draft, import_weights
 from learner.draw import is_held_out
@@ -36,6 +38,9 @@ NUM_DRAFT_TOKENS = 5
 REQUESTS_PER_TURN = 8
 """Serving and learning take turns; the paper's update interval."""
 MAX_EPOCHS = 12
+MEMORY_TTL_S = 3600.0
+REQUESTS_PER_HOUR = 500
+"""Of the arm `memory`: a stream of 2,000 takes four hours, and the learner knows the last one."""
 Routing = Literal["none", "tags", "router"]
 """Whether requests carry their domain as a tag, or the router must find out."""
 UNHURRIED = {"max_busy_share": 1.0, "quiet_after_publish_s": 0.0, "max_record_age_s": 24 * 3600.0}
@@ -106,10 +111,34 @@ def floor(material: Material, settings: LearnerSettings) -> ArmOutcome:
 
 def ours(material: Material, settings: LearnerSettings) -> ArmOutcome:
     """Serve a few, learn when it is due, follow the feed: the product's loop."""
-    outcome, replay = ArmOutcome(), _replay(material)
+    return _online(material, settings, ArmOutcome(), time.time, ttl_s=RECORD_TTL_S)
+
+
+def memory(material: Material, settings: LearnerSettings) -> ArmOutcome:
+    """As `ours`, in capture mode `memory`: records lie in the store that persists nothing, and expire after
+    an hour of traffic, in which REQUESTS_PER_HOUR come."""
+    outcome, began_s = ArmOutcome(), time.time()
+
+    def clock() -> float:
+        return began_s + 3600.0 * len(outcome.accepted) / REQUESTS_PER_HOUR
+
+    return _online(material, settings, outcome, clock, ttl_s=MEMORY_TTL_S, in_memory=True)
+
+
+def _online(
+    material: Material,
+    settings: LearnerSettings,
+    outcome: ArmOutcome,
+    clock: Callable[[], float],
+    *,
+    ttl_s: float,
+    in_memory: bool = False,
+) -> ArmOutcome:
+    replay = _replay(material)
     if material.routing == "none":
         settings = settings.model_copy(update={"max_routes": 0})
-    store, feed = MemoryRecordStore(), MemoryAdapterFeed()
+    store = TwoStores(MemoryRecordStore(clock=clock), MemoryRecordStore(clock=clock))
+    feed = MemoryAdapterFeed(clock=clock)
     serving = _Serving(trainable(material.pair, settings), feed, material.routing)
     revision = material.pair.target_revision
     with TemporaryDirectory() as folder:
@@ -119,14 +148,16 @@ def ours(material: Material, settings: LearnerSettings) -> ArmOutcome:
             feed,
             settings.model_copy(update={"checkpoint_folder": folder}),
             target_revision=revision,
+            now_s=clock,
         )
         serving.evaluate(outcome, material)
         for part in chunks(material.stream, REQUESTS_PER_TURN):
             for route, asked in serving.by_route(part).items():
                 draft, by = serving.draft_of(route), serving.answering(route)
                 replayed = replay.play(draft, serving.version(by), asked, route, by)
+                kept = [_living(one.record, clock(), ttl_s) for one in replayed]
                 outcome.served(replayed)
-                store.append(StreamKey(revision, route), [one.record for one in replayed])
+                store.append(StreamKey(revision, route, in_memory), kept)
             began_s = time.thread_time()
             while learner.run_cycle():
                 pass
@@ -140,6 +171,10 @@ def ours(material: Material, settings: LearnerSettings) -> ArmOutcome:
         }
     outcome.states = serving.states
     return outcome
+
+
+def _living(record: GenerationRecord, now_s: float, ttl_s: float) -> GenerationRecord:
+    return replace(record, created_at_s=now_s, expires_at_s=now_s + ttl_s)
 
 
 class _Serving:

@@ -17,6 +17,7 @@ from benchmarks.osd.deployed import measure_deployed
 from benchmarks.osd.parts import parts
 from benchmarks.osd.per_domain import per_domain
 from benchmarks.osd.plan import ExperimentPlan, Metrics, Series
+from benchmarks.osd.privacy import privacy
 from benchmarks.osd.speed import measure_speed
 from deploy.demo.report import write_report
 from serving.compiling import CompileChoice
@@ -66,6 +67,9 @@ def run_experiment(
     elif name == "parts":
         metrics, series = parts(plan, compile)
         console.print(views.nested_table("parts of the target", metrics["parts"]))
+    elif name == "privacy":
+        metrics, series = privacy(plan)
+        console.print(views.nested_table("acceptance by capture mode", metrics["acceptance_rate"]))
     elif name == "cost":
         metrics, series = costs.measure(plan), {}
     else:

@@ -28,7 +28,7 @@ from learner.draft import export_weights
 from learner.settings import LearnerSettings
 from serving.engine.capture import TOP_K
 
-Arm = Literal["floor", "ours", "paper", "offline", "through_engine"]
+Arm = Literal["floor", "ours", "memory", "paper", "offline", "through_engine"]
 Order = Literal["after one another", "in turn"]
 
 

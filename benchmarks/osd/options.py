@@ -10,8 +10,10 @@ DataOption = Annotated[
     typer.Option(help="Folder of gsm8k, spider, mbpp, gpteacher and tldr rows; default: $EVERDRAFT_DATA."),
 ]
 ExperimentOption = Annotated[
-    Literal["domain", "shift", "mixture", "ablations", "parts", "cost", "deployed"],
-    typer.Option(help="What is measured; deployed: through REST, Ray and Redis."),
+    Literal["domain", "shift", "mixture", "ablations", "parts", "cost", "deployed", "privacy"],
+    typer.Option(
+        help="What is measured; deployed: through REST, Ray and Redis; privacy: with records for an hour."
+    ),
 ]
 DomainsOption = Annotated[
     list[str] | None, typer.Option(help="gsm8k, spider, python, chat; may be given again; default: all.")

@@ -20,6 +20,7 @@ WHOLE_STREAMS = "whole streams"
 ARMS = {
     "domain": ("floor", "ours", SELF, "paper", "offline", "offline_full"),
     "deployed": ("ours", SELF),
+    "privacy": ("ours", "memory"),
     "shift": ("replay", "no_replay", "routes", SELF),
     "mixture": ("one", "tags", "router", SELF, f"{SELF}, tags", WHOLE_STREAMS),
 }

@@ -35,7 +35,7 @@ from serving.local import LocalEngine, build_engine
 from serving.models.adapter import sha256_of
 from serving.models.loading import ModelPair
 from serving.options import EngineOptions
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 from serving.served_drafts import ServedDrafts
 
 INCUMBENT = 1
@@ -269,15 +269,14 @@ class InProcessDeployment:
 
     def _record(self, generations: Sequence[Generation]) -> None:
         recorder = Recorder(
-            self,
+            {"replay": RecordPlace(self, TTL_S)},
             target_revision=self.testbed.pair.target_revision,
             replica_id="replica",
             capture_rate=1.0,
-            record_ttl_s=TTL_S,
             clock=lambda: self.now_s,
         )
         for generation in generations:
-            recorder.record(generation)
+            recorder.record(generation, "replay")
 
     def _name(self, held_out: bool | None) -> str:
         """The next free id; on the wanted side of the split, if one is wanted."""

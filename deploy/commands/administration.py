@@ -17,6 +17,7 @@ from deploy.commands.console import (
     RedisUrlOption,
     StateDirOption,
     fail,
+    memory_url_of,
     plain_faults,
     redis_url_of,
 )
@@ -77,7 +78,8 @@ def opened_administration(
             return
         redis_url = redis_url_of(state_dir, redis_url)
         revision = target_meant(redis_url, state_dir, target_revision)
-        with closing(open_feed(redis_url, revision)) as feed, closing(open_store(redis_url)) as store:
+        opened_store = open_store(redis_url, memory_url_of(state_dir, redis_url))
+        with closing(open_feed(redis_url, revision)) as feed, closing(opened_store) as store:
             yield DirectAdministration(feed, store, revision, Caller(_local_user(), socket.gethostname()))
 
 

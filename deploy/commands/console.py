@@ -84,6 +84,12 @@ def running_learner(state_dir: Path) -> dict[str, Any] | None:
     return read_learner_snapshot(state_dir.expanduser().resolve())
 
 
+def memory_url_of(state_dir: Path, redis_url: str) -> str | None:
+    """Where records of capture mode `memory` lie; known only of the everdraft that runs with this folder."""
+    note = running_note(state_dir)
+    return (note.memory_url or None) if note is not None and note.redis_url == redis_url else None
+
+
 def redis_url_of(state_dir: Path, redis_url: str | None) -> str:
     """The given address, else that of the everdraft that runs with this state folder."""
     if redis_url is not None:

@@ -84,7 +84,7 @@ def demo(
         with running_system(settings, errors().print) as system:
             with (
                 closing(open_feed(system.redis_url, system.target_revision)) as feed,
-                closing(open_store(system.redis_url)) as store,
+                closing(open_store(system.redis_url, system.memory_url)) as store,
             ):
                 with DemoScreen(console) as screen:
                     result = DemoSession(system, feed, screen, DemoPlan(), Timekeeper(), store).run()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from deploy.commands.console import ConfigOption, fail, narrator, output, plain_faults
+from deploy.commands.console import ConfigOption, fail, memory_url_of, narrator, output, plain_faults
 from deploy.running import read_note, sole_learner, write_learner_snapshot
 from deploy.settings import Settings
 
@@ -38,8 +38,9 @@ def learn(
         if settings.serving.draft is None:
             fail("serving.draft is missing (give --draft); there is nothing to teach")
         url = _redis_url(settings)
+        memory_url = settings.redis.memory_url or memory_url_of(settings.state_dir, url)
         with sole_learner(settings.state_dir):
-            _run(settings, url)
+            _run(settings, url, memory_url)
 
 
 def _redis_url(settings: Settings) -> str:
@@ -53,18 +54,22 @@ def _redis_url(settings: Settings) -> str:
     return note.redis_url
 
 
-def _run(settings: Settings, redis_url: str) -> None:
+def _run(settings: Settings, redis_url: str, memory_url: str | None) -> None:
     from deploy.learning import build_learner
+    from deploy.private_memory import forbid_core_dumps
     from deploy.signals import wait_for_stop
-    from deploy.wiring import check_models, check_redis_url, learner_settings
+    from deploy.wiring import check_memory_redis, check_models, check_redis_url, learner_settings
     from learner.trainer import limit_threads
 
     tell = narrator(settings.cluster.log_format)
     check_redis_url(redis_url)
+    if memory_url is not None:
+        check_memory_redis(memory_url, tell)
+        forbid_core_dumps()
     check_models(settings)
     limit_threads(settings.learner.num_threads)
     tell("loading the models")
-    learner = build_learner(settings.serving, learner_settings(settings), redis_url)
+    learner = build_learner(settings.serving, learner_settings(settings), redis_url, memory_url)
     stop = threading.Event()
     thread = threading.Thread(target=learner.run, args=(stop,), name="learner", daemon=True)
     thread.start()

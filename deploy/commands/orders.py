@@ -77,9 +77,12 @@ def purge(
         float | None, typer.Option("--older-than", min=0, help="Stored more than so many seconds ago.")
     ] = None,
 ) -> None:
-    """Delete, for good, the records that fit everything given; something must be."""
-    num_records = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
-    output().print(f"{num_records} records deleted")
+    """Delete, for good, the records that fit everything given; something must be. The learner lets go of
+    them, too; what it has learnt stays learnt."""
+    report = admin.purge(request_id=request_id, route=route, older_than_s=older_than)
+    output().print(f"{report.num_records} records deleted")
+    if report.caveat:
+        output().print(report.caveat)
 
 
 @admin_log.command("log")

@@ -20,6 +20,7 @@ from deploy.commands.console import (
     DEFAULT_STATE_DIR,
     RedisUrlOption,
     StateDirOption,
+    memory_url_of,
     output,
     plain_faults,
     redis_url_of,
@@ -46,7 +47,7 @@ def status(
 
     with plain_faults(), ExitStack() as opened:
         url = redis_url_of(state_dir, redis_url)
-        store = opened.enter_context(closing(open_store(url)))
+        store = opened.enter_context(closing(open_store(url, memory_url_of(state_dir, url))))
         targets = []
         for revision in targets_meant(url, state_dir, target_revision):
             feed = opened.enter_context(closing(open_feed(url, revision)))

@@ -51,6 +51,9 @@ class HeldOutWindow:
             if record.expires_at_s <= now_s:
                 self._forget(record.record_id)
 
+    def clear(self) -> None:
+        self._records, self._scores, self._fresh = {}, {}, {}
+
     def scores(
         self, draft: DraftKey, score: Scorer, num_records: int | None = None
     ) -> list[RecordScore | None]:

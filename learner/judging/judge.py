@@ -57,6 +57,14 @@ class Judge:
         """Traffic shifted: drop most of the held-out records, so that new ones soon decide."""
         self._window.shrink(4 * self._settings.gate_min_records)
 
+    def expire(self, now_s: float) -> None:
+        """Let go of held-out records that may no longer be held."""
+        self._window.expire(now_s)
+
+    def forget(self) -> None:
+        """Let go of all held-out records."""
+        self._window.clear()
+
     def promoted(self, draft: DraftKey) -> None:
         """The candidate that was judged last was published as this draft."""
         self._window.keep_fresh_as(draft)

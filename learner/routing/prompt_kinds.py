@@ -5,6 +5,7 @@ Knows no drafts and no store. Invariant: a prompt near no kind belongs to `defau
 
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,22 @@ KINDS_PER_ROUTE = 2
 kind."""
 
 
+@dataclass(frozen=True, eq=False)
+class RememberedPrompt:
+    """A prompt's embedding, and until when it may be held."""
+
+    route: str
+    prompt_H: NDArray[Any]
+    expires_at_s: float
+
+
 class PromptKinds:
     """The last prompts, and the table with the centroid of each kind; `table` None: no kind is known yet."""
 
     def __init__(self, settings: LearnerSettings, target_revision: str, table: RouteTable | None) -> None:
         self.table = table
         self._settings, self._target_revision = settings, target_revision
-        self._prompts: deque[tuple[str, NDArray[Any]]] = deque(maxlen=settings.route_window_records)
+        self._prompts: deque[RememberedPrompt] = deque(maxlen=settings.route_window_records)
 
     @property
     def routes(self) -> tuple[str, ...]:
@@ -38,8 +48,20 @@ class PromptKinds:
         """Keep the prompts of sound records."""
         for record in records:
             prompt_H = record.prompt_embedding_H
-            if prompt_H is not None and (not self._prompts or self._prompts[-1][1].shape == prompt_H.shape):
-                self._prompts.append((record.route, prompt_H))
+            if prompt_H is not None and (
+                not self._prompts or self._prompts[-1].prompt_H.shape == prompt_H.shape
+            ):
+                self._prompts.append(RememberedPrompt(record.route, prompt_H, record.expires_at_s))
+
+    def expire(self, now_s: float) -> None:
+        """Let go of prompts whose records have expired."""
+        if any(prompt.expires_at_s <= now_s for prompt in self._prompts):
+            kept = [prompt for prompt in self._prompts if prompt.expires_at_s > now_s]
+            self._prompts = deque(kept, self._prompts.maxlen)
+
+    def forget(self) -> None:
+        """Let go of all prompts; the table stays."""
+        self._prompts.clear()
 
     def nearest(self, prompt_H: NDArray[Any] | None) -> str:
         """The kind whose centroid is nearest to a prompt."""
@@ -62,7 +84,7 @@ class PromptKinds:
         every route's centroid. Returns how many of the last prompts are of each kind; None: there were no
         prompts."""
         names = {DEFAULT_ROUTE, *open_routes, *self.routes}
-        prompts = [(route, prompt_H) for route, prompt_H in self._prompts if route in names]
+        prompts = [(prompt.route, prompt.prompt_H) for prompt in self._prompts if prompt.route in names]
         if not prompts:
             return None
         labels, embeddings = zip(*prompts, strict=True)

@@ -15,8 +15,10 @@ from serving.api.choices import ChoiceDelta, ChoiceState
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, from_value_error, queue_full
 from serving.api.event_queue import EventQueue
+from serving.api.fixed_chunks import FixedChunks
 from serving.api.request_plan import RequestPlan
 from serving.api.text_stream import TextStream
+from serving.capture_mode import CaptureMode
 from serving.engine.engine import EngineClosedError
 from serving.engine.handle import GenerationHandle
 from serving.engine.request import Generation, GenerationRequest, TokenEvent
@@ -47,19 +49,21 @@ class _Listener:
         index: int,
         events: EventQueue[_Arrival],
         recorder: Recorder | None,
+        capture: CaptureMode,
         on_end: Callable[[], None],
         *,
         eager: bool,
     ) -> None:
-        self._index, self._event_queue, self._recorder, self._eager = index, events, recorder, eager
-        self._on_end = on_end
+        self._index, self._event_queue, self._eager = index, events, eager
+        self._recorder, self._capture, self._on_end = recorder, capture, on_end
         self._held: list[_Arrival] = []
         self._begun = False
 
     def __call__(self, event: TokenEvent) -> None:
         self._held.append(_Arrival(self._index, time.monotonic(), event))
         if event.generation is not None and self._recorder is not None:
-            self._recorder.record(event.generation)  # first, so that who has the answer finds the record
+            # first, so that who has the answer finds the record
+            self._recorder.record(event.generation, self._capture)
         if self._eager or not self._begun or event.generation is not None:
             self._begun = True
             self._event_queue.post(self._held, None if event.generation is None else self._on_end)
@@ -92,6 +96,8 @@ class ActiveRequest:
         self._num_running, self._is_open = plan.num_choices, True
         context.num_open += 1
         self._states = [self._new_state(index) for index in range(plan.num_choices)]
+        self._chunk_tokens = context.stream_interval if plan.body.stream else 1
+        self._chunks = [FixedChunks(self._chunk_tokens) for _ in range(plan.num_choices)]
         self.generations: list[Generation] = []
         """Generations that ended, in the order of their ends."""
 
@@ -111,8 +117,8 @@ class ActiveRequest:
     def _submit(self, index: int, request: GenerationRequest) -> None:
         body = self._plan.body
         eager = body.stream or bool(body.stop_strings)
-        recorder = self._context.recorder
-        listener = _Listener(index, self._event_queue, recorder, self._generation_ended, eager=eager)
+        recorder, capture, on_end = self._context.recorder, self._plan.capture, self._generation_ended
+        listener = _Listener(index, self._event_queue, recorder, capture, on_end, eager=eager)
         self._handles.append(self._context.engine.submit(request, listener))
 
     @property
@@ -130,7 +136,8 @@ class ActiveRequest:
         return sum(state.num_tokens for state in self._states)
 
     async def deltas(self) -> AsyncIterator[ChoiceDelta]:
-        """Yields deltas until every choice has ended; at most one a choice for each wake-up.
+        """Yields deltas until every choice has ended; at most one a choice for each wake-up, unless the
+        number of their tokens is fixed.
 
         Raises ApiError: the deadline passed, or the engine failed or closed."""
         while not all(state.done for state in self._states):
@@ -138,9 +145,10 @@ class ActiveRequest:
             self._ticket.start()
             by_choice: dict[int, list[ChoiceDelta]] = {}
             for arrival in arrivals:
-                by_choice.setdefault(arrival.index, []).append(self._push(arrival))
+                by_choice.setdefault(arrival.index, []).extend(self._push(arrival))
             for deltas in by_choice.values():
-                yield ChoiceDelta.join(deltas)
+                for delta in [ChoiceDelta.join(deltas)] if self._chunk_tokens == 1 else deltas:
+                    yield delta
 
     def close(self) -> None:
         """Cancel all generations that still run; safe to call twice."""
@@ -167,29 +175,29 @@ class ActiveRequest:
             text = f"The request took longer than {self._timeout_s:g} s and was cancelled."
             raise ApiError(408, text) from None
 
-    def _push(self, arrival: _Arrival) -> ChoiceDelta:
+    def _push(self, arrival: _Arrival) -> list[ChoiceDelta]:
         state, clock = self._states[arrival.index], self._clocks[arrival.index]
         clock.tokens(len(arrival.event.token_ids), arrival.at_s)
         if self._quota is not None:
             self._quota.answered(len(arrival.event.token_ids))
         try:
-            delta = state.push(arrival.event)
+            deltas = [state.push(event) for event in self._chunks[arrival.index].cut(arrival.event)]
         except ApiError:
             clock.finished("error", arrival.at_s)
             if self._trace is not None:
                 self._trace.failed(arrival.index, arrival.at_s)
             raise
         if self._trace is not None:
-            num_tokens = len(arrival.event.token_ids)
-            self._trace.arrived(
-                arrival.index, num_tokens, arrival.at_s, delta.generation, delta.finish_reason
-            )
+            ended = (arrival.event.generation, deltas[-1].finish_reason) if state.done else (None, None)
+            self._trace.arrived(arrival.index, len(arrival.event.token_ids), arrival.at_s, *ended)
         if state.wants_cancel:
             self._handles[arrival.index].cancel()
-        if delta.generation is not None:
-            self.generations.append(delta.generation)
-            clock.finished(delta.finish_reason or "stop", arrival.at_s, generation=delta.generation)
-        return delta
+        if state.done:
+            generation = arrival.event.generation
+            assert generation is not None, "the last event carries it"
+            self.generations.append(generation)
+            clock.finished(deltas[-1].finish_reason or "stop", arrival.at_s, generation=generation)
+        return deltas
 
     def _new_state(self, index: int) -> ChoiceState:
         body = self._plan.body

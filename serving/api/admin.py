@@ -148,11 +148,11 @@ def _add_drain(router: APIRouter, context: AppContext) -> None:
 def _add_records_and_audit(router: APIRouter, context: AppContext) -> None:
     @router.post("/admin/records/purge", responses=errors(400, 404, 413, 503))
     def purge_records(request: Request, body: PurgeBody) -> PurgedRecords:
-        """Delete records for good. What the learner has read already is not taken from it."""
-        num_records = _administration(context, request).purge(
+        """Delete records for good, from files and from the learner too. What it has learnt stays learnt."""
+        report = _administration(context, request).purge(
             request_id=body.request_id, route=body.route, older_than_s=body.older_than_s
         )
-        return PurgedRecords(num_records=num_records)
+        return PurgedRecords(num_records=report.num_records, caveat=report.caveat)
 
     @router.get("/admin/audit", responses=errors(400, 503))
     def audit_log(request: Request, lines: NumLines = 100) -> list[AuditLine]:

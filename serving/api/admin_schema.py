@@ -96,3 +96,5 @@ class CaptureRate(Body):
 
 class PurgedRecords(Body):
     num_records: int
+    caveat: str
+    """What may still hold them, in sentences; empty: nothing that is reached."""

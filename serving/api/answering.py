@@ -21,6 +21,7 @@ from serving.api.errors import ApiError, internal_error
 from serving.api.figures import metrics, usage
 from serving.api.incoming import off_loop
 from serving.api.request_plan import RequestPlan
+from serving.api.request_schema import GenerationBody
 from serving.api.response_schema import Body, Metrics, Usage
 from serving.log_lines import where_raised
 
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 _LAST_EVENTS_S = 5.0
 """How long a client may take to read what is left at the deadline, the error included."""
+PADDING_BYTES = 256
+"""Where a request asks for obfuscation and the service has no `stream_padding_bytes`."""
 CLIENT_LEFT = 499
 """Status for access logs; the client that would get it has disconnected."""
 
@@ -76,17 +79,19 @@ async def respond(context: AppContext, request: Request, plan: RequestPlan, rend
     with ExitStack() as ends:
         active = open_request(context, plan, request.headers)
         ends.callback(active.close)
-        response = await _unless_client_leaves(request, _begun(active, plan, renderer))
+        response = await _unless_client_leaves(request, _begun(context, active, plan, renderer))
         if isinstance(response, sse.EventStream):
             ends.pop_all()  # from here on the stream closes the request, and notices a disconnect
         return response or Response(status_code=CLIENT_LEFT)
 
 
-async def _begun(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> Response:
+async def _begun(
+    context: AppContext, active: ActiveRequest, plan: RequestPlan, renderer: Renderer
+) -> Response:
     """Submit the request and return its answer, or the stream of it."""
     await active.submit()
     if plan.body.stream:
-        events = _events(active, plan, renderer)
+        events = _events(active, plan, renderer, _padded_to(context, plan.body))
         return sse.EventStream(
             events, active.limit_headers, timeout_s=active.remaining_s + _LAST_EVENTS_S, on_close=active.close
         )
@@ -123,17 +128,27 @@ async def _whole(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -
     return await off_loop(lambda: renderer.answer(choices, *figures).to_json(), size)
 
 
-async def _events(active: ActiveRequest, plan: RequestPlan, renderer: Renderer) -> AsyncIterator[str]:
+def _padded_to(context: AppContext, body: GenerationBody) -> int:
+    """As the request asks, else as the service does."""
+    asked = None if body.stream_options is None else body.stream_options.include_obfuscation
+    if asked is None:
+        return context.stream_padding_bytes
+    return (context.stream_padding_bytes or PADDING_BYTES) if asked else 0
+
+
+async def _events(
+    active: ActiveRequest, plan: RequestPlan, renderer: Renderer, padded_to: int
+) -> AsyncIterator[str]:
     """The events of a stream. An error after the headers is an event too."""
     try:
         for body in renderer.opening():
-            yield sse.event(body.to_json(), body.event_name)
+            yield sse.event(body.to_json(), body.event_name, padded_to=padded_to)
         async for delta in active.deltas():
             if _says_something(delta, plan):
                 for body in renderer.chunks(delta):
-                    yield sse.event(body.to_json(), body.event_name)
+                    yield sse.event(body.to_json(), body.event_name, padded_to=padded_to)
         for body in renderer.closing(*_figures(active, plan)):
-            yield sse.event(body.to_json(), body.event_name)
+            yield sse.event(body.to_json(), body.event_name, padded_to=padded_to)
     except ApiError as error:
         yield renderer.failure(error)
     except Exception as error:

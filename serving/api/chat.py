@@ -16,7 +16,7 @@ from serving.api.chat_answer import ChatRenderer
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import (
-    captures,
+    capture_of,
     check_model,
     check_room,
     compiled_form,
@@ -76,7 +76,7 @@ async def planned_chat(
         prompts=(tuple(prompt),),
         sampling=_sampling(context, body, len(prompt), constraint),
         route=route,
-        capture=captures(context, api_id, body, tenant),
+        capture=capture_of(context, api_id, body, route, tenant),
         timeout_s=timeout_s,
         key_holder=tenant,
     )

@@ -14,7 +14,7 @@ from serving.api.choices import ChoiceDelta
 from serving.api.context import AppContext
 from serving.api.errors import bad_request
 from serving.api.incoming import (
-    captures,
+    capture_of,
     check_model,
     check_room,
     compiled_form,
@@ -71,7 +71,7 @@ async def _planned(context: AppContext, body: CompletionBody, request: Request) 
         prompts=tuple(tuple(prompt) for prompt in prompts),
         sampling=_sampling(context, body, max(map(len, prompts)), constraint),
         route=route,
-        capture=captures(context, api_id, body, tenant),
+        capture=capture_of(context, api_id, body, route, tenant),
         timeout_s=timeout_s,
         key_holder=tenant,
     )

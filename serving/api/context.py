@@ -60,6 +60,10 @@ class AppContext:
     grammars: GrammarCompiler
     tool_parser: ToolParserName | None
     """The form in which the model calls tools; None: none that is known."""
+    stream_interval: int = 1
+    """Tokens of each chunk of a stream; 1: as rounds bring them."""
+    stream_padding_bytes: int = 0
+    """Of which the events of a stream are as long as a multiple; 0: unless a request asks for it."""
     tracing: "RequestTracing | None" = None
     """None: nobody collects traces."""
     draining: bool = field(default=False)

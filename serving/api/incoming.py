@@ -14,6 +14,7 @@ from serving.api.errors import ApiError, bad_request, queue_full
 from serving.api.output_form import form_of
 from serving.api.request_schema import GenerationBody
 from serving.api.token_codec import TokenCodec
+from serving.capture_mode import CaptureMode
 from serving.router import ROUTE_HEADER, choose_route
 from serving.structured_output import CompiledGrammar, GrammarError, StructuredOutput
 from serving.tenants import Tenant, may_tag
@@ -86,10 +87,13 @@ def route_of(context: AppContext, request: Request, metadata: dict[str, str] | N
     return name
 
 
-def captures(context: AppContext, api_id: str, body: GenerationBody, tenant: Tenant | None) -> bool:
-    """Whether the request is recorded."""
-    capture = None if tenant is None else tenant.capture
-    return context.recorder is not None and context.recorder.wants(api_id, body.store, capture)
+def capture_of(
+    context: AppContext, api_id: str, body: GenerationBody, route: str | None, tenant: Tenant | None
+) -> CaptureMode:
+    """How the request is captured, as far as is known when it is admitted."""
+    if context.recorder is None:
+        return "off"
+    return context.recorder.mode_of(api_id, body.store, route, None if tenant is None else tenant.capture)
 
 
 def timeout_of(request: Request) -> float | None:

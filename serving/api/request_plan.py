@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from serving.api.context import AppContext
 from serving.api.errors import ApiError, bad_request, from_value_error
 from serving.api.request_schema import GenerationBody
+from serving.capture_mode import CaptureMode
 from serving.engine.request import GenerationRequest, SamplingParams, TokenConstraint
 from serving.tenants import Tenant
 
@@ -26,7 +27,8 @@ class RequestPlan:
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
     route: str | None
-    capture: bool
+    capture: CaptureMode
+    """As far as is known before the prompt has a route."""
     timeout_s: float | None = None
     """As the request asks; None: the server's own."""
     key_holder: Tenant | None = None
@@ -57,7 +59,7 @@ class RequestPlan:
                 sampling=self.sampling,
                 choice_index=choice,
                 route=self.route,
-                capture=self.capture,
+                capture=self.capture != "off",
                 tenant=self.tenant,
                 cache_salt=None if self.key_holder is None else self.key_holder.cache_salt,
             )

@@ -55,6 +55,9 @@ Prompt = Annotated[
 
 class StreamOptions(StrictBody):
     include_usage: bool = False
+    include_obfuscation: bool | None = None
+    """Whether events are padded to a multiple of some bytes, so that their sizes tell less. Unset: as the
+    service does (`serving.stream_padding_bytes`)."""
 
 
 class GenerationBody(RequestBody):

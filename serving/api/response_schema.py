@@ -134,6 +134,8 @@ class Completion(Body):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     metrics: Metrics | None = None
+    obfuscation: str | None = None
+    """Of chunks that are padded: random characters, to be ignored."""
 
 
 class AssistantMessage(Body):
@@ -194,6 +196,8 @@ class ChatChunk(Body):
     usage: Usage | None = None
     metrics: Metrics | None = None
     prompt_token_ids: list[int] | None = None
+    obfuscation: str | None = None
+    """Of chunks that are padded: random characters, to be ignored."""
 
 
 class ModelCard(Body):

@@ -110,6 +110,8 @@ class ResponsesEvent(Body):
     name: str | None = None
     arguments: str | None = None
     logprobs: list[str] | None = None
+    obfuscation: str | None = None
+    """Of events that are padded: random characters, to be ignored."""
 
     @property
     def event_name(self) -> str:

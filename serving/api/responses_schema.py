@@ -91,6 +91,11 @@ class TextConfig(StrictBody):
     format: TextFormat | None = None
 
 
+class ResponsesStreamOptions(StrictBody):
+    include_obfuscation: bool | None = None
+    """As in a chat's `stream_options`."""
+
+
 class ResponsesBody(RequestBody):
     """`POST /v1/responses`."""
 
@@ -108,6 +113,7 @@ class ResponsesBody(RequestBody):
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stream: bool = False
+    stream_options: ResponsesStreamOptions | None = None
     text: TextConfig | None = None
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(
         default_factory=list
@@ -134,6 +140,8 @@ class ResponsesBody(RequestBody):
         chat |= {"messages": list(self._messages()), "parallel_tool_calls": self.parallel_tool_calls}
         if self.text is not None and self.text.format is not None:
             chat["response_format"] = _chat_format(self.text.format)
+        if self.stream_options is not None:
+            chat["stream_options"] = self.stream_options.model_dump(exclude_none=True)
         if self.tools:
             functions = (tool.model_dump(exclude={"type"}, exclude_none=True) for tool in self.tools)
             chat["tools"] = [{"type": "function", "function": function} for function in functions]

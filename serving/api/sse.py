@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from starlette.responses import StreamingResponse
@@ -10,9 +11,18 @@ from starlette.types import Receive, Scope, Send
 DONE = "data: [DONE]\n\n"
 
 
-def event(json_text: str, name: str | None = None) -> str:
-    """One event. JSON has no raw line breaks, so one line is enough."""
-    return f"data: {json_text}\n\n" if name is None else f"event: {name}\ndata: {json_text}\n\n"
+_OBFUSCATION = ',"obfuscation":"{}"'
+
+
+def event(json_text: str, name: str | None = None, *, padded_to: int = 0) -> str:
+    """One event. JSON has no raw line breaks, so one line is enough. `padded_to`: its bytes are a multiple of
+    so many, by random characters in OpenAI's field `obfuscation`; 0: as long as it is."""
+    text = f"data: {json_text}\n\n" if name is None else f"event: {name}\ndata: {json_text}\n\n"
+    if padded_to == 0:
+        return text
+    missing = -(len(text.encode()) + len(_OBFUSCATION.format(""))) % padded_to
+    padding = secrets.token_urlsafe(missing)[:missing]
+    return text.removesuffix("}\n\n") + _OBFUSCATION.format(padding) + "}\n\n"
 
 
 class EventStream(StreamingResponse):

@@ -21,6 +21,7 @@ from buffer.redis_server import EmbeddedRedis, find_server_binary
 from buffer.redis_store import RedisRecordStore
 from buffer.retrying import RetryingFeed, RetryingStore
 from buffer.store import AdapterFeed, Bounds, RecordStore
+from buffer.two_stores import TwoStores
 from tests.buffer.samples import STATUS_TTL_S, FakeClock, OpenStore
 
 
@@ -68,11 +69,12 @@ def _form_cluster(port: int) -> None:
             time.sleep(0.05)
 
 
-@pytest.fixture(params=["memory", "retrying", "redis", "cluster"])
+@pytest.fixture(params=["memory", "retrying", "two", "redis", "cluster"])
 def place(request: pytest.FixtureRequest) -> str:
-    """A server's URL, `memory`, or `retrying`: one in memory whose every second call finds it away."""
+    """A server's URL, `memory`, `retrying`: one in memory whose every second call finds it away, or `two`:
+    the durable one of two in memory."""
     kind = request.param
-    return kind if kind in ("memory", "retrying") else str(request.getfixturevalue(f"{kind}_url"))
+    return kind if kind in ("memory", "retrying", "two") else str(request.getfixturevalue(f"{kind}_url"))
 
 
 class OftenAway:
@@ -108,6 +110,8 @@ def open_store(place: str, clock: FakeClock) -> Iterator[OpenStore]:
             store = MemoryRecordStore(bounds, clock=clock)
         elif place == "retrying":
             store = RetryingStore(OftenAway(MemoryRecordStore(bounds, clock=clock)), dont_wait)
+        elif place == "two":
+            store = TwoStores(MemoryRecordStore(bounds, clock=clock), MemoryRecordStore(bounds, clock=clock))
         else:
             store = RedisRecordStore(place, bounds, clock=clock, prefix=prefix)
         opened.append(store)
@@ -134,7 +138,7 @@ def feed(place: str, clock: FakeClock) -> Iterator[AdapterFeed]:
         "status_ttl_s": STATUS_TTL_S,
     }
     feed: AdapterFeed
-    if place == "memory":
+    if place in ("memory", "two"):
         feed = MemoryAdapterFeed(**options)
     elif place == "retrying":
         feed = RetryingFeed(OftenAway(MemoryAdapterFeed(**options)), dont_wait)

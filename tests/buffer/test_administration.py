@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.administration import DirectAdministration
+from buffer.administration import DirectAdministration, PurgeReport
 from buffer.audit import REFUSED_BY_KEY, AuditLine, Caller, audit_line
 from buffer.controls import Controls
 from buffer.errors import (
@@ -123,10 +123,10 @@ def test_a_purge_reaches_all_streams_of_the_target_or_the_route(
         ids = ["cmpl-1-0-0-0", "cmpl-2-0-0-0"]
         store.append(StreamKey("revision", route), [make_record(name, route=route) for name in ids])
     store.append(StreamKey("another", "default"), [make_record("cmpl-1-0-0-0", target_revision="another")])
-    assert admin.purge(request_id="cmpl-1") == 3
-    assert admin.purge(route="sql") == 1
-    assert admin.purge(older_than_s=1e6) == 0
-    assert admin.purge(older_than_s=-1.0, route="chat") == 1
+    assert admin.purge(request_id="cmpl-1") == PurgeReport(3, "")
+    assert admin.purge(route="sql").num_records == 1
+    assert admin.purge(older_than_s=1e6).num_records == 0
+    assert admin.purge(older_than_s=-1.0, route="chat").num_records == 1
     known = store.keys()
     sizes = {key: store.size(key).num_records for key in known}
     assert {key.route: size for key, size in sizes.items() if key.target_revision == "revision"} == {

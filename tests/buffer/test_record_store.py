@@ -214,6 +214,18 @@ def test_sizes_return_to_zero_with_the_records(store: RecordStore, clock: FakeCl
     assert (size.num_records, size.num_bytes, size.num_pending) == (0, 0, 0)
 
 
+def test_what_expired_is_deleted_without_an_append(store: RecordStore, clock: FakeClock) -> None:
+    append(store, ["early"], expires_at_s=clock() + 10)
+    append(store, ["late"], expires_at_s=clock() + 100)
+    clock.advance(11)
+    assert store.size(KEY).num_records == 2, "nobody has looked"
+    store.drop_expired(KEY)
+    assert (store.size(KEY).num_records, store.size(KEY).num_dropped_records) == (1, 1)
+    store.drop_expired(StreamKey("revision", "nowhere"))
+    known = store.keys()
+    assert StreamKey("revision", "nowhere") not in known
+
+
 def test_a_draw_takes_read_and_unread_but_no_expired_records(store: RecordStore, clock: FakeClock) -> None:
     append(store, "ab")
     append(store, "cd", expires_at_s=START_S + 10.0)

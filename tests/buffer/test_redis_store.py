@@ -62,6 +62,7 @@ def every_call(url: str) -> dict[str, Callable[[], Any]]:
         "ack": lambda: store.ack(KEY, ["1-0"]),
         "draw_replay": lambda: store.draw_replay(KEY, 9, seed=0),
         "purge": lambda: store.purge(KEY, RecordFilter("request")),
+        "drop_expired": lambda: store.drop_expired(KEY),
         "size": lambda: store.size(KEY),
         "keys": store.keys,
         "publish": lambda: feed.publish(make_manifest(1), b""),

@@ -196,7 +196,7 @@ def test_what_the_buffer_holds_is_a_setting() -> None:
     serving = {"target": "t", "record_ttl_s": 60, "max_records_per_route": 5, "max_record_routes": 2}
     bounds = Settings.model_validate(
         {"serving": {**serving, "max_record_mib_per_route": 1}}
-    ).serving.record_bounds
+    ).serving.record_bounds()
     assert bounds == Bounds(max_records=5, max_bytes=2**20, max_age_s=60.0, max_routes=2)
 
 

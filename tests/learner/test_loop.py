@@ -603,17 +603,18 @@ def test_records_that_an_operator_deletes_while_they_wait_do_not_stop_it(
         assert not testbed.learner.run_cycle(), "too few"
         assert store.size(KEY).num_pending == 15
         admin = DirectAdministration(testbed.feed, store, "target-1", Caller("operator", "here"))
-        num_deleted = sum(admin.purge(request_id=record.record_id) for record in few[:5])
+        num_deleted = sum(admin.purge(request_id=record.record_id).num_records for record in few[:5])
         assert (num_deleted, store.size(KEY).num_pending) == (5, 10)
 
         earlier, testbed.learner = testbed.learner, testbed.build()
         testbed.serve(rest)
         assert testbed.learner.run_cycle()
         assert testbed.learner.snapshot()["num_records_seen"] == 25
-        testbed.serve(traffic[1][:10])
-        assert earlier.run_cycle(), "acknowledges what it holds, the deleted ones among them"
+        testbed.serve(traffic[1][:20])
+        assert earlier.run_cycle(), "it lets go of what it holds, the deleted ones among them"
+        assert earlier.snapshot()["num_records_seen"] == 20
         size = store.size(KEY)
-        assert (size.num_records, size.num_pending, size.num_dropped_records) == (35, 0, 0)
+        assert (size.num_records, size.num_pending, size.num_dropped_records) == (45, 0, 0)
 
 
 class PausedMeanwhile(MemoryAdapterFeed):

@@ -39,7 +39,7 @@ def engine(tiny_pair: tuple[str, str]) -> Iterator[LocalEngine]:
 
 def new_metrics(engine: LocalEngine) -> ServingMetrics:
     return ServingMetrics(
-        engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=None, model_name="tiny"
+        engine.stats, replica_id="r7", num_rejected=lambda: 4, exporters=(), model_name="tiny"
     )
 
 
@@ -137,7 +137,7 @@ def test_drops_and_refusals_are_counters(engine: LocalEngine) -> None:
     exporter.close()
     for number in range(4):
         exporter.submit(StreamKey("revision", "default"), borrowed(f"late-{number}"), 1)
-    metrics = ServingMetrics(engine.stats, replica_id="r7", num_rejected=lambda: 4, exporter=exporter)
+    metrics = ServingMetrics(engine.stats, replica_id="r7", num_rejected=lambda: 4, exporters=[exporter])
     assert value(metrics, "requests_rejected_total") == 4
     assert value(metrics, "records_submitted_total") == 6
     assert value(metrics, "records_exported_total") == 2

@@ -11,13 +11,14 @@ from buffer.names import NGRAM_DRAFTER
 from buffer.records import GenerationRecord, ServingStatus
 from buffer.store import StreamKey
 from serving import recorder as recorder_module
+from serving.capture_mode import CaptureMode, CapturePolicy
 from serving.drafters.ngram_drafter import NgramDrafter
 from serving.engine import Generation, GenerationRequest, SamplingParams
 from serving.engine.engine import Engine
 from serving.local import load_engine
 from serving.metrics import ServingMetrics
 from serving.options import EngineOptions
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 from serving.status import serving_status
 from tests.support.table_engine import table_engine
 from tests.support.table_model import TableModel
@@ -43,11 +44,10 @@ class BrokenSink:
 
 def new_recorder(sink: ListSink | BrokenSink, rate: float = 1.0) -> Recorder:
     return Recorder(
-        sink,
+        {"replay": RecordPlace(sink, 60.0)},
         target_revision="t0",
         replica_id="r0",
         capture_rate=rate,
-        record_ttl_s=60.0,
         clock=lambda: 1000.0,
     )
 
@@ -68,7 +68,7 @@ def generated(engine: Engine, *, capture: bool = True, **sampling: Any) -> Gener
 
 def records_of(generation: Generation) -> list[GenerationRecord]:
     sink = ListSink()
-    new_recorder(sink).record(generation)
+    new_recorder(sink).record(generation, "replay")
     assert all(key == StreamKey("t0", generation.route) for key, _ in sink.submitted)
     return [record for _, record in sink.submitted]
 
@@ -93,9 +93,9 @@ def test_what_copied_is_named_in_records_status_and_metrics_and_has_no_version()
         asked = GenerationRequest("r", (1, 2, 0, 1, 2), SamplingParams(max_tokens=30), capture=True)
         generation = engine.submit(asked).result(30)
         status = serving_status(engine, replica_id="r0", at_s=1.0, num_dropped_records=0)
-        metrics = ServingMetrics(engine.stats, replica_id="r0", num_rejected=lambda: 0, exporter=None)
+        metrics = ServingMetrics(engine.stats, replica_id="r0", num_rejected=lambda: 0, exporters=())
         lines = metrics.render().decode().splitlines()
-    new_recorder(sink).record(generation)
+    new_recorder(sink).record(generation, "replay")
     [(_, record)] = sink.submitted
     traces = [trace for trace in decode(GenerationRecord, encode(record)).rounds if trace.num_drafted]
     assert {(trace.drafter_id, trace.draft_route, trace.draft_version) for trace in traces} == {
@@ -177,14 +177,77 @@ def test_the_same_requests_are_captured_every_time_at_about_the_rate() -> None:
     """8 standard deviations of a binomial: a false alarm in 10^14 runs, if ids were random."""
     ids = [f"cmpl-{number}" for number in range(4000)]
     half = new_recorder(ListSink(), rate=0.25)
-    captured = [half.wants(request_id, None) for request_id in ids]
-    assert captured == [half.wants(request_id, True) for request_id in ids]
+    captured = [half.mode_of(request_id, None) == "replay" for request_id in ids]
+    assert captured == [half.mode_of(request_id, True) == "replay" for request_id in ids]
     assert abs(np.mean(captured) - 0.25) < 8 * (0.25 * 0.75 / 4000) ** 0.5
-    assert not any(half.wants(request_id, False) for request_id in ids)
-    assert all(new_recorder(ListSink(), rate=1.0).wants(request_id, None) for request_id in ids)
-    assert not any(new_recorder(ListSink(), rate=0.0).wants(request_id, None) for request_id in ids)
+    assert {half.mode_of(request_id, False) for request_id in ids} == {"off"}
+    assert {new_recorder(ListSink(), rate=1.0).mode_of(name, None) for name in ids} == {"replay"}
+    assert {new_recorder(ListSink(), rate=0.0).mode_of(name, None) for name in ids} == {"off"}
 
 
 def test_a_broken_sink_does_not_reach_the_engine(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
-    new_recorder(BrokenSink()).record(generated(engine))
+    new_recorder(BrokenSink()).record(generated(engine), "replay")
     assert "full of water" in caplog.text
+
+
+def private_recorder(policy: CapturePolicy, **changes: Any) -> tuple[Recorder, ListSink, ListSink]:
+    """With its two sinks: of mode `replay`, and of mode `memory`."""
+    replay, memory = ListSink(), ListSink()
+    places: dict[CaptureMode, RecordPlace] = {
+        "replay": RecordPlace(replay, 60.0),
+        "memory": RecordPlace(memory, 5.0),
+    }
+    given = {"target_revision": "t0", "replica_id": "r0", "capture_rate": 1.0, "clock": lambda: 1000.0}
+    return Recorder(places, policy=policy, **given | changes), replay, memory
+
+
+@pytest.mark.parametrize(
+    ("service", "of_route", "admitted", "goes_to"),
+    [
+        ("replay", None, "replay", "replay"),
+        ("replay", None, "memory", "memory"),
+        ("replay", "memory", "replay", "memory"),
+        ("replay", "off", "replay", "off"),
+        ("replay", "off", "memory", "off"),
+        ("memory", "replay", "replay", "memory"),
+        ("replay", "replay", "off", "off"),
+    ],
+)
+def test_a_record_goes_where_its_route_and_its_admission_allow(
+    engine: Engine, service: CaptureMode, of_route: CaptureMode | None, admitted: CaptureMode, goes_to: str
+) -> None:
+    """The route is known for sure only when the generation has ended: its record goes by that one."""
+    policy = CapturePolicy(service, {} if of_route is None else {"sql": of_route})
+    recorder, replay, memory = private_recorder(policy)
+    recorder.record(generated(engine), admitted)
+    sinks = {"replay": replay, "memory": memory}
+    assert {name for name, sink in sinks.items() if sink.submitted} == {goes_to} - {"off"}
+    lives = {"replay": 1060.0, "memory": 1005.0}
+    for name, sink in sinks.items():
+        assert all(record.expires_at_s == lives[name] for _, record in sink.submitted)
+
+
+def test_at_admission_what_is_known_decides() -> None:
+    policy = CapturePolicy("replay", {"sql": "memory", "health": "off"})
+    recorder, *_ = private_recorder(policy)
+    assert recorder.mode_of("r", None) == "replay"
+    assert recorder.mode_of("r", None, "sql") == "memory"
+    assert recorder.mode_of("r", None, "health") == "off"
+    assert recorder.mode_of("r", None, "sql", tenant_capture="off") == "off"
+    assert recorder.mode_of("r", None, tenant_capture="memory") == "memory"
+    assert recorder.mode_of("r", False, "sql", tenant_capture="replay") == "off"
+
+
+def test_a_mode_without_a_store_is_no_other_mode(engine: Engine) -> None:
+    """What may only be in memory is not put on a disk because there is no such memory."""
+    sink, policy = ListSink(), CapturePolicy("memory")
+    recorder = Recorder(
+        {"replay": RecordPlace(sink, 60.0)},
+        target_revision="t0",
+        replica_id="r0",
+        capture_rate=1.0,
+        policy=policy,
+    )
+    assert recorder.mode_of("r", None) == "off"
+    recorder.record(generated(engine), "replay")
+    assert sink.submitted == []

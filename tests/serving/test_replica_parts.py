@@ -30,7 +30,7 @@ def answer(parts: ReplicaParts) -> list[int]:
     sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     request = GenerationRequest(f"cmpl-{time.monotonic_ns()}-0", (5, 6), sampling, capture=True)
     generation = parts.engine.submit(request).result(timeout_s=30)
-    recorder.record(generation)
+    recorder.record(generation, "replay")
     return generation.output_token_ids
 
 

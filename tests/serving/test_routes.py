@@ -229,7 +229,7 @@ def test_status_and_metrics_tell_versions_and_counts_by_route(
     }
     assert attempted["draft", "sql", 3] == sql.num_attempted
     assert attempted["draft", "default", 0] == other.num_attempted
-    metrics = ServingMetrics(engine.stats, replica_id="r0", num_rejected=lambda: 0, exporter=None)
+    metrics = ServingMetrics(engine.stats, replica_id="r0", num_rejected=lambda: 0, exporters=())
     lines = metrics.render().decode().splitlines()
     assert 'everdraft_route_draft_version{replica="r0",route="sql"} 3.0' in lines
     name = "everdraft_spec_decode_num_accepted_tokens_total"

@@ -44,17 +44,19 @@ def live_server(
     settings: ServingSettings,
     replica_id: str = "replica-0",
     redis_url: str | None = None,
+    memory_url: str | None = None,
     send_buffer_bytes: int | None = None,
 ) -> Iterator[LiveServer]:
-    """Store and feed in memory, or on this Redis, which other replicas may share. `send_buffer_bytes`: how
-    much of an answer the kernel takes from the server before its client reads."""
+    """Store and feed in memory, or on this Redis, which other replicas may share; `memory_url`: for records
+    of capture mode `memory`. `send_buffer_bytes`: how much of an answer the kernel takes from the server
+    before its client reads."""
     store: RecordStore
     feed: AdapterFeed
     if redis_url is None:
         store, feed = MemoryRecordStore(), MemoryAdapterFeed()
         parts = ReplicaParts(settings, store=store, open_feed=lambda _: feed, replica_id=replica_id)
     else:
-        parts = open_parts(settings, redis_url, replica_id)
+        parts = open_parts(settings, redis_url, replica_id, memory_url)
         store = RedisRecordStore(redis_url)
         feed = RedisAdapterFeed(redis_url, parts.engine.target_revision)
     listener = socket.create_server(("127.0.0.1", 0))

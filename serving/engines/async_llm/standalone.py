@@ -33,7 +33,7 @@ from serving.engines.async_llm.step_counts import count_step, stats_of
 from serving.engines.async_llm.step_messages import ID_SUFFIX, StepMessage
 from serving.engines.async_llm.worker import CAPTURE
 from serving.models.loading import ModelPair, load_pair
-from serving.recorder import Recorder
+from serving.recorder import Recorder, RecordPlace
 from serving.status import serving_status
 
 _log = logging.getLogger(__name__)
@@ -72,11 +72,10 @@ class Standalone:
         url, replica_id = environment[REDIS_URL], f"vllm-{os.uname().nodename}-{os.getpid()}"
         self._exporter = RecordExporter(RedisRecordStore(url))
         self._recorder = Recorder(
-            self._exporter,
+            {"replay": RecordPlace(self._exporter, float(environment.get(RECORD_TTL_S, 7 * 24 * 3600.0)))},
             target_revision=pair.target_revision,
             replica_id=replica_id,
             capture_rate=float(environment.get(CAPTURE_RATE, 1.0)),
-            record_ttl_s=float(environment.get(RECORD_TTL_S, 7 * 24 * 3600.0)),
             controls=lambda: self._watcher.controls,
         )
         self._watcher = AdapterWatcher(
@@ -137,7 +136,8 @@ class Standalone:
         """Begins the request's record, if it has one: unless it says no, at the capture rate, and where we
         can say how it is sampled."""
         given = name[:-ID_SUFFIX]
-        if not (params.extra_args or {}).get(CAPTURE, True) or not self._recorder.wants(given, None):
+        asked = (params.extra_args or {}).get(CAPTURE, True)
+        if self._recorder.mode_of(given, store=None if asked else False) == "off":
             return False
         requests = self._worker.model_runner.requests
         for other in [other for other in self._running if other not in requests]:
@@ -168,7 +168,7 @@ class Standalone:
         running = self._running.pop(name)
         generation = running.finished(running.add_output(()), reason, None, 0).generation
         assert generation is not None
-        self._recorder.record(generation)
+        self._recorder.record(generation, "replay")
 
     def _status(self, replica_id: str) -> ServingStatus:
         return serving_status(

@@ -15,6 +15,7 @@ from benchmarks.osd.jobs import Job, Result, run
 from benchmarks.osd.parts import LORA, at, best_length, parts
 from benchmarks.osd.per_domain import first_at, per_domain
 from benchmarks.osd.plan import ExperimentPlan, moving_acceptance
+from benchmarks.osd.privacy import privacy
 from benchmarks.osd.recorded_answers import Asking
 from deploy.commands.demo import PAIR
 from tests.benchmarks.osd.rows import write_rows
@@ -109,6 +110,24 @@ def test_a_shift_is_compared_with_lives_of_one_domain(cache: ExperimentCache) ->
         behind = metrics[arm]["behind_single"]["gsm8k"]["as_many_records"]
         assert metrics[single]["gsm8k"]["as_many_records"] == pytest.approx(reached + behind)
     views.plot_phases(metrics, series, plan.domains, plan.cache.cache / "shift.png")
+
+
+@pytest.mark.slow
+def test_records_that_live_for_an_hour_teach_too(
+    cache: ExperimentCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At twelve requests an hour the learner knows one and a half turns; at the usual pace, all 96."""
+    plan = ExperimentPlan(cache, ("gsm8k",), 96, 1, 1, lambda line: None, temperatures=(0.0,))
+    plan.record_answers()
+    metrics, series = privacy(plan)
+    rates = metrics["acceptance_rate"]["gsm8k"]
+    assert rates.keys() == {"ours", "memory"} and series["gsm8k/memory/0"]
+    assert metrics["memory_behind"]["gsm8k"] == pytest.approx(rates["ours"] - rates["memory"])
+    [held_out] = [run(Job("memory", ("gsm8k",), num_records=96), cache).facts["num_held_out_records"]]
+    monkeypatch.setattr("benchmarks.osd.arms.REQUESTS_PER_HOUR", 12)
+    quick = Job("memory", ("gsm8k",), num_records=96, evaluate_every=48)
+    assert run(quick, cache).facts["num_held_out_records"] < held_out
+    json.dumps([metrics, series])
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_ends_the_submission_of_its_request(
         prompts=((5,),),
         sampling=sampling_of(context, body, 230, None, None),
         route=None,
-        capture=False,
+        capture="off",
     )
     before = aborted(server)
     response = await respond(context, request, plan, CompletionRenderer(context.codec, plan, [""]))

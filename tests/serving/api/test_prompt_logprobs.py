@@ -154,8 +154,7 @@ def test_a_stream_without_logprobs_echoes_before_any_token(server: LiveServer) -
 def test_no_token_may_be_asked_for(
     client: openai.OpenAI, server: LiveServer, echo: bool, logprobs: int | None
 ) -> None:
-    exporter = server.parts._exporter
-    assert exporter is not None
+    exporter = server.parts._exporters["replay"]
     server.wait_until_idle()
     before, emitted = exporter.num_submitted, server.parts.engine.stats().num_output_tokens
     prompts = [PROMPT, "a b", "c"]
