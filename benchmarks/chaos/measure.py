@@ -29,6 +29,8 @@ RECOVERY_S = 120.0
 """After so long it counts as not recovered."""
 SETTLE_S = 90.0
 _RUNNING = re.compile(r'^everdraft_num_requests_running\{replica="([^"]+)"\} (\S+)', re.MULTILINE)
+_COME_AND_GO = ("idle worker", "ended")
+"""Ray keeps workers ahead of need."""
 LEARNER_GROUP = "learner"
 _REPORT_S = 3.0
 """A replica that reports does so more often."""
@@ -230,10 +232,11 @@ class Chaos:
         found = []
         if after.num_running:
             found.append(f"{after.num_running} slots")
-        for role in ("replica", "learner", "proxy", "controller", "raylet", "gcs", "other"):
-            more = after.census.get(role, 0) - before.census.get(role, 0)
-            if more:
-                found.append(f"{more:+d} {role}")
+        found += [
+            f"{number - before.census.get(role, 0):+d} {role}"
+            for role, number in sorted(after.census.items())
+            if number > before.census.get(role, 0) and role not in _COME_AND_GO
+        ]
         if after.descriptors > before.descriptors + 40 * self._service.num_replicas:
             found.append(f"{after.descriptors - before.descriptors:+d} descriptors")
         return ", ".join(found)

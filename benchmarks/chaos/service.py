@@ -22,20 +22,13 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmarks.chaos.slow_link import SlowLink
+from benchmarks.process_census import role_of
 from buffer.records import ServingStatus
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisLink
 from deploy.running import RunningNote, read_note
 
-ROLES = {
-    "replica": "ray::ServeReplica",
-    "learner": "ray::LearnerActor",
-    "proxy": "ray::ProxyActor",
-    "controller": "ray::ServeController",
-    "raylet": "raylet/raylet",
-    "gcs": "gcs_server",
-}
 _TMPFS_BYTES = 96 * 2**20
 _END_S = 60.0
 _FAKETIME = "faketime/libfaketime.so.1"
@@ -132,11 +125,11 @@ class Service:
         return [one for one in [parent, *parent.children(recursive=True)] if _is_alive(one)]
 
     def of_role(self, role: str) -> list[psutil.Process]:
-        return [one for one in self.processes() if role_of(one) == role]
+        return [one for one in self.processes() if role_of(_command(one)) == role]
 
     def census(self) -> Counter[str]:
         """How many processes there are of each role."""
-        return Counter(map(role_of, self.processes()))
+        return Counter(role_of(_command(one)) for one in self.processes())
 
     def kill_one(self, role: str) -> None:
         """SIGKILL; returns when the kernel is done with it."""
@@ -163,22 +156,14 @@ class Service:
 
     def _redis_servers(self) -> list[psutil.Process]:
         mine = psutil.Process().children(recursive=True)
-        return [one for one in mine if "redis-server" in " ".join(_cmdline(one)[:1])]
+        return [one for one in mine if role_of(_command(one)) == "redis"]
 
 
-def role_of(process: psutil.Process) -> str:
-    line = " ".join(_cmdline(process))
-    found = [role for role, words in ROLES.items() if words in line]
-    if found:
-        return found[0]
-    return "idle worker" if "ray::IDLE" in line else "other"
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
+def _command(process: psutil.Process) -> str:
+    """Empty once it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:
