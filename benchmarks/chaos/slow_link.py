@@ -16,7 +16,6 @@ class SlowLink:
         self._server_port = server_port
         self.delay_s = 0.0
         self.port = 0
-        self._loop = asyncio.new_event_loop()
         self._is_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slow-link", daemon=True)
 
@@ -26,29 +25,33 @@ class SlowLink:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._ends.set)
         self._thread.join()
-        self._loop.close()
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._joined, "127.0.0.1", 0))
+        asyncio.run(self._forward())
+
+    async def _forward(self) -> None:
+        self._loop, self._ends = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._joined, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._is_up.set()
-        self._loop.run_forever()
+        await self._ends.wait()
         server.close()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
     async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_ones = [writer]
         try:
             answers, asks = await asyncio.open_connection("127.0.0.1", self._server_port)
-        except OSError:  # as if nobody listened
-            writer.transport.abort()
-            return
-        await asyncio.gather(_pump(reader, asks, lambda: 0.0), _pump(answers, writer, lambda: self.delay_s))
+            open_ones.append(asks)
+            await asyncio.gather(
+                _pump(reader, asks, lambda: 0.0), _pump(answers, writer, lambda: self.delay_s)
+            )
+        except OSError:
+            pass  # as if nobody listened
+        finally:
+            for one in open_ones:
+                one.transport.abort()
 
 
 async def _pump(
@@ -59,4 +62,5 @@ async def _pump(
             await asyncio.sleep(delay_s())
             writer.write(chunk)
             await writer.drain()
-    writer.close()
+        if writer.can_write_eof():
+            writer.write_eof()

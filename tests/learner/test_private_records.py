@@ -129,7 +129,7 @@ def test_no_record_outlives_its_time_in_the_learners_memory(
         life.learner.pause()
         life.learner._idle()
     elif state == "store away":
-        life.learner._wait_for_store(StoreUnavailableError("away"))
+        life.learner._wait_to_try_again("store unavailable", StoreUnavailableError("away"))
     else:
         assert not life.learner.run_cycle()
     assert held_by_anyone(records) == set()

@@ -59,9 +59,8 @@ def ask(
 
 def record_of(server: LiveServer, answer: httpx.Response) -> GenerationRecord | None:
     """The only record of an answer, if there is one soon."""
-    wanted, deadline_s = answer.json()["id"], time.monotonic() + 5
-    exporter = server.parts._exporter
-    assert exporter is not None
+    wanted, deadline_s = answer.json()["id"], time.monotonic() + 60
+    exporter = server.parts._exporters["replay"]
     while exporter.num_exported < exporter.num_submitted:
         assert time.monotonic() < deadline_s, "records were not exported"
         time.sleep(0.01)
