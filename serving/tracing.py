@@ -115,7 +115,7 @@ class RequestTrace:
             _GenerationTrace(tracing, tracer.start_span("generation", inside, start_time=start_ns), began_s)
             for _ in range(plan.num_choices)
         ]
-        if plan.capture:
+        if plan.capture != "off":
             for request, trace in zip(plan.requests(), self._generations, strict=True):
                 generation_id = f"{request.request_id}-{request.choice_index}"
                 tracing.await_records(generation_id, trace.span.get_span_context())
@@ -234,5 +234,5 @@ def _asked(plan: "RequestPlan", request_id: str) -> dict[str, Any]:
         "gen_ai.usage.num_sequences": plan.num_choices,
         "gen_ai.usage.prompt_tokens": plan.num_prompt_tokens,
         "everdraft.request_id": request_id,
-        "everdraft.tenant": plan.tenant,
+        "everdraft.tenant": plan.tenant or "",
     }
