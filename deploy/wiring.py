@@ -252,14 +252,8 @@ def _redis(settings: Settings, narrate: Narrate) -> Iterator[str]:
         yield settings.redis.url
         return
     narrate("starting Redis")
-    try:
-        server = EmbeddedRedis(folder=settings.state_dir / "redis", restarts=True).start()
-    except StoreUnavailableError as error:
-        raise ClusterError(str(error)) from error
-    try:
-        yield server.url
-    finally:
-        server.stop()
+    with _running(EmbeddedRedis(folder=settings.state_dir / "redis", restarts=True)) as url:
+        yield url
 
 
 @contextmanager
@@ -273,14 +267,21 @@ def _memory_redis(settings: Settings, narrate: Narrate) -> Iterator[str | None]:
         yield settings.redis.memory_url
     else:
         narrate("starting a second Redis, which persists nothing")
-        try:
-            server = EmbeddedRedis(is_sealed=True, restarts=True).start()
-        except StoreUnavailableError as error:
-            raise ClusterError(str(error)) from error
-        try:
-            yield server.url
-        finally:
-            server.stop()
+        with _running(EmbeddedRedis(is_sealed=True, restarts=True)) as url:
+            yield url
+
+
+@contextmanager
+def _running(server: EmbeddedRedis) -> Iterator[str]:
+    """Its URL, inside the block. Raises ClusterError where it does not start."""
+    try:
+        server.start()
+    except StoreUnavailableError as error:
+        raise ClusterError(str(error)) from error
+    try:
+        yield server.url
+    finally:
+        server.stop()
 
 
 def check_memory_redis(memory_url: str, narrate: Narrate) -> None:
