@@ -58,8 +58,8 @@ def chaos(
 
 
 def chaos_settings(target: str, draft: str, num_replicas: int) -> dict[str, dict[str, Any]]:
-    """Sections of a settings file. The learner takes records in soon after they came, so that it is seen
-    within seconds whether it still does."""
+    """Sections of a settings file. The learner takes records in soon after they came, in short cycles that
+    never slow down, so that it is seen within seconds whether it still does."""
     return {
         "serving": {
             "target": target,
@@ -72,7 +72,13 @@ def chaos_settings(target: str, draft: str, num_replicas: int) -> dict[str, dict
             "compile": "off",
             "status_interval_s": 0.5,
         },
-        "learner": {**LEARNER, "min_records_per_cycle": 16, "max_record_age_s": 2.0},
+        "learner": {
+            **LEARNER,
+            "min_records_per_cycle": 16,
+            "max_records_per_cycle": 64,
+            "max_record_age_s": 2.0,
+            "max_rest_records": 0,
+        },
     }
 
 
