@@ -83,26 +83,28 @@ def chaos_settings(target: str, draft: str, num_replicas: int) -> dict[str, dict
 
 
 def table(outcomes: "list[Outcome]") -> Any:
+    """Failed: besides those that were under way on the part that died, which come behind the plus. Acceptance
+    before the fault and after it."""
     from rich.table import Table
 
     shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("fault", "requests", "failed", "on dead part", "retried", "answers", "recovered"):
-        shown.add_column(name, justify="left" if name == "fault" else "right")
-    for name in ("stored", "lost", "dropped", "acceptance", "left over"):
-        shown.add_column(name, justify="left" if name == "left over" else "right")
+    shown.add_column("fault", no_wrap=True)
+    for name in ("failed", "retried", "recovered", "lost", "acceptance"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("left over")
     for one in outcomes:
         if one.not_run:
-            shown.add_row(one.fault, *[""] * 10, f"not run: {one.not_run}")
+            shown.add_row(one.fault, *[""] * 5, f"not run: {one.not_run}")
             continue
-        counts = (one.num_requests, one.num_failed, one.num_failed_on_dead_part, one.num_retried)
-        records = (one.num_stored, one.num_lost, one.num_dropped)
+        failed = f"{one.num_failed} of {one.num_requests}"
+        on_dead = f" + {one.num_failed_on_dead_part}" if one.num_failed_on_dead_part else ""
         shown.add_row(
             one.fault,
-            *map(str, counts),
-            _seconds(one.answers_after_s),
+            failed + on_dead,
+            str(one.num_retried),
             _seconds(one.recovered_after_s),
-            *map(str, records),
-            f"{one.acceptance_before:.2f} -> {one.acceptance_after:.2f}",
+            "wiped" if one.num_lost is None else f"{one.num_lost} of {one.num_stored}",
+            f"{one.acceptance_before:.2f}, {one.acceptance_after:.2f}",
             one.left or "nothing",
         )
     return shown

@@ -56,8 +56,8 @@ class Outcome:
     recovered_after_s: float | None = None
     num_stored: int = 0
     """Records that Redis had when the fault began."""
-    num_lost: int = 0
-    """Of these, those that are gone or that the learner never took in."""
+    num_lost: int | None = 0
+    """Of these, those that are gone or that the learner never took in; None: the fault wipes them."""
     num_dropped: int = 0
     """Records that never reached Redis, as replicas count them."""
     acceptance_before: float = 0.0
@@ -130,7 +130,7 @@ class Chaos:
             answers_after_s=min(answered) - over_s if answered else None,
             recovered_after_s=recovered_s,
             num_stored=len(stored),
-            num_lost=0 if fault.wipes_records else self._num_lost(stored),
+            num_lost=None if fault.wipes_records else self._num_lost(stored),
             num_dropped=max(0, self._num_dropped() - dropped),
             acceptance_before=traffic.acceptance(began_s - WINDOW_S, began_s),
             acceptance_after=traffic.acceptance(ended_s - WINDOW_S, ended_s),

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks.chaos.commands import chaos_settings, table
 from benchmarks.chaos.faults import Fault, faults
@@ -44,10 +45,15 @@ def _forgets_its_records(service: Service) -> None:
     service.on_redis(lambda client: client.flushall())
 
 
-def test_the_table_says_what_was_not_run_and_why() -> None:
-    from rich.console import Console
-
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table([Outcome("clock", not_run="no libfaketime"), Outcome("Redis: full", num_requests=7)]))
-    text = console.export_text()
-    assert "not run: no libfaketime" in text and "never" in text and "nothing" in text
+def test_the_table_says_what_was_not_run_and_what_was_wiped() -> None:
+    console = Console(width=110, record=True, file=io.StringIO())
+    outcomes = [
+        Outcome("clock", not_run="no libfaketime"),
+        Outcome("Redis: restarted empty", num_requests=7, num_lost=None, num_failed_on_dead_part=2),
+        Outcome("learner: SIGKILL", num_stored=9, num_lost=1, recovered_after_s=12.34, left="+1 learner"),
+    ]
+    console.print(table(outcomes))
+    clock, empty, learner = console.export_text().splitlines()[1:4]
+    assert "not run: no libfaketime" in clock
+    assert "0 of 7 + 2" in empty and "never" in empty and "wiped" in empty and "nothing" in empty
+    assert "1 of 9" in learner and "12.3 s" in learner and "+1 learner" in learner
