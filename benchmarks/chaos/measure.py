@@ -26,7 +26,6 @@ _NOT_YET = (StoreUnavailableError, httpx.HTTPError, IndexError)
 WINDOW_S = 6.0
 """Before a fault and after its end: where acceptance is measured."""
 RECOVERY_S = 120.0
-"""After so long it counts as not recovered."""
 SETTLE_S = 90.0
 _RUNNING = re.compile(r'^everdraft_num_requests_running\{replica="([^"]+)"\} (\S+)', re.MULTILINE)
 _COME_AND_GO = ("idle worker", "ended")
@@ -77,10 +76,20 @@ class _Quiet:
 
 
 class Chaos:
-    """Injects faults into a service under traffic."""
+    """Injects faults into a service under traffic. `recovery_s`: after so long it counts as not recovered;
+    `settle_s`: how long it may take until all is quiet."""
 
-    def __init__(self, service: Service, traffic: Traffic, say: Say) -> None:
+    def __init__(
+        self,
+        service: Service,
+        traffic: Traffic,
+        say: Say,
+        *,
+        recovery_s: float = RECOVERY_S,
+        settle_s: float = SETTLE_S,
+    ) -> None:
         self._service, self._traffic, self._say = service, traffic, say
+        self._recovery_s, self._settle_s = recovery_s, settle_s
         self._reports: dict[str, tuple[float, float]] = {}
         self._stream = stream_keys("everdraft", StreamKey(service.note.target_revision, DEFAULT_ROUTE))[0]
 
@@ -92,7 +101,7 @@ class Chaos:
 
     def _learns(self) -> None:
         """Until the whole walk was walked once."""
-        if not self._recovered(time.monotonic(), 2 * RECOVERY_S):
+        if not self._recovered(time.monotonic(), 2 * self._recovery_s):
             raise RuntimeError("the service never learnt from a record; nothing was injected")
 
     def _one(self, name: str, fault: Fault) -> Outcome:
@@ -111,7 +120,7 @@ class Chaos:
         finally:
             fault.lift(service)
         over_s = time.monotonic()
-        recovered_s = self._recovered(over_s, RECOVERY_S)
+        recovered_s = self._recovered(over_s, self._recovery_s)
         time.sleep(WINDOW_S)
         ended_s = time.monotonic()
         during = traffic.between(began_s, ended_s)
@@ -207,9 +216,9 @@ class Chaos:
         return 0
 
     def _quiet(self) -> _Quiet:
-        """With no request under way and every record taken in, as far as that comes within SETTLE_S."""
+        """With no request under way and every record taken in, as far as that comes in time."""
         self._traffic.rest()
-        wait_until(self._is_settled, SETTLE_S)
+        wait_until(self._is_settled, self._settle_s)
         processes = self._service.processes()
         descriptors = 0
         for process in processes:

@@ -14,8 +14,10 @@ from benchmarks.chaos.traffic import Traffic
 from benchmarks.options import DEMO_DRAFT, DEMO_TARGET
 from tests.support.ports import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(3000)]
 
+WAIT_S = 600.0
+"""Not how long a thing takes, but after how long it is given up."""
 SHORT = ("Redis: SIGKILL", "Redis: full", "learner: SIGKILL", "replica: SIGKILL")
 
 
@@ -28,7 +30,7 @@ def test_answers_records_and_learning_survive_what_is_killed(tmp_path: Path) -> 
         running_service(settings, tmp_path, ports, print, start_s=400.0) as service,
         Traffic(service.url, service.model) as traffic,
     ):
-        chaos = Chaos(service, traffic, print)
+        chaos = Chaos(service, traffic, print, recovery_s=WAIT_S, settle_s=WAIT_S)
         outcomes = list(chaos.run(chosen))
         [control] = chaos.run({"control": Fault(_forgets_its_records)})
     assert [one.fault for one in outcomes] == list(SHORT)
