@@ -12,7 +12,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
@@ -104,7 +104,7 @@ class _Doorkeeper:
             if self.stop.is_set():
                 client[1].transport.abort()
                 continue
-            task = asyncio.create_task(self._hand_on(*client))
+            task = asyncio.create_task(hand_on(client, self._reachable, self._port))
             self._handed_on.add(task)
             task.add_done_callback(self._handed_on.discard)
 
@@ -118,25 +118,31 @@ class _Doorkeeper:
                 return
             time.sleep(_LOOK_S)
 
-    async def _hand_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until both sides have closed, or this task is cancelled."""
-        open_ones = [writer]
-        try:
-            answers, asks = await asyncio.open_connection(self._reachable, self._port)
-            open_ones.append(asks)
-            await asyncio.gather(_pump(reader, asks), _pump(answers, writer))
-        except OSError:
-            pass  # as if the client had been refused
-        finally:
-            for one in open_ones:
-                one.transport.abort()
+
+async def hand_on(client: Client, host: str, port: int, delay_s: Callable[[], float] = lambda: 0.0) -> None:
+    """Bytes both ways between a client and a server, until both have closed or this task is cancelled. A
+    server that does not take it: as if the client had been refused. `delay_s`: what each chunk of an answer
+    waits."""
+    reader, writer = client
+    open_ones = [writer]
+    try:
+        answers, asks = await asyncio.open_connection(host, port)
+        open_ones.append(asks)
+        await asyncio.gather(_pump(reader, asks, lambda: 0.0), _pump(answers, writer, delay_s))
+    except OSError:
+        pass
+    finally:
+        for one in open_ones:
+            one.transport.abort()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: Callable[[], float]
+) -> None:
     with suppress(OSError):
         while chunk := await reader.read(_CHUNK_BYTES):
+            await asyncio.sleep(delay_s())
             writer.write(chunk)
             await writer.drain()
-    if writer.can_write_eof():
-        with suppress(OSError):
+        if writer.can_write_eof():
             writer.write_eof()

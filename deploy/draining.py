@@ -17,6 +17,8 @@ from ray.exceptions import RayError
 from deploy.cluster import APPLICATION
 from serving.api.open_requests import OLDEST_HEADER
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Whatever proxy the environment names is not for the service's own address."""
 _POLL_S = 0.1
 _ANSWER_S = 5.0
 """A replica answers at once; a busy machine may keep it from it."""
@@ -69,7 +71,7 @@ def _oldest_began_s(url: str) -> float:
     asked_s = time.monotonic()
     try:
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=_ANSWER_S) as answer:
+            with _DIRECT.open(f"{url}/ready", timeout=_ANSWER_S) as answer:
                 age = answer.headers.get(OLDEST_HEADER)
         except urllib.error.HTTPError as refused:
             with refused:

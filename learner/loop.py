@@ -290,7 +290,7 @@ class Learner:
 
     def _expire(self) -> None:
         for holder in (self._inbox, self._routes):
-            holder.drop_expired(self._now_s())
+            holder.expire(self._now_s())
 
     def _build(
         self, route: str, found: checkpoint.Checkpoint | None, fallback: Callable[[], ExistingDraft]

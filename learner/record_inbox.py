@@ -86,7 +86,7 @@ class RecordInbox:
             self._used[key.name] = set(used.get(key.name, ()))
             self._waiting.pop(key, None)
 
-    def drop_expired(self, now_s: float) -> None:
+    def expire(self, now_s: float) -> None:
         """Let go of waiting records of capture mode `memory` that may no longer be held. Their store counts
         them as dropped."""
         for key in [key for key in self._waiting if key.in_memory]:

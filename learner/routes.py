@@ -147,7 +147,7 @@ class Routes:
         self._isolated.update(record.route for record in records if record.isolated)
         self._kinds.remember(self._shared(records))
 
-    def drop_expired(self, now_s: float) -> None:
+    def expire(self, now_s: float) -> None:
         """Let go of records and prompts that may no longer be held."""
         self._kinds.expire(now_s)
         for draft in self:
@@ -269,16 +269,17 @@ class Routes:
         """Kept records of the route; before it had a name they came as `default`'s."""
         wanted, seed = self._settings.route_window_records, self._settings.seed
         kept: list[GenerationRecord] = []
-        for key in (*self._streams_named(route), *self._streams_named(DEFAULT_ROUTE)):
+        for key in self._streams_named(route, DEFAULT_ROUTE):
             drawn = self._store.draw_replay(key, wanted, seed)
             sound = (record for record in drawn if self._is_sound(record, route))
             kept += [record for record in sound if self._kinds.belongs(record, route)]
         return kept
 
-    def _streams_named(self, route: str) -> list[StreamKey]:
-        """Of both capture modes."""
+    def _streams_named(self, *routes: str) -> list[StreamKey]:
+        """Of both capture modes, in the order of the routes."""
         known = self._store.keys()
-        return [key for key in known if (key.target_revision, key.route) == (self._target_revision, route)]
+        ours = [key for key in known if key.target_revision == self._target_revision]
+        return [key for route in routes for key in ours if key.route == route]
 
     def _look_again_at_kinds(self) -> None:
         kinds = self._kinds.look_again(self.drafts, self._now_s())

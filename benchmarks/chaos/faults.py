@@ -3,12 +3,11 @@
 Knows no measure. Invariant: `lift` undoes `inject`, whatever happened in between.
 """
 
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from benchmarks.chaos.service import Service, wait_until
 from benchmarks.osd.bad_adapters import BAD_ADAPTERS
 from buffer.names import DEFAULT_ROUTE
+from deploy.child_command import everdraft_command
 
 SLOW_S = 1.5
 CLOCK_JUMP_S = 7200
@@ -72,9 +72,9 @@ def _right_password(service: Service) -> None:
     service.kill_redis()
 
 
-def _full(folder: Callable[[Service], Path], name: str) -> Callable[[Service], None]:
+def _full(folder: Callable[[Service], Path]) -> Callable[[Service], None]:
     def fill(service: Service) -> None:
-        if name not in service.mounted:
+        if folder(service) not in service.mounted:
             raise CannotInjectError("a small disk cannot be mounted by this user")
         with suppress(OSError), (folder(service) / "filler").open("wb", buffering=0) as filler:
             while filler.write(b"\0" * 2**16):
@@ -135,41 +135,35 @@ def _publish(tampering: str) -> Callable[[Service], None]:
 
 def _second_learner(service: Service) -> None:
     """On the same Redis, with a state folder of its own, until `_no_second_learner`."""
-    note, log = service.note, (service.folder / "second-learner.log").open("wb")
-    with log:
-        _seconds[service.process.pid] = process = subprocess.Popen(
-            [
-                *(sys.executable, "-c", "from deploy.cli import main; main()", "learn"),
-                *("--target", note.target, "--draft", note.draft, "--redis-url", service.redis.url),
-                *("--state-dir", str(service.folder / "second")),
-            ],
+    note, log = service.note, service.folder / "second-learner.log"
+    with log.open("wb") as output:
+        service.second_learner = process = subprocess.Popen(
+            everdraft_command(
+                *("learn", "--target", note.target, "--draft", note.draft),
+                *("--redis-url", service.redis.url, "--state-dir", str(service.folder / "second")),
+            ),
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
-    path = service.folder / "second-learner.log"
-    wait_until(lambda: b"Ctrl-C stops" in path.read_bytes() or process.poll() is not None, _LEARNER_START_S)
+    wait_until(lambda: b"Ctrl-C stops" in log.read_bytes() or process.poll() is not None, _LEARNER_START_S)
     if process.poll() is not None:
-        raise CannotInjectError(f"it was refused: {path.read_text(errors='replace').strip()[-200:]}")
-
-
-_seconds: dict[int, "subprocess.Popen[bytes]"] = {}
+        raise CannotInjectError(f"it was refused: {log.read_text(errors='replace').strip()[-200:]}")
 
 
 def _no_second_learner(service: Service) -> None:
-    process = _seconds.pop(service.process.pid, None)
-    if process is not None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60.0)
+    if service.second_learner is not None:
+        service.second_learner.terminate()
+        service.second_learner.wait(60.0)
+        service.second_learner = None
 
 
 def _second_service(service: Service) -> None:
     """Another target on this state folder is refused while this one has it."""
     done = subprocess.run(
-        [
-            *(sys.executable, "-c", "from deploy.cli import main; main()", "serve"),
-            *("--target", service.note.draft, "--state-dir", str(service.state_dir), "--port", "1"),
-        ],
+        everdraft_command(
+            "serve", "--target", service.note.draft, "--state-dir", str(service.state_dir), "--port", "1"
+        ),
         capture_output=True,
         text=True,
         check=False,
@@ -179,24 +173,11 @@ def _second_service(service: Service) -> None:
         raise RuntimeError(f"a second service was not refused: {done.stderr.strip()[-300:]}")
 
 
-def _restart_mlflow(service: Service) -> None:
-    service.mlflow.start()
-
-
-def _kill_mlflow(service: Service) -> None:
-    service.mlflow.kill()
-
-
 def _kill(role: str) -> Callable[[Service], None]:
     return lambda service: service.kill_one(role)
 
 
-def _checkpoints(service: Service) -> Path:
-    return service.checkpoints
-
-
-def _mlflow_folder(service: Service) -> Path:
-    return service.mlflow_folder
+_checkpoints, _mlflow = attrgetter("checkpoints"), attrgetter("mlflow_folder")
 
 
 def faults(hold_s: float) -> dict[str, Fault]:
@@ -214,12 +195,14 @@ def faults(hold_s: float) -> dict[str, Fault]:
         "Redis: restarted empty": Fault(_wiped, wipes_records=True),
         "learner: SIGKILL": Fault(_kill("learner"), kills="learner"),
         "learner: checkpoint corrupt": Fault(_corrupt_checkpoint, kills="learner"),
-        "learner: disk full": Fault(_full(_checkpoints, "checkpoints"), _emptied(_checkpoints), hold_s),
+        "learner: disk full": Fault(_full(_checkpoints), _emptied(_checkpoints), hold_s),
         "learner: a second one": Fault(_second_learner, _no_second_learner, hold_s),
         "replica: SIGKILL": Fault(_kill("replica"), kills="replica"),
         "proxy: SIGKILL": Fault(_kill("proxy"), kills="proxy"),
-        "MLflow: SIGKILL": Fault(_kill_mlflow, _restart_mlflow, hold_s),
-        "MLflow: disk full": Fault(_full(_mlflow_folder, "mlflow"), _emptied(_mlflow_folder), hold_s),
+        "MLflow: SIGKILL": Fault(
+            lambda service: service.mlflow.kill(), lambda service: service.mlflow.start(), hold_s
+        ),
+        "MLflow: disk full": Fault(_full(_mlflow), _emptied(_mlflow), hold_s),
         "Redis: clock two hours ahead": Fault(_clock(CLOCK_JUMP_S), _clock(0), hold_s),
         "Redis: clock two hours back": Fault(_clock(-CLOCK_JUMP_S), _clock(0), hold_s),
         "adapter: truncated": Fault(_publish("truncated"), hold_s=hold_s / 2),

@@ -27,8 +27,11 @@ from buffer.records import ServingStatus
 from buffer.redis_feed import RedisAdapterFeed
 from buffer.redis_server import EmbeddedRedis
 from buffer.redis_store import RedisLink
+from deploy.child_command import everdraft_command
 from deploy.running import RunningNote, read_note
 
+CHECKPOINTS, MLFLOW = "learner-checkpoints", "mlflow"
+"""Folders, in the state folder and beside it."""
 _TMPFS_BYTES = 96 * 2**20
 _END_S = 60.0
 _FAKETIME = "faketime/libfaketime.so.1"
@@ -92,10 +95,12 @@ class Service:
     link: SlowLink
     mlflow: MlflowServer
     num_replicas: int
-    mounted: frozenset[str]
-    """Names of folders that are small tmpfs."""
+    mounted: frozenset[Path]
+    """Folders that are small tmpfs."""
     clock_file: Path | None
     """Where libfaketime reads how far Redis' clock is off; None: it cannot be moved here."""
+    second_learner: "subprocess.Popen[bytes] | None" = None
+    """On the same Redis, while there is one."""
     _feed: RedisAdapterFeed | None = field(default=None)
 
     @property
@@ -113,11 +118,11 @@ class Service:
 
     @property
     def checkpoints(self) -> Path:
-        return self.state_dir / "learner-checkpoints"
+        return self.state_dir / CHECKPOINTS
 
     @property
     def mlflow_folder(self) -> Path:
-        return self.folder / "mlflow"
+        return self.folder / MLFLOW
 
     def processes(self) -> list[psutil.Process]:
         """All that `everdraft serve` started and that is alive, itself included."""
@@ -186,21 +191,15 @@ def running_service(
     port, mlflow_port = ports
     state_dir = folder / "state"
     with ExitStack() as parts:
-        mounted = frozenset(
-            name
-            for name, place in (
-                ("checkpoints", state_dir / "learner-checkpoints"),
-                ("mlflow", folder / "mlflow"),
-            )
-            if parts.enter_context(_small_disk(place))
-        )
+        places = (state_dir / CHECKPOINTS, folder / MLFLOW)
+        mounted = frozenset(place for place in places if parts.enter_context(_small_disk(place)))
         say("starting Redis and MLflow")
         clock_file = folder / "clock" if _libfaketime() else None
         with _faked_clock(clock_file):
             redis = parts.enter_context(EmbeddedRedis(folder=folder / "redis", restarts=True))
         address = urlsplit(redis.url)
         link = parts.enter_context(SlowLink(address.port or 0))
-        mlflow = MlflowServer(folder / "mlflow", mlflow_port)
+        mlflow = MlflowServer(folder / MLFLOW, mlflow_port)
         mlflow.start()
         parts.callback(mlflow.kill)
         config = folder / "everdraft.yaml"  # JSON is YAML
@@ -218,7 +217,7 @@ def running_service(
         )
         if not came_up or process.poll() is not None:
             raise RuntimeError(f"everdraft serve did not come up: {log.read_text(errors='replace')[-2000:]}")
-        yield Service(
+        service = Service(
             url=f"http://127.0.0.1:{port}",
             model=settings["serving"].get("model_name", "demo"),
             folder=folder,
@@ -231,6 +230,11 @@ def running_service(
             mounted=mounted,
             clock_file=clock_file,
         )
+        try:
+            yield service
+        finally:
+            if service.second_learner is not None:
+                service.second_learner.kill()
 
 
 @contextmanager
@@ -238,7 +242,7 @@ def _everdraft(arguments: tuple[str, ...], log: Path) -> Iterator[subprocess.Pop
     """In a process group of its own; its end is asked for and waited for, then forced."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from deploy.cli import main; main()", *arguments],
+            everdraft_command(*arguments),
             env={**os.environ, "COLUMNS": "200"},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -288,12 +292,16 @@ def _faked_clock(clock_file: Path | None) -> Iterator[None]:
 def _small_disk(place: Path) -> Iterator[bool]:
     """A tmpfs there, if this user may mount one; the folder is made anyway."""
     place.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "tmpfs", str(place)]
-    with suppress(OSError):
-        if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-            try:
-                yield True
-            finally:
-                subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
-            return
-    yield False
+    is_mounted = _succeeds("mount", "-t", "tmpfs", "-o", f"size={_TMPFS_BYTES}", "tmpfs", str(place))
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            _succeeds("umount", "-l", str(place))
+
+
+def _succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False

@@ -2,11 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Self
+from typing import Any, Self
 
-_CHUNK_BYTES = 64 * 2**10
+from deploy.doorkeeper import hand_on
 
 
 class SlowLink:
@@ -39,28 +37,5 @@ class SlowLink:
         await self._ends.wait()
         server.close()
 
-    async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        open_ones = [writer]
-        try:
-            answers, asks = await asyncio.open_connection("127.0.0.1", self._server_port)
-            open_ones.append(asks)
-            await asyncio.gather(
-                _pump(reader, asks, lambda: 0.0), _pump(answers, writer, lambda: self.delay_s)
-            )
-        except OSError:
-            pass  # as if nobody listened
-        finally:
-            for one in open_ones:
-                one.transport.abort()
-
-
-async def _pump(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: Callable[[], float]
-) -> None:
-    with suppress(OSError):
-        while chunk := await reader.read(_CHUNK_BYTES):
-            await asyncio.sleep(delay_s())
-            writer.write(chunk)
-            await writer.drain()
-        if writer.can_write_eof():
-            writer.write_eof()
+    async def _joined(self, *client: Any) -> None:
+        await hand_on(client, "127.0.0.1", self._server_port, lambda: self.delay_s)
